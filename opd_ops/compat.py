@@ -1,0 +1,187 @@
+"""Can this teacher score this student's tokens? The report that every run prints before it trains.
+
+Two models distil token by token only if an id means the same token to both. That is checked here,
+with what else goes wrong in practice: different EOS sets, chat templates, vocabulary padding.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Report:
+    """Outcome of `check_pair`.
+
+    Attributes:
+        valid_vocab: ids from here on belong to no token of both tokenizers and are masked.
+        num_positions: longest sequence that every model has positions for.
+        eos_ids: ids that end a completion: the union over both models.
+        errors: reasons to refuse the pair.  warnings: what will probably hurt, with advice.
+        facts: what was found, for the log.
+    """
+
+    valid_vocab: int = 0
+    num_positions: float = math.inf
+    eos_ids: list[int] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report as text, one finding a line."""
+        marked = [("", self.facts), ("! ", self.warnings), ("!! ", self.errors)]
+        return [f"compat: {mark}{text}" for mark, texts in marked for text in texts]
+
+
+def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
+    """Every id that the tokenizer, the model's or the generation config calls end of sequence."""
+    found: set[int] = set()
+    for owner in (tokenizer, config, generation_config):
+        value = getattr(owner, "eos_token_id", None)
+        found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return {int(value) for value in found if value is not None}
+
+
+def check_pair(
+    tokenizers: dict[str, Any],
+    configs: dict[str, Any],
+    generation_configs: dict[str, Any],
+    chat_template: bool,
+) -> Report:
+    """Compare the student with every other model.
+
+    Args:
+        tokenizers, configs, generation_configs: by model name; `student` is one of them.
+        chat_template: whether prompts go through the student's chat template.
+    """
+    report, sample_prompt = Report(), "What is 12 + 34?"
+    tokenizer = tokenizers["student"]
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    sizes = {"student's tokenizer": max(names) + 1}
+    ends = {}
+    for model, config in configs.items():
+        text_config = config.get_text_config()
+        sizes[f"{model}'s head"] = text_config.vocab_size
+        limit = getattr(text_config, "max_position_embeddings", None) or math.inf
+        report.num_positions = min(report.num_positions, limit)
+        ends[model] = eos_ids(tokenizers[model], text_config, generation_configs[model])
+        inherited = {
+            key: value
+            for key in ("temperature", "top_p", "top_k", "repetition_penalty")
+            if (value := getattr(generation_configs[model], key, None)) not in (None, 1.0)
+        }
+        if model == "student" and inherited:
+            report.facts.append(f"generation_config of the student is not used: {inherited}")
+    report.valid_vocab = min(sizes.values())
+    report.eos_ids = sorted(set().union(*ends.values()))
+    for model, other in tokenizers.items():
+        if model != "student":
+            _compare(report, tokenizer, names, model, other, sample_prompt, chat_template)
+            if ends[model] != ends["student"]:
+                report.warnings.append(
+                    f"EOS differs: student {_named(names, ends['student'])}, {model} "
+                    f"{_named(names, ends[model])}; a completion ends at any of them. Where the "
+                    f"{model} never emits the student's EOS, the student is taught not to stop: "
+                    "watch truncated_share, or fine-tune the student on the chat format first"
+                )
+    if not report.eos_ids:
+        report.warnings.append(
+            "no model has an EOS id: every completion runs to --max-completion-tokens"
+        )
+    elif report.eos_ids[-1] >= report.valid_vocab:
+        report.errors.append(
+            f"EOS ids {report.eos_ids} reach beyond the {report.valid_vocab} ids that all share"
+        )
+    report.facts.append(
+        f"ids 0..{report.valid_vocab - 1} are in use ("
+        + ", ".join(f"{name} {size}" for name, size in sizes.items())
+        + f"); EOS {_named(names, set(report.eos_ids))}"
+    )
+    return report
+
+
+def _compare(
+    report: Report,
+    tokenizer: Any,
+    names: dict[int, str],
+    model: str,
+    other: Any,
+    sample_prompt: str,
+    chat_template: bool,
+) -> None:
+    other_names = {index: token for token, index in other.get_vocab().items()}
+    shared = min(report.valid_vocab, max(other_names) + 1)
+    unlike = [i for i in range(shared) if names.get(i) != other_names.get(i)]
+    if unlike:
+        first = unlike[0]
+        report.errors.append(
+            f"the tokenizers of student and {model} differ on {len(unlike)} of {shared} ids "
+            f"(id {first}: {names.get(first)!r} and {other_names.get(first)!r}); token-level "
+            "distillation needs one token-to-id map"
+        )
+        return
+    if shared < report.valid_vocab:
+        report.warnings.append(
+            f"the {model}'s tokenizer ends at id {shared - 1}, the student's goes on: later ids "
+            "are masked for both"
+        )
+        report.valid_vocab = shared
+    if tokenizer.encode(sample_prompt) != other.encode(sample_prompt):
+        report.warnings.append(
+            f"student and {model} cut a prompt differently into the same tokens (merges or BOS "
+            "differ); the student's cut is used for both"
+        )
+    if chat_template:
+        mine, theirs = (render(each, sample_prompt, {}) for each in (tokenizer, other))
+        if mine != theirs:
+            report.warnings.append(
+                f"chat templates differ: student {mine[:120]!r}, {model} {theirs[:120]!r}; the "
+                f"{model} scores text in the student's format, which it may not know. Give "
+                "--chat-template-from teacher if the student is a base model"
+            )
+
+
+def render(tokenizer: Any, prompt: str, template_args: dict[str, Any]) -> str:
+    """The prompt as one user message, with the generation prompt; as it is without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}]
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **template_args
+        )
+    )
+
+
+def _named(names: dict[int, str], ids: set[int]) -> str:
+    return "{" + ", ".join(f"{names.get(i, '?')} {i}" for i in sorted(ids)) + "}"
+
+
+@torch.no_grad()
+def head_is_product(model: Any, valid_vocab: int) -> bool:
+    """Whether logits are `hidden @ head.T` and nothing else: no bias, soft-cap, scale, adapter.
+
+    Asked of the model by a forward pass over eight ids, not of a list of architectures.
+    """
+    head = model.get_output_embeddings()
+    decoder = model.get_decoder()
+    if decoder is model or type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    # A cap or scale can be invisible at small logits, so the configuration is asked too.
+    for key, value in model.config.get_text_config().to_dict().items():
+        if re.search(r"logits?_(soft_?cap|scal)", key) and value not in (None, 1, 1.0):
+            return False
+    ids = torch.arange(8, device=head.weight.device)[None] % valid_vocab
+    logits = model(input_ids=ids).logits.float()
+    hidden = decoder(input_ids=ids).last_hidden_state
+    if hidden.shape[-1] != head.weight.shape[1]:
+        return False
+    product = (hidden @ head.weight.T.to(hidden.dtype)).float()
+    tolerance = 1e-5 if hidden.dtype == torch.float32 else 2e-2
+    return bool(torch.allclose(product, logits, rtol=tolerance, atol=tolerance * 10))

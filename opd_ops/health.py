@@ -1,0 +1,218 @@
+"""Health metrics: what tells that a run fails, masked, under the same names in every method.
+
+Each key is defined with its formula in docs/metrics.md. Nothing here feeds back into training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import opd_ops
+from opd_ops.models import by_teacher
+
+
+def percentile(values: Tensor, share: float) -> float:
+    """The `share` quantile (nearest rank, no interpolation); NaN when empty."""
+    if values.numel() == 0:
+        return math.nan
+    rank = min(values.numel() - 1, max(0, math.ceil(share * values.numel()) - 1))
+    return float(values.flatten().float().sort().values[rank])
+
+
+def repeated_share(ids: list[int], order: int = 4) -> float:
+    """Share of the `order`-grams of one completion that stood in it before (0 if too short)."""
+    grams = [tuple(ids[i : i + order]) for i in range(len(ids) - order + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def rollout_metrics(rollout: Any) -> dict[str, float]:
+    """Lengths, endings, repetition and verdicts of a batch of rollouts."""
+    lengths = rollout.completion_mask.sum(1)
+    num_rollouts = max(len(lengths), 1)
+    completions = [
+        row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask)
+    ]
+    verified = rollout.verdict != 0
+    return {
+        "num_rollouts": float(len(lengths)),
+        "num_trained_tokens": float(rollout.trained_mask.sum()),
+        "length_mean": float(lengths.float().mean()),
+        "length_p95": percentile(lengths, 0.95),
+        "eos_rate": float(rollout.ended.float().mean()),
+        "truncated_share": 1.0 - float(rollout.ended.float().mean()),
+        "repetition_share": sum(map(repeated_share, completions)) / num_rollouts,
+        "verifier_pass_rate": float((rollout.verdict[verified] > 0).float().mean())
+        if verified.any()
+        else math.nan,
+        "unverified_share": 1.0 - float(verified.float().mean()),
+        "truncation_mean": _mean(
+            (rollout.behaviour_logp - rollout.rollout_logp)[rollout.completion_mask]
+        ),
+    }
+
+
+def token_metrics(tokens: dict[str, Tensor]) -> dict[str, float]:
+    """Means over trained tokens of what `token_loss` reports; quantiles of the log-ratio."""
+    decile = tokens.pop("decile", None)
+    metrics = {f"{name}_mean": _mean(values) for name, values in tokens.items()}
+    if "log_ratio" in tokens:
+        for tenth in range(10) if decile is not None else ():
+            metrics[f"log_ratio_decile_{tenth}"] = _mean(tokens["log_ratio"][decile == tenth])
+        metrics["log_ratio_p1"] = percentile(tokens["log_ratio"], 0.01)
+        metrics["log_ratio_p99"] = percentile(tokens["log_ratio"], 0.99)
+    if "advantage" in tokens:
+        metrics["advantage_positive_share"] = _mean((tokens["advantage"] > 0).float())
+        metrics["advantage_negative_share"] = _mean((tokens["advantage"] < 0).float())
+    return metrics
+
+
+def pass_metrics(verdicts: Tensor, prompts: Sequence[Any]) -> dict[str, float]:
+    """avg@n (share of samples that are right) and pass@k for k = 1, 2, 4, ..., n; also by domain.
+
+    pass@k = mean over prompts of 1 - C(n - c, k) / C(n, k) with c right of n verified samples
+    (arXiv:2107.03374, Eq. 1); unverified samples leave c and n, prompts with n < k leave the mean.
+
+    Args:
+        verdicts: [prompts, samples], -1, 0, +1.  prompts: with attribute `domain`.
+    """
+    domains = [prompt.domain for prompt in prompts]
+    metrics = {}
+    for domain in ["", *sorted(set(domains))] if len(set(domains)) > 1 else [""]:
+        chosen = verdicts[[domain in ("", each) for each in domains]]
+        right, verified = (chosen > 0).sum(1).tolist(), (chosen != 0).sum(1).tolist()
+        tail = f"/{domain}" if domain else ""
+        metrics[f"avg@{verdicts.shape[1]}{tail}"] = (
+            sum(right) / sum(verified) if sum(verified) else math.nan
+        )
+        k = 1
+        while k <= verdicts.shape[1]:
+            shares = [
+                1.0 - math.comb(n - c, k) / math.comb(n, k)
+                for c, n in zip(right, verified)
+                if n >= k
+            ]
+            metrics[f"pass@{k}{tail}"] = sum(shares) / len(shares) if shares else math.nan
+            k *= 2
+    return metrics
+
+
+def thin(rollout: Any, num_tokens: int, seed: int) -> Any:
+    """A few of the rollouts, with bits of their masks cleared, so that at most `num_tokens` (chosen
+    at random) are trained: for metrics that are too dear to have on all of them."""
+    generator = np.random.default_rng([7, seed])
+    lengths = rollout.trained_mask.sum(1).cpu().numpy()
+    order = generator.permutation(len(lengths))
+    enough = int(np.searchsorted(lengths[order].cumsum(), num_tokens)) + 1
+    part = rollout.select(torch.from_numpy(order[:enough]))
+    places = part.trained_mask.nonzero()
+    drop = places[torch.from_numpy(generator.permutation(len(places))[num_tokens:])]
+    part.response_mask[drop[:, 0], drop[:, 1]] = False
+    part.prefix_mask[drop[:, 0], drop[:, 1]] = False
+    return part
+
+
+def samples(rollout: Any, tokenizer: Any, num: int = 4) -> list[dict[str, Any]]:
+    """The first `num` rollouts as rows of `samples.jsonl`."""
+    rows = []
+    for row, prompt in enumerate(rollout.prompts[:num]):
+        ids = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+        rows.append(
+            {
+                "prompt": prompt.text,
+                "answer": prompt.answer,
+                "domain": prompt.domain,
+                "completion": tokenizer.decode(ids),
+                "verdict": float(rollout.verdict[row]),
+                "ended": bool(rollout.ended[row]),
+                "source": ("student", "teacher")[int(rollout.source[row])],
+                "num_tokens": len(ids),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def exact_divergences(
+    models: dict[str, Any],
+    micro_batches: Iterable[Any],
+    read_tokens: Callable[..., Tensor],
+    law: dict[str, Any],
+) -> dict[str, float]:
+    """Means of `divergences` between student and teacher over the trained tokens of rollouts.
+
+    `read_tokens` is the method file's; `law` holds `temperature` and `valid_vocab`.
+    """
+    parts = []
+    for micro in micro_batches:
+        for teacher, part in by_teacher(models, micro):
+            pair = models["student"], teacher
+            grids = [read_tokens(each, part, lambda rows, head: rows) for each in pair]
+            rows = [grid[part.trained_mask] for grid in grids]  # [N, D]
+            parts.append(divergences(*rows, *(each.head for each in pair), **law))
+    return {key: _mean(torch.cat([part[key] for part in parts])) for key in (parts or [{}])[0]}
+
+
+def divergences(
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    student_head: Tensor | None,
+    teacher_head: Tensor | None,
+    valid_vocab: int,
+    temperature: float,
+    support_size: int = 32,
+    chunk: int = 64,
+) -> dict[str, Tensor]:
+    """Exact divergences, entropies and masses at N tokens: tensors [N].
+
+    From hidden states (from logits where the head is None), `chunk` full rows at a time.
+    """
+    found: dict[str, list[Tensor]] = {}
+    teacher_rows = teacher_rows.to(student_rows.device)
+    if teacher_head is not None:
+        teacher_head = teacher_head.to(student_rows.device)
+    for start in range(0, max(len(student_rows), 1), chunk):
+        pairs = ((student_rows, student_head), (teacher_rows, teacher_head))
+        student, teacher = (
+            torch.log_softmax(
+                _logits(rows[start : start + chunk], head)[:, :valid_vocab] / temperature, -1
+            )
+            for rows, head in pairs
+        )
+        k = min(support_size, valid_vocab)
+        support, student_support = teacher.topk(k, -1).indices, student.topk(k, -1).indices
+        common = (support[:, :, None] == student_support[:, None, :]).any(-1)
+        part = {
+            "reverse_kl": opd_ops.full_kl(student, teacher, divergence="reverse"),
+            "forward_kl": opd_ops.full_kl(student, teacher, divergence="forward"),
+            "student_entropy": _entropy(student),
+            "teacher_entropy": _entropy(teacher),
+            "teacher_mass": teacher.gather(1, support).exp().sum(1),
+            "student_mass": student.gather(1, support).exp().sum(1),
+            "overlap": common.float().mean(1),
+        }
+        for name, values in part.items():
+            found.setdefault(name, []).append(values.float())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def position_decile(mask: Tensor) -> Tensor:
+    """Which tenth of its completion's trained tokens a token stands in: [B, T] int64, 0 to 9."""
+    return (mask.cumsum(1) - 1).clamp(min=0) * 10 // mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
+    return rows.float() if head is None else rows.float() @ head.float().T
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.float().mean()) if values.numel() else math.nan

@@ -1,0 +1,168 @@
+"""Loading `transformers` models so that hidden states and head are used inside one forward call."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ops import compat, runs
+
+
+class CausalLM(torch.nn.Module):
+    """A `transformers` model whose forward pass ends in `read`.
+
+    `read(rows, head)` gets hidden states [N, D] and the head [V, D], so that a loss never holds
+    [N, V]. Where the head is more than a matrix product (bias, soft-capping, scale, adapter) it
+    gets logits [N, V] and None instead, which every `opd_ops.linear_*` op takes as well. `read`
+    runs inside the module's forward, where sharded weights are whole.
+
+    Attributes:
+        lm: the `PreTrainedModel`.  plain_head: whether `read` gets the head.
+        compute_dtype: autocast type; float32 means no autocast.
+    """
+
+    def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.lm.parameters()).device
+
+    @property
+    def head(self) -> Tensor | None:
+        """The head [V, D], or None where it is not a plain matrix product."""
+        return self.lm.get_output_embeddings().weight if self.plain_head else None
+
+    def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
+        """`read` at the positions `where`, a mask [B, P+T]; None: the last position of each row."""
+        kind = inputs["input_ids"].device.type
+        with torch.autocast(kind, self.compute_dtype, self.compute_dtype != torch.float32):
+            if self.plain_head:
+                rows = self.lm.get_decoder()(**inputs).last_hidden_state
+            else:
+                rows = self.lm(**inputs, logits_to_keep=int(where is None)).logits
+            return read(rows[:, -1] if where is None else rows[where], self.head)
+
+
+def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
+    """Load one model for training or frozen, in eval mode.
+
+    The student's weights are float32 (its compute type is `--dtype`), a frozen model's are
+    `--teacher-dtype` and take no gradient. Dropout is set to 0: the policy that is trained has to
+    be the policy that sampled. Only safetensors are read.
+
+    Raises:
+        RunError: the folder or hub name has no model that can be loaded.
+    """
+    import transformers
+
+    compute = getattr(torch, args.teacher_dtype if frozen else args.dtype)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **trust)
+        for key in config.to_dict():
+            if "dropout" in key or key.endswith("_pdrop"):
+                setattr(config, key, 0.0)
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=compute if frozen else torch.float32,
+            use_safetensors=True,
+            **trust,
+        )
+    except (OSError, ValueError) as error:
+        raise runs.RunError(f"model {path} cannot be loaded: {runs.one_line(error)}") from error
+    lm = lm.to(args.teacher_device if frozen else args.device).requires_grad_(not frozen).eval()
+    plain = compat.head_is_product(lm, args.valid_vocab)
+    if not plain:
+        runs.say(f"! {path}: the head is more than a matrix product: full [N, V] logits are held")
+    if args.gradient_checkpointing and not frozen:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return CausalLM(lm, plain, torch.float32 if frozen else compute)
+
+
+def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, CausalLM]:
+    """Load `student` for training and all others frozen; frozen models with one path are shared."""
+    models: dict[str, CausalLM] = {}
+    for name, path in paths.items():
+        twin = next((n for n in models if n != "student" and paths[n] == path), None)
+        models[name] = models[twin] if twin else load_lm(path, name != "student", args)
+    return models
+
+
+def by_teacher(models: dict[str, CausalLM], rollout: Any) -> Iterator[tuple[CausalLM, Any]]:
+    """Each teacher with the rollouts of its domain. Names: `teacher` gets all, `teacher/NAME` those
+    whose prompt has the domain NAME."""
+    for name, model in models.items():
+        kind, _, domain = name.partition("/")
+        rows = [row for row, each in enumerate(rollout.prompts) if domain in ("", each.domain)]
+        if kind == "teacher" and rows:
+            yield model, rollout.select(torch.tensor(rows))
+
+
+def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
+    """Everything that can refuse a set of models before a weight is read.
+
+    Loads tokenizers and configurations, compares them (`compat.check_pair`), resolves `--device`,
+    `--dtype` and their frozen counterparts; sets `args.valid_vocab`, `.eos_ids`, `.num_positions`.
+
+    Returns:
+        The student's tokenizer, with the chat template of `--chat-template-from`.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    args.teacher_device = args.device if args.teacher_device == "same" else args.teacher_device
+    for device in {args.device, args.teacher_device}:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise runs.RunError(f"device {device!r}: {runs.one_line(error)}", 2) from None
+    for name, device in (("dtype", args.device), ("teacher_dtype", args.teacher_device)):
+        if getattr(args, name) == "auto":
+            setattr(args, name, "bfloat16" if device.startswith("cuda") else "float32")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizers, configs, generation_configs = {}, {}, {}
+    for name, path in paths.items():
+        try:
+            configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
+            tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
+        except (OSError, ValueError, KeyError) as error:
+            raise runs.RunError(
+                f"--{name.split('/')[0]} {path}: no model or tokenizer: {runs.one_line(error)}"
+            ) from error
+        try:
+            generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
+        except OSError:
+            generation_configs[name] = transformers.GenerationConfig()
+    report = compat.check_pair(
+        tokenizers,
+        configs,
+        generation_configs,
+        args.chat_template,
+    )
+    for name, config in configs.items():
+        with torch.device("meta"):
+            shape = transformers.AutoModelForCausalLM.from_config(config, **trust)
+        size = sum(parameter.numel() for parameter in shape.parameters())
+        report.facts.append(
+            f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
+        )
+    runs.say(*report.lines())
+    if report.errors:
+        raise runs.RunError("; ".join(report.errors))
+    args.valid_vocab, args.eos_ids = report.valid_vocab, report.eos_ids
+    args.num_positions = report.num_positions
+    tokenizer = tokenizers["student"]
+    if args.chat_template_from == "teacher":
+        teacher = next(name for name in tokenizers if name.startswith("teacher"))
+        tokenizer.chat_template = tokenizers[teacher].chat_template
+    return tokenizer

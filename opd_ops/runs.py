@@ -1,0 +1,620 @@
+"""What surrounds a run and cannot change a number in it: errors, run folder, checkpoints, logs.
+
+Everything here is plumbing. What a method computes stands in the method file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+"""The embedded pair of models that a method file runs when it is called without arguments."""
+
+
+class RunError(Exception):
+    """A failure with one line for the user; exit code `code` (1 run failure, 2 usage)."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for `main(argv)`: turns an error into one line on stderr and an exit code.
+
+    Codes: 0 ok, 1 run failure, 2 usage, 130 after SIGINT, 143 after SIGTERM. `--debug` in `argv`
+    shows the traceback of anything that is not a `RunError`; without it the line names the error.
+    """
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> None:
+        debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+        try:
+            main(argv)
+        except RunError as error:
+            if debug:
+                traceback.print_exc()
+            print(
+                f"{'usage' if error.code == 2 else 'error'}: {error}", file=sys.stderr, flush=True
+            )
+            raise SystemExit(error.code) from None
+        except KeyboardInterrupt:
+            print("error: interrupted before the run had started", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
+        except Exception as error:
+            if debug:
+                raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            print(
+                f"error: {type(error).__name__}: {one_line(error)} "
+                f"[{Path(where.filename).name}:{where.lineno}; --debug shows the traceback]",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(1) from None
+
+    return guarded
+
+
+def one_line(error: object, limit: int = 400) -> str:
+    """`str(error)` with white space folded, cut to `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def say(*lines: str) -> None:
+    """Print lines above any progress bar, at once."""
+    from tqdm import tqdm
+
+    for line in lines:
+        tqdm.write(line)
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------------------------------ arguments
+def flag(group: Any, name: str, default: Any, text: str, bounds: str = "", **kwargs: Any) -> None:
+    """Add one flag. Its type is that of `default`; `bounds` is an interval such as (0,1]."""
+    if isinstance(default, bool):
+        kwargs["action"] = argparse.BooleanOptionalAction
+    elif default is not None:
+        kwargs.setdefault("type", type(default))
+    shown = "; ".join(filter(None, ["" if default is None else f"default {default}", bounds]))
+    text = f"{text} [{shown}]" if shown else text
+    group.add_argument(
+        name, default=default, help=text.replace("%", "%%"), **kwargs
+    ).bounds = bounds
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    check: Callable[[argparse.Namespace], list[str]],
+) -> argparse.Namespace:
+    """Parse flags; bounds, `check(args)` and JSON are checked together, in one message, exit 2."""
+    args = parser.parse_args(argv)
+    errors = []
+    for action in parser._actions:
+        bounds, value = getattr(action, "bounds", ""), getattr(args, action.dest, None)
+        if bounds and value is not None and not _inside(value, bounds):
+            errors.append(f"{action.option_strings[0]} must be in {bounds}, got {value}")
+    try:
+        args.chat_template_args = json.loads(args.chat_template_args)
+        if not isinstance(args.chat_template_args, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        errors.append(f"--chat-template-args must be a JSON object: {error}")
+    if args.resume and args.overwrite:
+        errors.append("--resume and --overwrite exclude each other")
+    errors += check(args)
+    if errors:
+        raise RunError("; ".join(errors), code=2)
+    return args
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = interval[1:-1].split(",")
+    above = value >= float(low) if interval[0] == "[" else value > float(low)
+    below = value <= float(high) if interval[-1] == "]" else value < float(high)
+    return above and below  # NaN fails both comparisons
+
+
+def optional(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RunError(f"{purpose} needs {module}: pip install 'opd[{extra}]' ({error})") from None
+
+
+# ------------------------------------------------------------------------------------- verifier
+def _verify_forever(pipe: Any, function: Callable[[str, str, dict[str, Any]], bool]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    while True:
+        try:
+            text, answer, row = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((bool(function(text, answer, row)), ""))
+        except Exception as error:
+            pipe.send((None, f"{type(error).__name__}: {one_line(error, 200)}"))
+
+
+class Verifier:
+    """Runs `function(completion, answer, row) -> bool` in one long-lived child process.
+
+    The child is killed and started anew when an answer takes longer than `timeout_s`, so that a
+    verifier that hangs cannot stop a run. A process is no sandbox: do not execute model text.
+
+    `num_unverified` counts the calls that timed out or raised since the run began; `last_error` is
+    the newest message.
+    """
+
+    def __init__(
+        self, function: Callable[[str, str, dict[str, Any]], bool], timeout_s: float
+    ) -> None:
+        self.function, self.timeout_s = function, timeout_s
+        self.num_unverified, self.last_error = 0, ""
+        self._process: Any = None
+        self._pipe: Any = None
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(
+            target=_verify_forever, args=(child_end, self.function), daemon=True
+        )
+        self._process.start()
+        child_end.close()
+        self._fresh = True
+
+    def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
+        """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified."""
+        verdicts = []
+        for item in items:
+            right, error = None, "the verifier process died"
+            # A fresh child has to import its modules before it can answer.
+            timeout_s = self.timeout_s + (120.0 if self._fresh else 0.0)
+            try:
+                self._pipe.send(item)
+                if self._pipe.poll(timeout_s):
+                    right, error = self._pipe.recv()
+                    self._fresh = False
+                else:
+                    error = f"no answer within {self.timeout_s} s"
+            except (EOFError, OSError):
+                pass
+            if right is None:
+                self.num_unverified += 1
+                self.last_error = error
+                if self.num_unverified <= 3:
+                    say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
+                if not self._process.is_alive() or "no answer" in error:
+                    self.close()
+                    self._start()
+            verdicts.append(0.0 if right is None else 1.0 if right else -1.0)
+        return verdicts
+
+    def close(self) -> None:
+        """End the child process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+# --------------------------------------------------------------------------------------- the run
+def environment() -> dict[str, Any]:
+    """Versions, commit, hardware and op implementation: what a reader needs to repeat a run."""
+    import numpy
+    import transformers
+
+    import opd_ops
+
+    def git(*command: str) -> str:
+        try:
+            root = Path(__file__).resolve().parents[1]
+            done = subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": git("status", "--porcelain") != "",
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "num_devices": torch.cuda.device_count() if cuda else 0,
+        "num_threads": torch.get_num_threads(),
+        "opd_ops": opd_ops.info(),
+    }
+
+
+class Run:
+    """The run folder: `args.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, the script.
+
+    Args:
+        args: the parsed flags; `run_dir`, `resume`, `overwrite`, `keep_checkpoints`, `report_to`
+            are used here.
+        script: the method file, copied into the folder: the file is the experiment.
+
+    Raises:
+        RunError: the folder exists and neither `--resume` nor `--overwrite` was given; or
+            `--resume` finds no complete checkpoint.
+    """
+
+    def __init__(self, args: argparse.Namespace, script: str) -> None:
+        self.path = Path(args.run_dir)
+        self.keep, self.steps = args.keep_checkpoints, args.steps
+        self.stop_signal = 0
+        self.phases: dict[str, float] = {}
+        self.checkpoints = self.path / "checkpoints"
+        used = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.glob("step_*"))
+        if used and not (args.resume or args.overwrite):
+            raise RunError(f"run folder {self.path} exists: give --resume or --overwrite", code=2)
+        if used and args.overwrite and not args.resume:
+            if not (self.path / "args.json").is_file():
+                raise RunError(f"--overwrite: {self.path} is not a run folder (no args.json)", 2)
+            shutil.rmtree(self.path)
+        self.resume_from = self.newest_checkpoint() if args.resume else None
+        if args.resume and self.resume_from is None:
+            raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
+        if self.resume_from:
+            say(f"resume: from {self.resume_from}", *self._changed_flags(args))
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        shutil.copyfile(script, self.path / Path(script).name)
+        record = {"args": vars(args), "environment": environment(), "argv": sys.argv}
+        write_atomically(self.path / "args.json", json.dumps(record, indent=1, default=str) + "\n")
+        self._report = _reporter(args.report_to, self.path, vars(args))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles them
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stop_signal:
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+        say(f"! {signal.Signals(number).name}: will save and stop after this step (again: at once)")
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to `phases[name]`; synchronises the device."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view."""
+        row = {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
+        _append(self.path / "metrics.jsonl", {"step": step} | row)
+        self._report(step, metrics)
+
+    def log_step(
+        self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]
+    ) -> None:
+        """Log a training step, with the seconds of each phase, and print its line."""
+        phases, self.phases = self.phases, {}
+        metrics = metrics | {f"{name}_s": seconds for name, seconds in phases.items()}
+        metrics["step_s"] = sum(seconds for name, seconds in phases.items() if name != "eval")
+        metrics["tokens_per_s"] = metrics["num_trained_tokens"] / metrics["step_s"]
+        metrics["peak_memory_mib"] = peak_memory_mib()
+        self.log(step, metrics)
+        for sample in samples:
+            _append(self.path / "samples.jsonl", {"step": step} | sample)
+        say(step_line(step, self.steps, metrics))
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""
+        return any(row["step"] == step and key in row for row in read_metrics(self.path))
+
+    # ------------------------------------------------------------------------------ checkpoints
+    def save(self, step: int, write: Callable[..., None], *args: Any) -> Path:
+        """Write a checkpoint so that it is complete or absent, then drop the oldest.
+
+        `write(folder, *args)` fills a temporary folder; its files are hashed into `manifest.json`,
+        synced and renamed to `step_<step>`. An error touches nothing that was saved before.
+        """
+        target = self.checkpoints / f"step_{step}"
+        if target.exists():
+            return target
+        folder = self.checkpoints / f".writing-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir()
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "torch.distributed is disabled"
+                )  # it is: 1 process
+                write(folder, *args)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            manifest = {
+                str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha(path)}
+                for path in files
+            }
+            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            for path in (*files, folder / "manifest.json", folder):
+                _sync(path)
+            folder.rename(target)
+            _sync(self.checkpoints)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RunError(
+                f"checkpoint at step {step} could not be written: {one_line(error)}; "
+                f"last good checkpoint: {self.newest_checkpoint()}"
+            ) from error
+        complete = sorted(self.checkpoints.glob("step_*"), key=_step_of)
+        for old in complete[: -self.keep] if self.keep else []:
+            shutil.rmtree(old)
+        return target
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose files match its manifest; damaged ones are named, skipped."""
+        for path in sorted(self.checkpoints.glob("step_*"), key=_step_of, reverse=True):
+            problem = check_manifest(path)
+            if problem is None:
+                return path
+            say(f"! checkpoint {path} is damaged ({problem}): skipped")
+        return None
+
+    def rewind(self, step: int) -> None:
+        """Drop logged rows after `step`, which a resumed run will write again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                kept = []
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                    if not line.endswith("\n"):
+                        break  # cut short by the kill: it will be written again
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                write_atomically(path, "".join(kept))
+
+    def stop_if_asked(self, save: Callable[[], Path]) -> None:
+        """After SIGINT or SIGTERM: save, then end with exit code 130 or 143."""
+        if self.stop_signal:
+            name, path = signal.Signals(self.stop_signal).name, save()
+            raise RunError(
+                f"stopped by {name}; saved {path}; go on with --resume", 128 + self.stop_signal
+            )
+
+    def bad_step(self, metrics: dict[str, float], offending: Sequence[dict[str, Any]]) -> RunError:
+        """The error for a step whose loss or gradient was not finite; keeps what caused it."""
+        path = self.path / "offending.jsonl"
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in offending))
+        return RunError(
+            f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']}: more bad steps than "
+            f"--max-bad-steps; the rollouts are in {path}; last good checkpoint: "
+            f"{self.newest_checkpoint()}"
+        )
+
+    def finish(self) -> None:
+        """Print the evaluations (before, after, teacher), the folder and the picture of the run."""
+        rows = read_metrics(self.path)
+        columns = {}
+        for title, name, place in (
+            ("student before", "student", 0),
+            ("student after", "student", -1),
+            ("teacher", "teacher", 0),
+        ):
+            prefix = f"eval/{name}/"
+            found = [row for row in rows if f"{prefix}length_mean" in row]
+            if found:
+                row = found[place]
+                columns[title] = {
+                    k.removeprefix(prefix): row[k] for k in row if k.startswith(prefix)
+                }
+        if columns:
+            keys = list(columns["student after"])
+            scores = [
+                key for key in keys if key[:4] == "avg@" or (key[:5] == "pass@" and "/" not in key)
+            ]
+            rest = ["reverse_kl", "length_mean", "truncated_share", "unverified_share"]
+            say("", table(columns, scores + rest), "")
+        say(f"run folder: {self.path}")
+        avg = [key for key in (rows or [{}])[0] if key.startswith("eval/student/avg@")][:1]
+        curves = [*avg, "eval/student/reverse_kl", "reverse_kl", "length_mean"]
+        if picture := plot_curves(self.path, curves):
+            say(f"learning curve: {picture}")
+
+    def _changed_flags(self, args: argparse.Namespace) -> list[str]:
+        old = json.loads((self.path / "args.json").read_text())["args"]
+        new = json.loads(json.dumps(vars(args), default=str))
+        harmless = {"resume", "overwrite", "run_dir", "debug", "report_to"}
+        return [
+            f"! --{key.replace('_', '-')} was {old.get(key)!r} and is now {new[key]!r}"
+            for key in new
+            if key not in harmless and old.get(key) != new[key]
+        ]
+
+
+def peak_memory_mib() -> float:
+    """Peak of the process: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def say_plan(args: argparse.Namespace) -> None:
+    """Print the op implementation and the token budget; with `--dry-run` the resolved flags too."""
+    import opd_ops
+
+    if args.dry_run:
+        say(*(f"  --{key.replace('_', '-')} {value}" for key, value in vars(args).items()))
+    rollouts = args.prompts_per_step * args.rollouts_per_prompt
+    budget = rollouts * args.max_completion_tokens
+    say(
+        f"ops: {json.dumps(opd_ops.info(), default=str)}",
+        f"budget: {args.steps} steps x {rollouts} rollouts x at most {args.max_completion_tokens} "
+        f"tokens = {budget / 1e6:.3g} M tokens a step, {args.steps * budget / 1e6:.3g} M in all",
+    )
+
+
+def check_manifest(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest.json: {one_line(error, 80)}"
+    for name, entry in manifest.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return f"{name}: missing or cut short"
+        if _sha(path) != entry["sha256"]:
+            return f"{name}: checksum differs"
+    return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _sha(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reporter(
+    kind: str, path: Path, config: dict[str, Any]
+) -> Callable[[int, dict[str, float]], None]:
+    if kind == "none":
+        return lambda step, metrics: None
+    if kind == "tensorboard":
+        optional("tensorboard", "report", "--report-to tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(path / "tensorboard"))
+
+        def write(step: int, metrics: dict[str, float]) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+
+        return write
+    module = optional(kind, kind, f"--report-to {kind}")
+    session = module.init(project="opd", name=path.name, config=config)
+    return lambda step, metrics: session.log(metrics, step=step)
+
+
+# ------------------------------------------------------------------------------- what is printed
+def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """One aligned line for a step."""
+    width = len(str(steps))
+    shown = (
+        ("loss", "loss", "{:+.4f}"),
+        ("log_ratio_mean", "log_ratio", "{:+.4f}"),
+        ("verifier_pass_rate", "pass", "{:.3f}"),
+        ("length_mean", "length", "{:6.1f}"),
+        ("truncated_share", "cut", "{:.2f}"),
+        ("grad_norm", "grad", "{:7.3f}"),
+        ("generate_s", "generate", "{:5.1f}s"),
+        ("teacher_s", "teacher", "{:5.1f}s"),
+        ("student_s", "student", "{:5.1f}s"),
+        ("tokens_per_s", "tok/s", "{:6.0f}"),
+    )
+    cells = [f"{name} {form.format(metrics[key])}" for key, name, form in shown if key in metrics]
+    return f"step {step:>{width}}/{steps}  " + "  ".join(cells)
+
+
+def table(columns: dict[str, dict[str, float]], keys: Sequence[str]) -> str:
+    """A plain text table: one row per key, one column per name."""
+    present = [key for key in keys if any(key in column for column in columns.values())]
+    width = max([len(key) for key in present] + [6])
+    lines = [" " * width + "".join(f"{name:>16}" for name in columns)]
+    for key in present:
+        cells = [f"{column[key]:.4f}" if key in column else "-" for column in columns.values()]
+        lines.append(f"{key:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`."""
+    file = path / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def plot_curves(path: Path, keys: Sequence[str]) -> Path | None:
+    """Draw logged keys against the step into `curves.png`; None (and a line) without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no picture: matplotlib is not installed (pip install 'opd[plot]')")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(path)
+    keys = [key for key in keys if any(isinstance(row.get(key), float) for row in rows)]
+    figure, axes = plt.subplots(
+        1, max(len(keys), 1), figsize=(4.2 * max(len(keys), 1), 3.2), squeeze=False
+    )
+    for axis, key in zip(axes[0], keys, strict=False):
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float)]
+        marker = "o" if len(points) < 30 else None
+        axis.plot(*zip(*points, strict=True), marker=marker, color="#0072B2", linewidth=1.5)
+        axis.set_xlabel("step")
+        axis.set_title(key, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path / "curves.png", dpi=120)
+    plt.close(figure)
+    return path / "curves.png"

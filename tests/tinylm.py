@@ -1,0 +1,66 @@
+"""Small random models with a word-level tokenizer, made in milliseconds, for tests of the loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["<pad>", "<end>", "<user>", "<bot>", *"0123456789+-=# abcdefghijklmnopqrstuvwxyz?"]
+TEMPLATE = (
+    "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One token per character, four special tokens, a chat template."""
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.add_special_tokens(words[:4])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<end>", pad_token="<pad>", unk_token="?"
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def save_model(
+    folder: Path, seed: int, *, vocab: int | None = None, words: list[str] = WORDS, **config: Any
+) -> str:
+    """A random Qwen3 whose logits depend on position and context; returns the folder as text."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": vocab or len(words),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.25,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(sizes | config)))
+    model.save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
+    return str(folder)
+
+
+def save_prompts(path: Path, num: int = 12) -> str:
+    """`num` additions of different lengths in two domains."""
+    rows = [
+        {"prompt": f"{i}+{i * 37 % 501}=", "answer": str(i), "domain": "ab"[i % 2]}
+        for i in range(num)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
