@@ -344,15 +344,15 @@ def collect(
     prompts: list[Prompt],
     args: argparse.Namespace,
     step: int,
-) -> Rollout:
-    """Where trajectories come from: the student."""
+) -> tuple[Rollout, dict[str, float]]:
+    """Where trajectories come from (the student), and what to log of how they came."""
     prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
     uniform = uniforms(len(prompts), 2, step, args)
     rollout = sample(
         models["student"], prompts, uniform, args, args.temperature, args.top_p, args.top_k
     )
     verify(rollout, tokenizer, verifier)
-    return rollout
+    return rollout, {}
 
 
 @torch.no_grad()
@@ -559,10 +559,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             break
         with run.phase("generate"):
             chosen = prompts_of_step(prompts, step, args)
-            rollout = collect(models, tokenizer, verifier, chosen, args, step)
+            rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
         with run.phase("teacher"):
             batch = [(micro, score(models, micro, args)) for micro in micro_batches(rollout, args)]
-        metrics = health.rollout_metrics(rollout)
+        metrics |= health.rollout_metrics(rollout)
         if args.diagnostic_tokens:
             with run.phase("diagnose"):
                 few = micro_batches(health.thin(rollout, args.diagnostic_tokens, step), args)
