@@ -155,6 +155,7 @@ class Rollout:
     prefix_mask: Tensor  # [B, T] bool: tokens of a teacher's prefix
     rollout_logp: Tensor  # [B, T] nats, of the law that was sampled from
     behaviour_logp: Tensor  # [B, T] nats, same weights, full vocabulary, loss temperature
+    coin: Tensor  # [B, T] a uniform in [0, 1) for the method's own draw at a token, from `collect`
     ended: Tensor  # [B] bool: EOS was sampled
     source: Tensor  # [B] int64: 0 student, 1 teacher
     verdict: Tensor  # [B] float: +1 right, -1 wrong, 0 unverified
@@ -271,7 +272,8 @@ def sample(
     prompt, completion = (num, length), (num, width)
     out = Rollout(
         prompts, ids(prompt), masks(prompt), ids(completion), masks(completion), masks(completion),
-        masks(completion), zeros(completion), zeros(completion), masks(num), ids(num), zeros(num),
+        masks(completion), zeros(completion), zeros(completion), zeros(completion), masks(num),
+        ids(num), zeros(num),
     )  # fmt: skip
     for row, each in enumerate(prompts):
         out.prompt_ids[row, length - len(each.ids) :] = torch.tensor(each.ids)

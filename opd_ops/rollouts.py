@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 def join(rollouts: Sequence[Any]) -> Any:
-    """One rollout of the rows of all, in order: prompts padded on the left, the rest on the right."""
+    """One rollout with the rows of all: prompts are padded on the left, the rest on the right."""
     length = max(each.prompt_ids.shape[1] for each in rollouts)
     width = max(each.completion_ids.shape[1] for each in rollouts)
     joined: dict[str, Any] = {}
