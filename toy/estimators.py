@@ -168,9 +168,12 @@ def teacher_support(process: Process, k: int) -> BoolArray:
 
 
 def _log_sum(logp: Array, mask: BoolArray) -> Array:
-    """Log of the mass on `mask` along the last axis, [L, S, 1]; -inf for no mass."""
+    """Log of the mass on `mask` (never empty) along the last axis, [L, S, 1]; -inf for no mass."""
+    inside = np.where(mask, logp, -np.inf)
+    largest = inside.max(axis=-1, keepdims=True)  # shifted: tiny masses do not underflow
+    largest = np.where(np.isfinite(largest), largest, 0.0)
     with np.errstate(divide="ignore"):
-        result: Array = np.log(np.where(mask, np.exp(logp), 0.0).sum(axis=-1, keepdims=True))
+        result: Array = largest + np.log(np.exp(inside - largest).sum(axis=-1, keepdims=True))
     return result
 
 
@@ -193,7 +196,7 @@ def top_k(process: Process, k: int, outside: Outside = "renormalise") -> Estimat
     if outside == "renormalise":
         inside = student_logp - _log_sum(student_logp, support)
         log_ratio = inside - (teacher_logp - _log_sum(teacher_logp, support))
-        probs = np.where(support, np.exp(inside), 0.0)
+        probs = np.exp(np.where(support, inside, -np.inf))
         local = _every_action(_kl_gradient(probs, log_ratio))
     elif outside == "bucket":
         if k < process.num_actions:

@@ -226,7 +226,7 @@ class Report:
 
     bias_sequence  |E X - gradient of the sequence KL|
     bias_prefix    |E X - gradient of the sum of per-prefix KLs|
-    cosine         of E X with the gradient of the sequence KL; nan where one of them is zero
+    cosine         of E X with the gradient of the sequence KL; 0 where one is zero or infinite
     """
 
     bias_sequence: float
@@ -251,12 +251,12 @@ def report(process: Process, estimator: Estimator) -> Report:
         return float(np.linalg.norm(moment.mean - target))
 
     sequence = sequence_kl_gradient(process)
-    size = float(np.linalg.norm(moment.mean) * np.linalg.norm(sequence))
-    inside = bool(np.isfinite(size)) and size > 0
-    cosine = float((moment.mean * sequence).sum()) / size if inside else float("nan")
-    return Report(
-        distance(sequence), distance(prefix_kl_gradient(process)), cosine, moment.trace_cov
-    )
+    cosine = 0.0
+    if np.isfinite(moment.mean).all() and np.isfinite(sequence).all():
+        size = float(np.linalg.norm(moment.mean) * np.linalg.norm(sequence))
+        cosine = float((moment.mean * sequence).sum()) / size if size > 0 else 0.0
+    prefix = prefix_kl_gradient(process)
+    return Report(distance(sequence), distance(prefix), cosine, moment.trace_cov)
 
 
 def bound_sizes(process: Process) -> tuple[float, float]:
