@@ -1,24 +1,24 @@
-"""The public ops: argument checks, choice of the implementation, autograd."""
+"""The public ops: choice of the implementation, argument checks, autograd and fake kernels.
+
+The documentation of each op is in `opd_ops.reference`. The compiled library registers row kernels
+with torch (csrc/bindings.cpp); here they get gradients, shapes for `torch.compile`, and the loop
+over chunks of rows that turns them into `linear_*` ops.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
-from opd_ops.reference import (
-    full_kl,
-    gated_kl,
-    gather_logp,
-    linear_full_kl,
-    linear_gated_kl,
-    linear_gather_logits,
-    linear_gather_logp,
-    linear_support_kl,
-    linear_token_logp,
-    linear_topk_logp,
-    support_kl,
-    token_logp,
-    topk_logp,
-)
+import torch
+from torch import Tensor
+
+from opd_ops import reference
+from opd_ops.reference import Divergence, GradHead, Tail
 
 __all__ = [
     "full_kl",
@@ -38,7 +38,1093 @@ __all__ = [
 ]
 
 
+# ==== which implementation ====
+
+_IMPL = os.environ.get("OPD_OPS_IMPL", "auto")
+_REQUIRED = os.environ.get("OPD_OPS_REQUIRE", "")
+_LIBRARY = Path(__file__).with_name("libopd_ops.so")
+_error: str | None = None  # why nothing compiled runs
+
+# The devices for which an op is compiled. What is missing here runs as reference.
+_COMPILED_FOR = {
+    "token_logp": ("cpu",),
+    "linear_token_logp": ("cpu",),
+    "gather_logp": ("cpu",),
+    "linear_gather_logp": ("cpu",),
+    "gated_kl": ("cpu",),
+    "linear_gated_kl": ("cpu",),
+    "full_kl": ("cpu",),
+    "linear_full_kl": ("cpu",),
+}
+
+
+def _build_info() -> Any:
+    return importlib.import_module("opd_ops._build_info")
+
+
+def _load() -> bool:
+    """Load the compiled ops if they are wanted and there; else say why not in `_error`."""
+    global _error
+    if _IMPL not in ("auto", "reference", "cpp"):
+        raise ImportError(f"OPD_OPS_IMPL: expected auto, reference or cpp, got {_IMPL!r}")
+    if _REQUIRED not in ("", "cpp"):
+        raise ImportError(f"OPD_OPS_REQUIRE: expected cpp or nothing, got {_REQUIRED!r}")
+    if _IMPL == "reference":
+        _error = "OPD_OPS_IMPL=reference"
+    elif not _LIBRARY.exists():
+        _error = f"{_LIBRARY.name} was not built"
+    else:
+        try:
+            torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
+            _build_info().isa()  # refuses a wrong OPD_OPS_ISA
+            return True
+        except (OSError, ImportError, RuntimeError) as error:
+            _error = f"{_LIBRARY.name} does not load: {error}"
+    if _REQUIRED == "cpp" or _IMPL == "cpp":
+        raise ImportError(
+            f"the compiled ops of opd_ops are required, but {_error}; "
+            "build them with: python -m pip install -e . --no-build-isolation"
+        )
+    return False
+
+
+_LOADED = _load()
+
+
 def info() -> dict[str, Any]:
-    """What runs: implementation per op and device, versions, instruction set, compiler."""
-    ops = {name: {"cpu": "reference", "cuda": "reference"} for name in __all__ if name != "info"}
-    return {"compiled": False, "impl": "auto", "ops": ops}
+    """What runs, for the first log line and `args.json`.
+
+    `ops` gives the implementation ("cpp" or "reference") of each op per device; `notice` is a
+    sentence that a program should show loudly, or None.
+    """
+    ops = {
+        name: {
+            device: "cpp" if _LOADED and device in _COMPILED_FOR.get(name, ()) else "reference"
+            for device in ("cpu", "cuda")
+        }
+        for name in __all__
+        if name != "info"
+    }
+    result: dict[str, Any] = {
+        "version": __import__("opd_ops").__version__,
+        "torch": torch.__version__,
+        "OPD_OPS_IMPL": _IMPL,
+        "OPD_OPS_REQUIRE": _REQUIRED,
+        "compiled": _LOADED,
+        "isa": None,
+        "best_isa": None,
+        "compiler": None,
+        "flags": None,
+        "built_with_torch": None,
+        "cuda_targets": None,
+        "threads": torch.get_num_threads(),
+        "notice": None if _LOADED else f"opd_ops runs as plain PyTorch, slowly: {_error}",
+        "ops": ops,
+    }
+    if _LOADED:
+        build = _build_info()
+        result["isa"], result["best_isa"] = build.isa(), build.best_isa()
+        for key in ("compiler", "flags", "built_with_torch", "cuda_targets"):
+            result[key] = getattr(build, key)
+    return result
+
+
+def _compiled(name: str, tensor: Tensor) -> bool:
+    device = tensor.device.type
+    if _LOADED and device in _COMPILED_FOR.get(name, ()):
+        return True
+    if _IMPL == "cpp":
+        raise RuntimeError(f"{name}: OPD_OPS_IMPL=cpp, but it is not compiled for {device} tensors")
+    return False
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _documented(function: _F) -> _F:
+    """Take the documentation from the reference op of the same name."""
+    function.__doc__ = getattr(reference, function.__name__).__doc__
+    return function
+
+
+# ==== row ops: shapes, gradients ====
+
+
+def _row_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _logp_gradient(
+    stats: Tensor,
+    entropy: Tensor,
+    ids: Tensor,
+    grad_logp: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`grad`, `dense` and `slope` of csrc/cpu/kernels.h: ScatterRow.
+
+    logp_k = z_k - lse gives scatter(g) - (sum of g) p; lse gives g p; the entropy
+    -sum p logp gives -g p (logp + entropy).
+    """
+    grad = stats.new_zeros(ids.shape) if grad_logp is None else grad_logp
+    dense = -grad.sum(-1)
+    if grad_lse is not None:
+        dense = dense + grad_lse
+    if grad_entropy is None:
+        return grad, dense, None
+    return grad, dense - grad_entropy * entropy, -grad_entropy
+
+
+def _no_double_backward(name: str) -> None:
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name}: double backward is not implemented; use opd_ops.reference")
+
+    torch.library.register_autograd(name, backward, setup_context=setup)
+
+
+def _register() -> None:
+    lib: Any = torch.library
+
+    @lib.register_fake("opd_ops::gather_logp")
+    def _(logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool) -> Any:
+        rows, dtype = logits.shape[0], _row_dtype(logits)
+        return (
+            logits.new_empty(ids.shape, dtype=dtype),
+            logits.new_empty(rows, dtype=dtype),
+            logits.new_empty(rows if with_entropy else 0, dtype=dtype),
+            logits.new_empty(rows, 2, dtype=dtype),
+        )
+
+    def gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        logits, ids, ctx.valid, ctx.temperature, ctx.with_entropy = inputs
+        _, _, entropy, stats = output
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, ids, entropy, stats)
+
+    def gather_backward(ctx: Any, logp: Any, lse: Any, entropy: Any, stats: Any) -> Any:
+        logits, ids, entropies, row_stats = ctx.saved_tensors
+        grads = (logp, lse, entropy if ctx.with_entropy else None)
+        if all(grad is None for grad in grads):
+            return None, None, None, None, None
+        grad, dense, slope = _logp_gradient(row_stats, entropies, ids, *grads)
+        result = torch.ops.opd_ops.gather_logp_backward(
+            logits, ids, grad, row_stats, dense, slope, None, None, ctx.valid, ctx.temperature
+        )
+        return result, None, None, None, None
+
+    lib.register_autograd("opd_ops::gather_logp", gather_backward, setup_context=gather_setup)
+
+    @lib.register_fake("opd_ops::outside_stats")
+    def _(
+        logits: Tensor, ids: Tensor, mask: Tensor | None, valid: int, temperature: float
+    ) -> Tensor:
+        return logits.new_empty(logits.shape[0], 2, dtype=_row_dtype(logits))
+
+    @lib.register_fake("opd_ops::gather_logp_backward")
+    def _(logits: Tensor, *args: Any) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    @lib.register_fake("opd_ops::gather_logp_backward_")
+    def _(logits: Tensor, *args: Any) -> None:
+        return None
+
+    @lib.register_fake("opd_ops::full_kl")
+    def _(
+        student: Tensor, teacher: Tensor, valid: int, temperature: float, kind: int, beta: float
+    ) -> Any:
+        rows, dtype = student.shape[0], _row_dtype(student)
+        return student.new_empty(rows, dtype=dtype), student.new_empty(rows, 5, dtype=dtype)
+
+    def full_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        student, teacher, *ctx.settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, teacher, output[1])
+
+    def full_backward(ctx: Any, grad: Any, stats: Any) -> Any:
+        student, teacher, row_stats = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None, None, None
+        result = torch.ops.opd_ops.full_kl_backward(
+            student, teacher, row_stats, grad, *ctx.settings
+        )
+        return result, None, None, None, None, None
+
+    lib.register_autograd("opd_ops::full_kl", full_backward, setup_context=full_setup)
+
+    @lib.register_fake("opd_ops::full_kl_backward")
+    def _(student: Tensor, *args: Any) -> Tensor:
+        return student.new_empty(student.shape)
+
+    @lib.register_fake("opd_ops::full_kl_backward_")
+    def _(student: Tensor, *args: Any) -> None:
+        return None
+
+    _no_double_backward("opd_ops::gather_logp_backward")
+    _no_double_backward("opd_ops::full_kl_backward")
+
+
+def _mark_written(logits: Tensor) -> None:
+    """Autograd then refuses to use the old logits again."""
+    torch.autograd.graph.increment_version(logits)
+
+
+_SECOND_BACKWARD = (
+    "inplace=True: the gradient has already been written over the logits; a second backward "
+    "needs inplace=False"
+)
+
+
+class _GatherInplace(torch.autograd.Function):
+    """gather_logp, whose backward leaves the gradient in the memory of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool
+    ) -> Any:
+        logp, lse, entropy, stats = torch.ops.opd_ops.gather_logp(
+            logits, ids, valid, temperature, with_entropy
+        )
+        ctx.settings, ctx.with_entropy, ctx.used = (valid, temperature), with_entropy, False
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(logits, ids, entropy, stats)
+        return logp, lse, entropy, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, logp: Any, lse: Any, entropy: Any, stats: Any) -> Any:
+        if ctx.used:
+            raise RuntimeError(_SECOND_BACKWARD)
+        grads = (logp, lse, entropy if ctx.with_entropy else None)
+        if all(grad is None for grad in grads):
+            return None, None, None, None, None
+        logits, ids, entropies, row_stats = ctx.saved_tensors
+        ctx.used = True
+        grad, dense, slope = _logp_gradient(row_stats, entropies, ids, *grads)
+        torch.ops.opd_ops.gather_logp_backward_(
+            logits, ids, grad, row_stats, dense, slope, None, None, *ctx.settings
+        )
+        _mark_written(logits)
+        return logits.detach(), None, None, None, None
+
+
+class _FullInplace(torch.autograd.Function):
+    """full_kl, whose backward leaves the gradient in the memory of the student's logits."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, *settings: Any) -> Any:
+        value, stats = torch.ops.opd_ops.full_kl(student, teacher, *settings)
+        ctx.settings, ctx.used = settings, False
+        ctx.save_for_backward(student, teacher, stats)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.used:
+            raise RuntimeError(_SECOND_BACKWARD)
+        student, teacher, stats = ctx.saved_tensors
+        ctx.used = True
+        torch.ops.opd_ops.full_kl_backward_(student, teacher, stats, grad, *ctx.settings)
+        _mark_written(student)
+        return student.detach(), None, None, None, None, None
+
+
+def _gather(
+    logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp [N, K], lse [N], entropy [N] or [0]."""
+    settings = (logits, ids, valid, float(temperature), with_entropy)
+    if inplace and not torch.compiler.is_compiling():
+        logp, lse, entropy, _ = _GatherInplace.apply(*settings)  # type: ignore[no-untyped-call]
+    else:
+        logp, lse, entropy, _ = torch.ops.opd_ops.gather_logp(*settings)
+    return logp, lse, entropy
+
+
+_KINDS = {"reverse": 0, "forward": 1, "jsd": 2}
+
+
+def _same_precision(student: Tensor, teacher: Tensor) -> Tensor:
+    """float64 goes with float64; the other types may be mixed."""
+    if (student.dtype == torch.float64) == (teacher.dtype == torch.float64):
+        return teacher
+    return teacher.to(_row_dtype(student))
+
+
+# ==== linear ops: chunks of rows through one workspace ====
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of `hidden @ head.T`: that of the operands, or what autocast makes of them."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+class _Workspace:
+    """Chunks of `hidden @ head[:valid].T` in one reused buffer of bounded size."""
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor, valid: int, dtype: torch.dtype, rows: int
+    ) -> None:
+        self.hidden, self.dtype = hidden, dtype
+        self.head = head[:valid].to(dtype)
+        self.buffer = hidden.new_empty(min(rows, hidden.shape[0]), valid, dtype=dtype)
+
+    def rows(self, piece: slice) -> Tensor:
+        hidden = self.hidden[piece].to(self.dtype)
+        return torch.mm(hidden, self.head.t(), out=self.buffer[: hidden.shape[0]])
+
+    def add_gradients(
+        self, piece: slice, logits: Tensor, grad_hidden: Tensor, grad_head: Tensor
+    ) -> None:
+        """From d loss / d logits of a chunk; an empty gradient is not wanted."""
+        if grad_hidden.numel():
+            if grad_hidden.dtype == self.dtype:
+                torch.mm(logits, self.head, out=grad_hidden[piece])
+            else:
+                grad_hidden[piece] = torch.mm(logits, self.head)
+        if not grad_head.numel():
+            return
+        hidden = self.hidden[piece].to(self.dtype)
+        if grad_head.dtype == self.dtype:
+            grad_head[: logits.shape[1]].addmm_(logits.t(), hidden)
+            return
+        step = max(1, 2**24 // max(1, hidden.shape[1] * hidden.element_size()))  # 16 MiB pieces
+        for start in range(0, logits.shape[1], step):
+            block = logits[:, start : start + step]
+            grad_head[start : start + block.shape[1]] += torch.mm(block.t(), hidden)
+
+
+def _pieces(num_rows: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _rows_per_chunk(valid: int, dtype: torch.dtype, workspace_mib: float) -> int:
+    return max(1, int(workspace_mib * 2**20) // (valid * dtype.itemsize))
+
+
+def _new_gradients(
+    hidden: Tensor, head: Tensor, dtype: torch.dtype, chunks: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Empty tensors for what is not wanted. The head's adds up in float32 over chunks."""
+    grad_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+    low = dtype.itemsize < 4 and chunks > 1
+    accumulate = torch.float32 if low else dtype
+    if not wanted[1]:
+        return grad_hidden, head.new_empty(0)
+    return grad_hidden, head.new_zeros(head.shape, dtype=accumulate)
+
+
+def _register_linear() -> None:
+    op = functools.partial(torch.library.custom_op, mutates_args=())
+
+    @op("opd_ops::linear_gather_logp")
+    def linear_gather_logp(
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        valid: int,
+        temperature: float,
+        with_entropy: bool,
+        dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        step = _rows_per_chunk(valid, dtype, workspace_mib)
+        product = _Workspace(hidden, head, valid, dtype, step)
+        chunks = [
+            torch.ops.opd_ops.gather_logp(
+                product.rows(piece), ids[piece], valid, temperature, with_entropy
+            )
+            for piece in _pieces(hidden.shape[0], step) or [slice(0, 0)]
+        ]
+        if len(chunks) == 1:
+            logp, lse, entropy, stats = chunks[0]
+        else:
+            logp, lse, entropy, stats = (torch.cat(part) for part in zip(*chunks))
+        return logp, lse, entropy, stats
+
+    @linear_gather_logp.register_fake
+    def _(
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        valid: int,
+        temperature: float,
+        with_entropy: bool,
+        dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> Any:
+        rows, result = hidden.shape[0], _row_dtype(hidden)
+        return (
+            hidden.new_empty(ids.shape, dtype=result),
+            hidden.new_empty(rows, dtype=result),
+            hidden.new_empty(rows if with_entropy else 0, dtype=result),
+            hidden.new_empty(rows, 2, dtype=result),
+        )
+
+    @op("opd_ops::linear_gather_logp_backward")
+    def linear_gather_logp_backward(
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        grad: Tensor,
+        stats: Tensor,
+        dense: Tensor,
+        slope: Tensor | None,
+        valid: int,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> tuple[Tensor, Tensor]:
+        step = _rows_per_chunk(valid, dtype, workspace_mib)
+        pieces = _pieces(hidden.shape[0], step)
+        product = _Workspace(hidden, head, valid, dtype, step)
+        wanted = (need_hidden, need_head)
+        grad_hidden, grad_head = _new_gradients(hidden, head, dtype, len(pieces), wanted)
+        for piece in pieces:
+            logits = product.rows(piece)
+            torch.ops.opd_ops.gather_logp_backward_(
+                logits,
+                ids[piece],
+                grad[piece],
+                stats[piece],
+                dense[piece],
+                None if slope is None else slope[piece],
+                None,
+                None,
+                valid,
+                temperature,
+            )
+            product.add_gradients(piece, logits, grad_hidden, grad_head)
+        return grad_hidden, grad_head.to(head.dtype)
+
+    @linear_gather_logp_backward.register_fake
+    def _(
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        grad: Tensor,
+        stats: Tensor,
+        dense: Tensor,
+        slope: Tensor | None,
+        valid: int,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> Any:
+        return (
+            hidden.new_empty(hidden.shape if need_hidden else (0,)),
+            head.new_empty(head.shape if need_head else (0,)),
+        )
+
+    def gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        hidden, head, ids, valid, temperature, ctx.with_entropy, dtype, workspace_mib = inputs
+        _, _, entropy, stats = output
+        ctx.settings = (valid, temperature, dtype, workspace_mib)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, head, ids, entropy, stats)
+
+    def gather_backward(ctx: Any, logp: Any, lse: Any, entropy: Any, stats: Any) -> Any:
+        hidden, head, ids, entropies, row_stats = ctx.saved_tensors
+        grads = (logp, lse, entropy if ctx.with_entropy else None)
+        need = ctx.needs_input_grad[:2]
+        if all(grad is None for grad in grads) or not any(need):
+            return (None,) * 8
+        grad, dense, slope = _logp_gradient(row_stats, entropies, ids, *grads)
+        grad_hidden, grad_head = torch.ops.opd_ops.linear_gather_logp_backward(
+            hidden, head, ids, grad, row_stats, dense, slope, *ctx.settings, *need
+        )
+        return (grad_hidden if need[0] else None, grad_head if need[1] else None, *(None,) * 6)
+
+    linear_gather_logp.register_autograd(gather_backward, setup_context=gather_setup)
+
+    def full_products(
+        student_hidden: Tensor,
+        student_head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        valid: int,
+        dtypes: list[torch.dtype],
+        workspace_mib: float,
+    ) -> Any:
+        """Rows of student and teacher per chunk; the two share the workspace."""
+        sides = [
+            (student_hidden, student_head, dtypes[0]),
+            (teacher_hidden, teacher_head, dtypes[1]),
+        ]
+        row_bytes = sum(valid * dtype.itemsize for _, head, dtype in sides if head is not None)
+        step = max(1, int(workspace_mib * 2**20) // max(1, row_bytes))
+        products = [
+            None if head is None else _Workspace(hidden, head, valid, dtype, step)
+            for hidden, head, dtype in sides
+        ]
+        return products, _pieces(student_hidden.shape[0], step)
+
+    @op("opd_ops::linear_full_kl")
+    def linear_full_kl(
+        student_hidden: Tensor,
+        student_head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        valid: int,
+        temperature: float,
+        kind: int,
+        beta: float,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> tuple[Tensor, Tensor]:
+        (student, teacher), pieces = full_products(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            valid,
+            [student_dtype, teacher_dtype],
+            workspace_mib,
+        )
+        chunks = []
+        for piece in pieces or [slice(0, 0)]:
+            near = student_hidden[piece] if student is None else student.rows(piece)
+            far = teacher_hidden[piece] if teacher is None else teacher.rows(piece)
+            chunks.append(
+                torch.ops.opd_ops.full_kl(
+                    near, _same_precision(near, far), valid, temperature, kind, beta
+                )
+            )
+        value, stats = (torch.cat(part) for part in zip(*chunks))
+        return value, stats
+
+    @linear_full_kl.register_fake
+    def _(
+        student_hidden: Tensor,
+        student_head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        valid: int,
+        temperature: float,
+        kind: int,
+        beta: float,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> Any:
+        rows, result = student_hidden.shape[0], _row_dtype(student_hidden)
+        return (
+            student_hidden.new_empty(rows, dtype=result),
+            student_hidden.new_empty(rows, 5, dtype=result),
+        )
+
+    @op("opd_ops::linear_full_kl_backward")
+    def linear_full_kl_backward(
+        student_hidden: Tensor,
+        student_head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        stats: Tensor,
+        grad: Tensor,
+        valid: int,
+        temperature: float,
+        kind: int,
+        beta: float,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        workspace_mib: float,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> tuple[Tensor, Tensor]:
+        (student, teacher), pieces = full_products(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            valid,
+            [student_dtype, teacher_dtype],
+            workspace_mib,
+        )
+        if student_head is None:  # the hidden states are logits: their gradient is the kernel's
+            grad_hidden = student_hidden.clone(memory_format=torch.contiguous_format)
+            grad_head = student_hidden.new_empty(0)
+        else:
+            grad_hidden, grad_head = _new_gradients(
+                student_hidden, student_head, student_dtype, len(pieces), (need_hidden, need_head)
+            )
+        for piece in pieces:
+            near = grad_hidden[piece] if student is None else student.rows(piece)
+            far = teacher_hidden[piece] if teacher is None else teacher.rows(piece)
+            far = _same_precision(near, far)
+            torch.ops.opd_ops.full_kl_backward_(
+                near, far, stats[piece], grad[piece], valid, temperature, kind, beta
+            )
+            if student is not None:
+                student.add_gradients(piece, near, grad_hidden, grad_head)
+        if student_head is not None:
+            grad_head = grad_head.to(student_head.dtype)
+        return grad_hidden, grad_head
+
+    @linear_full_kl_backward.register_fake
+    def _(
+        student_hidden: Tensor,
+        student_head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        stats: Tensor,
+        grad: Tensor,
+        valid: int,
+        temperature: float,
+        kind: int,
+        beta: float,
+        student_dtype: torch.dtype,
+        teacher_dtype: torch.dtype,
+        workspace_mib: float,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> Any:
+        if student_head is None:
+            return student_hidden.new_empty(student_hidden.shape), student_hidden.new_empty(0)
+        return (
+            student_hidden.new_empty(student_hidden.shape if need_hidden else (0,)),
+            student_head.new_empty(student_head.shape if need_head else (0,)),
+        )
+
+    def full_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        student_hidden, student_head, teacher_hidden, teacher_head, *ctx.settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student_hidden, student_head, teacher_hidden, teacher_head, output[1])
+
+    def full_backward(ctx: Any, grad: Any, stats: Any) -> Any:
+        *operands, row_stats = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
+        if grad is None or not any(need):
+            return (None,) * 11
+        grad_hidden, grad_head = torch.ops.opd_ops.linear_full_kl_backward(
+            *operands, row_stats, grad, *ctx.settings, *need
+        )
+        return (grad_hidden if need[0] else None, grad_head if need[1] else None, *(None,) * 9)
+
+    linear_full_kl.register_autograd(full_backward, setup_context=full_setup)
+    _no_double_backward("opd_ops::linear_gather_logp_backward")
+    _no_double_backward("opd_ops::linear_full_kl_backward")
+
+
+if _LOADED:
+    _register()
+    _register_linear()
+
+
+# ==== the public ops ====
+
+
+@_documented
+def token_logp(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    with_entropy: bool = False,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> tuple[Tensor, ...]:
+    if not _compiled("token_logp", logits):
+        return reference.token_logp(
+            logits,
+            token_ids,
+            with_entropy=with_entropy,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            inplace=inplace,
+        )
+    reference._check_logits("logits", logits)
+    valid = reference._check_vocab(valid_vocab, logits.shape[1], temperature)
+    reference._check_ids("token_ids", token_ids, (logits.shape[0],), logits, valid)
+    reference._check_inplace("logits", logits, inplace)
+    ids = token_ids[:, None]
+    logp, lse, entropy = _gather(logits, ids, valid, temperature, with_entropy, inplace)
+    return (logp[:, 0], lse, entropy) if with_entropy else (logp[:, 0], lse)
+
+
+@_documented
+def linear_token_logp(
+    hidden: Tensor,
+    head: Tensor | None,
+    token_ids: Tensor,
+    *,
+    with_entropy: bool = False,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> tuple[Tensor, ...]:
+    if not _compiled("linear_token_logp", hidden):
+        return reference.linear_token_logp(
+            hidden,
+            head,
+            token_ids,
+            with_entropy=with_entropy,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+    valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
+    reference._check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, valid)
+    ids = token_ids[:, None]
+    logp, lse, entropy = _linear_gather(
+        hidden, head, ids, valid, temperature, with_entropy, workspace_mib
+    )
+    return (logp[:, 0], lse, entropy) if with_entropy else (logp[:, 0], lse)
+
+
+def _linear_gather(
+    hidden: Tensor,
+    head: Tensor | None,
+    ids: Tensor,
+    valid: int,
+    temperature: float,
+    with_entropy: bool,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    reference._check_workspace(workspace_mib)
+    if head is None:
+        return _gather(hidden, ids, valid, temperature, with_entropy, False)
+    logp, lse, entropy, _ = torch.ops.opd_ops.linear_gather_logp(
+        hidden,
+        head,
+        ids,
+        valid,
+        float(temperature),
+        with_entropy,
+        _product_dtype(hidden),
+        float(workspace_mib),
+    )
+    return logp, lse, entropy
+
+
+@_documented
+def topk_logp(
+    logits: Tensor,
+    k: int,
+    *,
+    token_ids: Tensor | None = None,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, ...]:
+    return reference.topk_logp(
+        logits, k, token_ids=token_ids, valid_vocab=valid_vocab, temperature=temperature
+    )
+
+
+@_documented
+def linear_topk_logp(
+    hidden: Tensor,
+    head: Tensor | None,
+    k: int,
+    *,
+    token_ids: Tensor | None = None,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> tuple[Tensor, ...]:
+    return reference.linear_topk_logp(
+        hidden,
+        head,
+        k,
+        token_ids=token_ids,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        workspace_mib=workspace_mib,
+    )
+
+
+@_documented
+def gather_logp(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if not _compiled("gather_logp", logits):
+        return reference.gather_logp(
+            logits, ids, valid_vocab=valid_vocab, temperature=temperature, inplace=inplace
+        )
+    reference._check_logits("logits", logits)
+    valid = reference._check_vocab(valid_vocab, logits.shape[1], temperature)
+    reference._check_id_rows("ids", ids, logits, valid)
+    reference._check_inplace("logits", logits, inplace)
+    logp, lse, _ = _gather(logits, ids, valid, temperature, False, inplace)
+    return logp, lse
+
+
+@_documented
+def linear_gather_logp(
+    hidden: Tensor,
+    head: Tensor | None,
+    ids: Tensor,
+    *,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> tuple[Tensor, Tensor]:
+    if not _compiled("linear_gather_logp", hidden):
+        return reference.linear_gather_logp(
+            hidden,
+            head,
+            ids,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+    valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
+    reference._check_id_rows("ids", ids, hidden, valid)
+    logp, lse, _ = _linear_gather(hidden, head, ids, valid, temperature, False, workspace_mib)
+    return logp, lse
+
+
+@_documented
+def linear_gather_logits(
+    hidden: Tensor,
+    head: Tensor | None,
+    ids: Tensor,
+    *,
+    grad_head: GradHead = "dense",
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> Tensor:
+    return reference.linear_gather_logits(
+        hidden,
+        head,
+        ids,
+        grad_head=grad_head,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        workspace_mib=workspace_mib,
+    )
+
+
+@_documented
+def support_kl(
+    student_logits: Tensor,
+    support_ids: Tensor,
+    teacher_logp: Tensor,
+    *,
+    divergence: Divergence = "reverse",
+    beta: float = 0.5,
+    renormalise: bool = True,
+    tail: Tail = "none",
+    teacher_tail_logp: Tensor | None = None,
+    support_mask: Tensor | None = None,
+    with_student_mass: bool = False,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    return reference.support_kl(
+        student_logits,
+        support_ids,
+        teacher_logp,
+        divergence=divergence,
+        beta=beta,
+        renormalise=renormalise,
+        tail=tail,
+        teacher_tail_logp=teacher_tail_logp,
+        support_mask=support_mask,
+        with_student_mass=with_student_mass,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        inplace=inplace,
+    )
+
+
+@_documented
+def linear_support_kl(
+    hidden: Tensor,
+    head: Tensor | None,
+    support_ids: Tensor,
+    teacher_logp: Tensor,
+    *,
+    divergence: Divergence = "reverse",
+    beta: float = 0.5,
+    renormalise: bool = True,
+    tail: Tail = "none",
+    teacher_tail_logp: Tensor | None = None,
+    support_mask: Tensor | None = None,
+    with_student_mass: bool = False,
+    grad_head: GradHead = "dense",
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> tuple[Tensor, Tensor | None]:
+    return reference.linear_support_kl(
+        hidden,
+        head,
+        support_ids,
+        teacher_logp,
+        divergence=divergence,
+        beta=beta,
+        renormalise=renormalise,
+        tail=tail,
+        teacher_tail_logp=teacher_tail_logp,
+        support_mask=support_mask,
+        with_student_mass=with_student_mass,
+        grad_head=grad_head,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        workspace_mib=workspace_mib,
+    )
+
+
+@_documented
+def gated_kl(
+    student_logits: Tensor,
+    token_ids: Tensor,
+    teacher_logp: Tensor,
+    verdict: Tensor,
+    *,
+    extrapolation: float,
+    interpolation: float,
+    reference_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reference._check_logits("student_logits", student_logits)
+    reference._check_gated(teacher_logp, verdict, reference_logp, token_weight, student_logits)
+    logp = token_logp(
+        student_logits,
+        token_ids,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        inplace=inplace,
+    )[0]
+    return reference._gated(
+        logp, teacher_logp, verdict, extrapolation, interpolation, reference_logp, token_weight
+    )
+
+
+@_documented
+def linear_gated_kl(
+    hidden: Tensor,
+    head: Tensor | None,
+    token_ids: Tensor,
+    teacher_logp: Tensor,
+    verdict: Tensor,
+    *,
+    extrapolation: float,
+    interpolation: float,
+    reference_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reference._check_gated(teacher_logp, verdict, reference_logp, token_weight, hidden)
+    logp = linear_token_logp(
+        hidden,
+        head,
+        token_ids,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        workspace_mib=workspace_mib,
+    )[0]
+    return reference._gated(
+        logp, teacher_logp, verdict, extrapolation, interpolation, reference_logp, token_weight
+    )
+
+
+@_documented
+def full_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: Divergence = "reverse",
+    beta: float = 0.5,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> Tensor:
+    if not _compiled("full_kl", student_logits):
+        return reference.full_kl(
+            student_logits,
+            teacher_logits,
+            divergence=divergence,
+            beta=beta,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            inplace=inplace,
+        )
+    valid = reference._check_full(
+        student_logits, teacher_logits, divergence, beta, valid_vocab, temperature, inplace
+    )
+    teacher = _same_precision(student_logits, teacher_logits.detach())
+    settings = (valid, float(temperature), _KINDS[divergence], float(beta))
+    result: Tensor
+    if inplace and not torch.compiler.is_compiling():
+        result = _FullInplace.apply(student_logits, teacher, *settings)  # type: ignore[no-untyped-call]
+    else:
+        result = torch.ops.opd_ops.full_kl(student_logits, teacher, *settings)[0]
+    return result
+
+
+@_documented
+def linear_full_kl(
+    student_hidden: Tensor,
+    student_head: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor | None,
+    *,
+    divergence: Divergence = "reverse",
+    beta: float = 0.5,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> Tensor:
+    if not _compiled("linear_full_kl", student_hidden):
+        return reference.linear_full_kl(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            divergence=divergence,
+            beta=beta,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+    valid = reference._check_linear_full(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        divergence,
+        beta,
+        valid_vocab,
+        temperature,
+    )
+    reference._check_workspace(workspace_mib)
+    result: Tensor = torch.ops.opd_ops.linear_full_kl(
+        student_hidden,
+        student_head,
+        teacher_hidden.detach(),
+        None if teacher_head is None else teacher_head.detach(),
+        valid,
+        float(temperature),
+        _KINDS[divergence],
+        float(beta),
+        student_hidden.dtype if student_head is None else _product_dtype(student_hidden),
+        teacher_hidden.dtype if teacher_head is None else _product_dtype(teacher_hidden),
+        float(workspace_mib),
+    )[0]
+    return result

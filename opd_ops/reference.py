@@ -116,6 +116,12 @@ def _check_ids(
         raise IndexError(f"{name}: expected ids in [0, {valid}), got {low} to {high}")
 
 
+def _check_id_rows(name: str, ids: Tensor, like: Tensor, valid: int) -> None:
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError(f"{name}: expected int64 [N, K], got {_describe(ids)}")
+    _check_ids(name, ids, (like.shape[0], ids.shape[1]), like, valid)
+
+
 def _check_hidden(name: str, hidden: Tensor, head_name: str, head: Tensor) -> None:
     if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.dtype not in FLOAT_DTYPES:
         raise ValueError(
@@ -138,6 +144,27 @@ def _check_hidden(name: str, hidden: Tensor, head_name: str, head: Tensor) -> No
         raise ValueError(
             f"{head_name}: expected {name}'s dtype {hidden.dtype}, got {_describe(head)}"
         )
+
+
+def _check_product(
+    name: str,
+    hidden: Tensor,
+    head_name: str,
+    head: Tensor | None,
+    valid_vocab: int | None,
+    temperature: float,
+) -> int:
+    """Check hidden states and head, or logits and None; the number of ids that count."""
+    if head is None:
+        _check_logits(name, hidden)
+        return _check_vocab(valid_vocab, hidden.shape[1], temperature)
+    _check_hidden(name, hidden, head_name, head)
+    return _check_vocab(valid_vocab, head.shape[0], temperature)
+
+
+def _check_workspace(workspace_mib: float) -> None:
+    if not workspace_mib > 0:
+        raise ValueError(f"workspace_mib: expected a number > 0, got {workspace_mib!r}")
 
 
 def _check_k(k: int, valid: int) -> None:
@@ -245,6 +272,62 @@ def _common_vocab(
             f"({student_name} has {student} ids, {teacher_name} {teacher}), got {valid_vocab}"
         )
     return valid_vocab
+
+
+def _check_full(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str,
+    beta: float,
+    valid_vocab: int | None,
+    temperature: float,
+    inplace: bool,
+) -> int:
+    _check_logits("student_logits", student_logits)
+    _check_logits("teacher_logits", teacher_logits)
+    _check_divergence(divergence, beta)
+    valid_vocab = _common_vocab(
+        "student_logits",
+        student_logits.shape[1],
+        "teacher_logits",
+        teacher_logits.shape[1],
+        valid_vocab,
+    )
+    valid = _check_vocab(valid_vocab, student_logits.shape[1], temperature)
+    _check_shape(
+        "teacher_logits",
+        teacher_logits,
+        (student_logits.shape[0], teacher_logits.shape[1]),
+        student_logits,
+    )
+    _check_inplace("student_logits", student_logits, inplace)
+    return valid
+
+
+def _check_linear_full(
+    student_hidden: Tensor,
+    student_head: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor | None,
+    divergence: str,
+    beta: float,
+    valid_vocab: int | None,
+    temperature: float,
+) -> int:
+    _check_divergence(divergence, beta)
+    vocabs = [
+        hidden.shape[-1] if head is None else head.shape[0]
+        for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
+    ]
+    valid_vocab = _common_vocab("the student", vocabs[0], "the teacher", vocabs[1], valid_vocab)
+    _check_product(
+        "teacher_hidden", teacher_hidden, "teacher_head", teacher_head, valid_vocab, temperature
+    )
+    shape = (student_hidden.shape[0], teacher_hidden.shape[1])
+    _check_shape("teacher_hidden", teacher_hidden, shape, student_hidden)
+    return _check_product(
+        "student_hidden", student_hidden, "student_head", student_head, valid_vocab, temperature
+    )
 
 
 # ==== the mathematics of one row ====
@@ -362,8 +445,7 @@ def _in_chunks(
     function: Callable[..., Any], num_rows: int, bytes_per_row: int, workspace_mib: float
 ) -> list[tuple[Any, ...]]:
     """Call `function(slice)` on slices of rows that fit the workspace; recompute in backward."""
-    if not workspace_mib > 0:
-        raise ValueError(f"workspace_mib: expected a number > 0, got {workspace_mib!r}")
+    _check_workspace(workspace_mib)
     step = max(1, int(workspace_mib * 2**20) // max(1, bytes_per_row))
     if num_rows <= step:
         return [function(slice(0, num_rows))]
@@ -396,14 +478,9 @@ class _Product:
         head_name: str = "head",
     ) -> None:
         self.hidden, self.head = hidden, head
+        self.valid = _check_product(name, hidden, head_name, head, valid_vocab, temperature)
         if head is None:
-            _check_logits(name, hidden)
-            self.vocab = hidden.shape[1]
-            self.valid = _check_vocab(valid_vocab, self.vocab, temperature)
             return
-        _check_hidden(name, hidden, head_name, head)
-        self.vocab = head.shape[0]
-        self.valid = _check_vocab(valid_vocab, self.vocab, temperature)
         self.hidden, self.head = _autocast(hidden, head[: self.valid])
         self.dtype = self.head.dtype
         if self.head.requires_grad and self.dtype != torch.float64:
@@ -657,7 +734,7 @@ def gather_logp(
     """
     _check_logits("logits", logits)
     valid = _check_vocab(valid_vocab, logits.shape[1], temperature)
-    _check_ids("ids", ids, (logits.shape[0], *ids.shape[1:2]), logits, valid)
+    _check_id_rows("ids", ids, logits, valid)
     _check_inplace("logits", logits, inplace)
     rows = _Rows(logits, valid, temperature)
     return rows.logp(rows.logits.gather(1, ids)), rows.lse()
@@ -692,7 +769,7 @@ def linear_gather_logp(
     tensor([[0.2500, 0.2500]])
     """
     product = _Product(hidden, head, valid_vocab, temperature)
-    _check_ids("ids", ids, (hidden.shape[0], *ids.shape[1:2]), hidden, product.valid)
+    _check_id_rows("ids", ids, hidden, product.valid)
 
     def chunk(piece: slice) -> tuple[Tensor, ...]:
         logits = product.rows(piece)
@@ -761,15 +838,10 @@ def linear_gather_logits(
     >>> linear_gather_logits(hidden, head, torch.tensor([[3, 0]]), grad_head="rows")
     tensor([[13.,  1.]], grad_fn=<...>)
     """
-    product_valid = _check_vocab(
-        valid_vocab, hidden.shape[1] if head is None else head.shape[0], temperature
-    )
+    valid = _check_product("hidden", hidden, "head", head, valid_vocab, temperature)
+    _check_id_rows("ids", ids, hidden, valid)
     if head is None:
-        _check_logits("hidden", hidden)
-        _check_ids("ids", ids, (hidden.shape[0], *ids.shape[1:2]), hidden, product_valid)
         return _work(hidden.gather(1, ids)) / temperature
-    _check_hidden("hidden", hidden, "head", head)
-    _check_ids("ids", ids, (hidden.shape[0], *ids.shape[1:2]), hidden, product_valid)
     _check_grad_head(grad_head, head)
     rows_dtype = _autocast(hidden[:0], head[:0])[0].dtype
     hidden = _work(hidden.to(rows_dtype))
@@ -1188,24 +1260,9 @@ def full_kl(
     >>> full_kl(student, teacher, divergence="jsd", beta=0.5)
     tensor([0.2158])
     """
-    _check_logits("student_logits", student_logits)
-    _check_logits("teacher_logits", teacher_logits)
-    _check_divergence(divergence, beta)
-    valid_vocab = _common_vocab(
-        "student_logits",
-        student_logits.shape[1],
-        "teacher_logits",
-        teacher_logits.shape[1],
-        valid_vocab,
+    valid = _check_full(
+        student_logits, teacher_logits, divergence, beta, valid_vocab, temperature, inplace
     )
-    valid = _check_vocab(valid_vocab, student_logits.shape[1], temperature)
-    _check_shape(
-        "teacher_logits",
-        teacher_logits,
-        (student_logits.shape[0], teacher_logits.shape[1]),
-        student_logits,
-    )
-    _check_inplace("student_logits", student_logits, inplace)
     student = _Rows(student_logits, valid, temperature)
     teacher = _Rows(teacher_logits.detach(), valid, temperature)
     return _divergence(
@@ -1248,12 +1305,16 @@ def linear_full_kl(
     >>> linear_full_kl(hidden, head, hidden, head)
     tensor([0., 0.])
     """
-    _check_divergence(divergence, beta)
-    vocabs = [
-        hidden.shape[-1] if head is None else head.shape[0]
-        for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
-    ]
-    valid_vocab = _common_vocab("the student", vocabs[0], "the teacher", vocabs[1], valid_vocab)
+    valid_vocab = _check_linear_full(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        divergence,
+        beta,
+        valid_vocab,
+        temperature,
+    )
     student = _Product(
         student_hidden, student_head, valid_vocab, temperature, "student_hidden", "student_head"
     )
@@ -1266,9 +1327,6 @@ def linear_full_kl(
         "teacher_head",
     )
     num_rows = student_hidden.shape[0]
-    _check_shape(
-        "teacher_hidden", teacher_hidden, (num_rows, teacher_hidden.shape[1]), student_hidden
-    )
 
     def chunk(piece: slice) -> tuple[Tensor, ...]:
         return (

@@ -1,0 +1,41 @@
+// Schemas of the compiled ops, registered through torch's stable ABI: one build serves several
+// versions of torch. Fake kernels and autograd are in opd_ops/_ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(opd_ops, m) {
+  m.def(
+      "gather_logp(Tensor logits, Tensor ids, int valid_vocab, float temperature, "
+      "bool with_entropy) -> (Tensor logp, Tensor lse, Tensor entropy, Tensor stats)");
+  m.def(
+      "outside_stats(Tensor logits, Tensor ids, Tensor? mask, int valid_vocab, "
+      "float temperature) -> Tensor");
+  m.def(
+      "gather_logp_backward(Tensor logits, Tensor ids, Tensor grad, Tensor stats, Tensor dense, "
+      "Tensor? slope, Tensor? outside_stats, Tensor? outside_dense, int valid_vocab, "
+      "float temperature) -> Tensor");
+  m.def(
+      "gather_logp_backward_(Tensor(a!) logits, Tensor ids, Tensor grad, Tensor stats, "
+      "Tensor dense, Tensor? slope, Tensor? outside_stats, Tensor? outside_dense, "
+      "int valid_vocab, float temperature) -> ()");
+  m.def(
+      "full_kl(Tensor student_logits, Tensor teacher_logits, int valid_vocab, float temperature, "
+      "int divergence, float beta) -> (Tensor divergence, Tensor stats)");
+  m.def(
+      "full_kl_backward(Tensor student_logits, Tensor teacher_logits, Tensor stats, Tensor grad, "
+      "int valid_vocab, float temperature, int divergence, float beta) -> Tensor");
+  m.def(
+      "full_kl_backward_(Tensor(a!) student_logits, Tensor teacher_logits, Tensor stats, "
+      "Tensor grad, int valid_vocab, float temperature, int divergence, float beta) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) {
+  m.impl("gather_logp", TORCH_BOX(&opd::gather_logp_cpu));
+  m.impl("outside_stats", TORCH_BOX(&opd::outside_stats_cpu));
+  m.impl("gather_logp_backward", TORCH_BOX(&opd::gather_logp_backward_cpu));
+  m.impl("gather_logp_backward_", TORCH_BOX(&opd::gather_logp_backward_inplace_cpu));
+  m.impl("full_kl", TORCH_BOX(&opd::full_kl_cpu));
+  m.impl("full_kl_backward", TORCH_BOX(&opd::full_kl_backward_cpu));
+  m.impl("full_kl_backward_", TORCH_BOX(&opd::full_kl_backward_inplace_cpu));
+}

@@ -1,0 +1,470 @@
+// Argument checks, output tensors and the loop over rows; the arithmetic is in kernels.inl.
+#include "ops.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../common.h"
+#include "kernels.h"
+
+namespace opd {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const Kernels<float>& choose() {
+#if defined(__x86_64__)
+  const Isa isa = chosen_isa();
+  if (isa == Isa::avx512) return kernels_avx512();
+  if (isa == Isa::avx2) return kernels_avx2();
+#endif
+  return kernels_portable();
+}
+
+template <class A>
+const Kernels<A>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  static const Kernels<float>& chosen = choose();
+  return chosen;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return kernels_double();
+}
+
+// ==== checks ====
+
+#define OPD_CHECK(condition, ...) \
+  if (!(condition)) throw std::runtime_error(message(__VA_ARGS__))
+
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream out;
+  ((out << parts), ...);
+  return out.str();
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    default: break;
+  }
+  throw std::runtime_error(
+      message(name, ": expected float32, bfloat16, float16 or float64, got another type"));
+}
+
+// Rows without gaps inside: as given, or copied once.
+Tensor with_dense_rows(const char* name, const Tensor& t) {
+  OPD_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  OPD_CHECK(t.dim() == 2, name, ": expected [N, V], got shape ", shape(t));
+  dtype_of(name, t);
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Tensor small(const char* name, const Tensor& t, std::vector<int64_t> sizes, ScalarType type) {
+  OPD_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
+  if (!same) {
+    std::ostringstream wanted;
+    for (size_t i = 0; i < sizes.size(); ++i) wanted << (i ? ", " : "") << sizes[i];
+    throw std::runtime_error(
+        message(name, ": expected shape [", wanted.str(), "], got ", shape(t)));
+  }
+  OPD_CHECK(t.scalar_type() == type, name, ": expected dtype number ", static_cast<int>(type),
+            ", got ", static_cast<int>(t.scalar_type()));
+  return torch::stable::contiguous(t);
+}
+
+void check_vocab(const Tensor& logits, int64_t valid_vocab, double temperature) {
+  OPD_CHECK(valid_vocab >= 1 && valid_vocab <= logits.size(1), "valid_vocab: expected 1 to ",
+            logits.size(1), ", got ", valid_vocab);
+  OPD_CHECK(temperature > 0 && std::isfinite(temperature),
+            "temperature: expected a finite number > 0, got ", temperature);
+}
+
+Tensor checked_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t valid_vocab) {
+  OPD_CHECK(ids.dim() == 2, name, ": expected [N, K], got shape ", shape(ids));
+  Tensor dense = small(name, ids, {num_rows, ids.size(1)}, ScalarType::Long);
+  const int64_t* p = static_cast<const int64_t*>(dense.const_data_ptr());
+  for (int64_t i = 0; i < dense.numel(); ++i)
+    OPD_CHECK(p[i] >= 0 && p[i] < valid_vocab, name, ": expected ids in [0, ", valid_vocab,
+              "), got ", p[i]);
+  return dense;
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+struct Rows {
+  const char* base;
+  int64_t stride;  // bytes
+  DType dtype;
+  int64_t valid;
+  Rows(const Tensor& t, int64_t valid_vocab)
+      : base(static_cast<const char*>(t.const_data_ptr())),
+        stride(t.stride(0) * t.element_size()),
+        dtype(dtype_of("logits", t)),
+        valid(valid_vocab) {}
+  Row operator[](int64_t n) const { return {base + n * stride, dtype, valid}; }
+};
+
+// Rows are independent; each is worked on by one thread in a fixed order, so that results do not
+// depend on the number of threads.
+template <class F>
+void for_rows(int64_t num_rows, int64_t columns, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
+  torch::stable::parallel_for(0, num_rows, grain, f);
+}
+
+template <class F>
+auto with_type(const Tensor& logits, const F& f) {
+  if (logits.scalar_type() == ScalarType::Double) return f(double());
+  return f(float());
+}
+
+ScalarType result_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+double load(const Row& row, int64_t i) {
+  switch (row.dtype) {
+    case DType::bf16: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(row.data)[i]) << 16;
+      float x;
+      memcpy(&x, &bits, sizeof x);
+      return x;
+    }
+    case DType::f16: return static_cast<float>(static_cast<const c10::Half*>(row.data)[i]);
+    case DType::f32: return static_cast<const float*>(row.data)[i];
+    default: return static_cast<const double*>(row.data)[i];
+  }
+}
+
+double logp_of(double z, const RowStats& s, double inv_temperature) {
+  if (s.shift == -INFINITY) return -INFINITY;
+  return (z - s.shift) * inv_temperature - s.log_sum;
+}
+
+double lse_of(const RowStats& s, double inv_temperature) {
+  return s.shift == -INFINITY ? -INFINITY : s.shift * inv_temperature + s.log_sum;
+}
+
+// Sort (id, gradient) of a row and add up the gradients of repeated ids, in the order of k.
+template <class A>
+int64_t merge(const int64_t* ids, const A* grad, int64_t k, std::vector<std::pair<int64_t, int64_t>>& order,
+              int64_t* unique, A* sum) {
+  if (k == 1) {
+    unique[0] = ids[0];
+    sum[0] = grad[0];
+    return 1;
+  }
+  order.clear();
+  for (int64_t i = 0; i < k; ++i) order.emplace_back(ids[i], i);
+  std::sort(order.begin(), order.end());
+  int64_t count = 0;
+  for (const auto& [id, i] : order) {
+    if (count > 0 && unique[count - 1] == id) {
+      sum[count - 1] += grad[i];
+    } else {
+      unique[count] = id;
+      sum[count++] = grad[i];
+    }
+  }
+  return count;
+}
+
+void check_inplace(const char* name, const Tensor& t) {
+  OPD_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": writing in place needs rows without gaps");
+  OPD_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name,
+            ": writing in place needs rows that do not overlap");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(const Tensor& logits, const Tensor& ids,
+                                                           int64_t valid_vocab, double temperature,
+                                                           bool with_entropy) {
+  const Tensor z = with_dense_rows("logits", logits);
+  check_vocab(z, valid_vocab, temperature);
+  const int64_t num_rows = z.size(0);
+  const Tensor wanted = checked_ids("ids", ids, num_rows, valid_vocab);
+  const int64_t k = wanted.size(1);
+  const ScalarType type = result_type(z);
+  Tensor logp = torch::stable::new_empty(z, {num_rows, k}, type);
+  Tensor lse = torch::stable::new_empty(z, {num_rows}, type);
+  Tensor entropy = torch::stable::new_empty(z, {with_entropy ? num_rows : 0}, type);
+  Tensor stats = torch::stable::new_empty(z, {num_rows, 2}, type);
+  const double inv_t = 1.0 / temperature;
+  with_type(z, [&](auto zero) {
+    using A = decltype(zero);
+    const Rows rows(z, valid_vocab);
+    const auto& table = kernels<A>();
+    const int64_t* id = data<const int64_t>(wanted);
+    A *out = data<A>(logp), *log_total = data<A>(lse), *h = data<A>(entropy), *s = data<A>(stats);
+    for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const Row row = rows[n];
+        RowStats r;
+        table.stats(row, inv_t, with_entropy, &r);
+        s[2 * n] = static_cast<A>(r.shift);
+        s[2 * n + 1] = static_cast<A>(r.log_sum);
+        log_total[n] = static_cast<A>(lse_of(r, inv_t));
+        if (with_entropy) h[n] = static_cast<A>(r.entropy);
+        for (int64_t j = n * k; j < (n + 1) * k; ++j)
+          out[j] = static_cast<A>(logp_of(load(row, id[j]), r, inv_t));
+      }
+    });
+  });
+  return {logp, lse, entropy, stats};
+}
+
+Tensor outside_stats_cpu(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& mask,
+                         int64_t valid_vocab, double temperature) {
+  const Tensor z = with_dense_rows("logits", logits);
+  check_vocab(z, valid_vocab, temperature);
+  const int64_t num_rows = z.size(0);
+  const Tensor members = checked_ids("ids", ids, num_rows, valid_vocab);
+  const int64_t k = members.size(1);
+  std::optional<Tensor> kept;
+  if (mask.has_value()) kept = small("mask", *mask, {num_rows, k}, ScalarType::Bool);
+  Tensor stats = torch::stable::new_empty(z, {num_rows, 2}, result_type(z));
+  const double inv_t = 1.0 / temperature;
+  with_type(z, [&](auto zero) {
+    using A = decltype(zero);
+    const Rows rows(z, valid_vocab);
+    const auto& table = kernels<A>();
+    const int64_t* id = data<const int64_t>(members);
+    const bool* keep = kept ? data<const bool>(*kept) : nullptr;
+    A* s = data<A>(stats);
+    for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> sorted;
+      for (int64_t n = begin; n < end; ++n) {
+        sorted.clear();
+        for (int64_t j = n * k; j < (n + 1) * k; ++j)
+          if (keep == nullptr || keep[j]) sorted.push_back(id[j]);
+        std::sort(sorted.begin(), sorted.end());
+        RowStats r;
+        table.outside(rows[n], inv_t, sorted.data(), static_cast<int64_t>(sorted.size()), &r);
+        s[2 * n] = static_cast<A>(r.shift);
+        s[2 * n + 1] = static_cast<A>(r.log_sum);
+      }
+    });
+  });
+  return stats;
+}
+
+namespace {
+
+void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const Tensor& grad,
+                  const Tensor& stats, const Tensor& dense, const std::optional<Tensor>& slope,
+                  const std::optional<Tensor>& outside_stats,
+                  const std::optional<Tensor>& outside_dense, int64_t valid_vocab,
+                  double temperature) {
+  check_vocab(z, valid_vocab, temperature);
+  const int64_t num_rows = z.size(0);
+  const Tensor members = checked_ids("ids", ids, num_rows, valid_vocab);
+  const int64_t k = members.size(1);
+  const ScalarType type = result_type(z);
+  const Tensor g = small("grad", grad, {num_rows, k}, type);
+  const Tensor s = small("stats", stats, {num_rows, 2}, type);
+  const Tensor a = small("dense", dense, {num_rows}, type);
+  OPD_CHECK(outside_stats.has_value() == outside_dense.has_value(),
+            "outside_dense: expected together with outside_stats");
+  OPD_CHECK(!(slope.has_value() && outside_stats.has_value()),
+            "slope: not together with outside_stats");
+  std::optional<Tensor> b, os, od;
+  if (slope.has_value()) b = small("slope", *slope, {num_rows}, type);
+  if (outside_stats.has_value()) {
+    os = small("outside_stats", *outside_stats, {num_rows, 2}, type);
+    od = small("outside_dense", *outside_dense, {num_rows}, type);
+  }
+  with_type(z, [&](auto zero) {
+    using A = decltype(zero);
+    const Rows rows(z, valid_vocab);
+    const auto& table = kernels<A>();
+    const int64_t* id = data<const int64_t>(members);
+    const A *pg = data<const A>(g), *ps = data<const A>(s), *pa = data<const A>(a);
+    const A* pb = b ? data<const A>(*b) : nullptr;
+    const A* pos = os ? data<const A>(*os) : nullptr;
+    const A* pod = od ? data<const A>(*od) : nullptr;
+    char* target = static_cast<char*>(out.data_ptr());
+    const int64_t target_stride = out.stride(0) * out.element_size();
+    for_rows(num_rows, out.size(1), [&](int64_t begin, int64_t end) {
+      std::vector<std::pair<int64_t, int64_t>> order;
+      std::vector<int64_t> unique(k);
+      std::vector<A> sum(k), scratch(k);
+      for (int64_t n = begin; n < end; ++n) {
+        ScatterRow<A> args;
+        args.row = rows[n];
+        args.out = target + n * target_stride;
+        args.size = out.size(1);
+        args.stats = {ps[2 * n], ps[2 * n + 1], 0.0};
+        args.dense = pa[n];
+        args.slope = pb ? static_cast<double>(pb[n]) : 0.0;
+        args.outside = pos != nullptr;
+        if (pos) args.outside_stats = {pos[2 * n], pos[2 * n + 1], 0.0};
+        args.outside_dense = pod ? static_cast<double>(pod[n]) : 0.0;
+        args.num_ids = k == 0 ? 0 : merge(id + n * k, pg + n * k, k, order, unique.data(), sum.data());
+        args.ids = unique.data();
+        args.grad = sum.data();
+        args.scratch = scratch.data();
+        args.inv_temperature = 1.0 / temperature;
+        table.scatter(args);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                                const Tensor& stats, const Tensor& dense,
+                                const std::optional<Tensor>& slope,
+                                const std::optional<Tensor>& outside_stats,
+                                const std::optional<Tensor>& outside_dense, int64_t valid_vocab,
+                                double temperature) {
+  const Tensor z = with_dense_rows("logits", logits);
+  Tensor out = torch::stable::new_empty(z, {z.size(0), z.size(1)}, z.scalar_type());
+  scatter_rows(z, out, ids, grad, stats, dense, slope, outside_stats, outside_dense, valid_vocab,
+               temperature);
+  return out;
+}
+
+void gather_logp_backward_inplace_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                                      const Tensor& stats, const Tensor& dense,
+                                      const std::optional<Tensor>& slope,
+                                      const std::optional<Tensor>& outside_stats,
+                                      const std::optional<Tensor>& outside_dense,
+                                      int64_t valid_vocab, double temperature) {
+  const Tensor z = with_dense_rows("logits", logits);
+  check_inplace("logits", logits);
+  scatter_rows(z, z, ids, grad, stats, dense, slope, outside_stats, outside_dense, valid_vocab,
+               temperature);
+}
+
+namespace {
+
+void check_pair(const Tensor& student, const Tensor& teacher, int64_t valid_vocab,
+                double temperature, int64_t divergence, double beta) {
+  check_vocab(student, valid_vocab, temperature);
+  OPD_CHECK(teacher.size(0) == student.size(0) && teacher.size(1) >= valid_vocab,
+            "teacher_logits: expected [", student.size(0), ", at least ", valid_vocab, "], got ",
+            shape(teacher));
+  OPD_CHECK(result_type(student) == result_type(teacher),
+            "teacher_logits: float64 only together with float64 student_logits");
+  OPD_CHECK(divergence >= 0 && divergence <= 2, "divergence: expected 0, 1 or 2, got ", divergence);
+  OPD_CHECK(divergence != 2 || (beta > 0 && beta < 1), "beta: expected inside (0, 1), got ", beta);
+}
+
+void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Tensor& out,
+                          const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                          double temperature, int64_t divergence, double beta) {
+  check_pair(student, teacher, valid_vocab, temperature, divergence, beta);
+  const int64_t num_rows = student.size(0);
+  const Tensor s = small("stats", stats, {num_rows, 5}, result_type(student));
+  const Tensor g = small("grad", grad, {num_rows}, result_type(student));
+  with_type(student, [&](auto zero) {
+    using A = decltype(zero);
+    const Rows near(student, valid_vocab), far(teacher, valid_vocab);
+    const auto& table = kernels<A>();
+    const A *ps = data<const A>(s), *pg = data<const A>(g);
+    char* target = static_cast<char*>(out.data_ptr());
+    const int64_t stride = out.stride(0) * out.element_size();
+    for_rows(num_rows, out.size(1), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const A* r = ps + 5 * n;
+        const DivergenceRow args{near[n],
+                                 far[n],
+                                 {r[0], r[1], 0.0},
+                                 {r[2], r[3], 0.0},
+                                 static_cast<Divergence>(divergence),
+                                 beta,
+                                 1.0 / temperature};
+        table.divergence_grad(args, r[4], pg[n], target + n * stride, out.size(1));
+      }
+    });
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> full_kl_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                       int64_t valid_vocab, double temperature,
+                                       int64_t divergence, double beta) {
+  const Tensor student = with_dense_rows("student_logits", student_logits);
+  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits);
+  check_pair(student, teacher, valid_vocab, temperature, divergence, beta);
+  const int64_t num_rows = student.size(0);
+  const ScalarType type = result_type(student);
+  Tensor value = torch::stable::new_empty(student, {num_rows}, type);
+  Tensor stats = torch::stable::new_empty(student, {num_rows, 5}, type);
+  const double inv_t = 1.0 / temperature;
+  with_type(student, [&](auto zero) {
+    using A = decltype(zero);
+    const Rows near(student, valid_vocab), far(teacher, valid_vocab);
+    const auto& table = kernels<A>();
+    A *out = data<A>(value), *s = data<A>(stats);
+    for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        DivergenceRow args{near[n], far[n], {},   {}, static_cast<Divergence>(divergence),
+                           beta,    inv_t};
+        table.stats(args.student, inv_t, false, &args.student_stats);
+        table.stats(args.teacher, inv_t, false, &args.teacher_stats);
+        const DivergenceValue result = table.divergence(args);
+        out[n] = static_cast<A>(result.value);
+        const double row[5] = {args.student_stats.shift, args.student_stats.log_sum,
+                               args.teacher_stats.shift, args.teacher_stats.log_sum,
+                               result.center};
+        for (int i = 0; i < 5; ++i) s[5 * n + i] = static_cast<A>(row[i]);
+      }
+    });
+  });
+  return {value, stats};
+}
+
+Tensor full_kl_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                            const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                            double temperature, int64_t divergence, double beta) {
+  const Tensor student = with_dense_rows("student_logits", student_logits);
+  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits);
+  Tensor out = torch::stable::new_empty(student, {student.size(0), student.size(1)},
+                                        student.scalar_type());
+  divergence_grad_rows(student, teacher, out, stats, grad, valid_vocab, temperature, divergence,
+                       beta);
+  return out;
+}
+
+void full_kl_backward_inplace_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                  const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                                  double temperature, int64_t divergence, double beta) {
+  const Tensor student = with_dense_rows("student_logits", student_logits);
+  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits);
+  check_inplace("student_logits", student_logits);
+  divergence_grad_rows(student, teacher, student, stats, grad, valid_vocab, temperature,
+                       divergence, beta);
+}
+
+}  // namespace opd

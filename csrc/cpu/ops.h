@@ -1,0 +1,42 @@
+// Tensor-level CPU implementations of the schemas in bindings.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace opd {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(const Tensor& logits, const Tensor& ids,
+                                                           int64_t valid_vocab, double temperature,
+                                                           bool with_entropy);
+Tensor outside_stats_cpu(const Tensor& logits, const Tensor& ids,
+                         const std::optional<Tensor>& mask, int64_t valid_vocab,
+                         double temperature);
+Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                                const Tensor& stats, const Tensor& dense,
+                                const std::optional<Tensor>& slope,
+                                const std::optional<Tensor>& outside_stats,
+                                const std::optional<Tensor>& outside_dense, int64_t valid_vocab,
+                                double temperature);
+void gather_logp_backward_inplace_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                                      const Tensor& stats, const Tensor& dense,
+                                      const std::optional<Tensor>& slope,
+                                      const std::optional<Tensor>& outside_stats,
+                                      const std::optional<Tensor>& outside_dense,
+                                      int64_t valid_vocab, double temperature);
+std::tuple<Tensor, Tensor> full_kl_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                       int64_t valid_vocab, double temperature,
+                                       int64_t divergence, double beta);
+Tensor full_kl_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                            const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                            double temperature, int64_t divergence, double beta);
+void full_kl_backward_inplace_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                  const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                                  double temperature, int64_t divergence, double beta);
+
+}  // namespace opd
