@@ -1,0 +1,211 @@
+"""Supervised distillation: cross-entropy on completions that a teacher sampled, or on a file's.
+
+    loss = - sum over completion tokens of student_logp / number of completion tokens
+
+Without a file the teacher answers the prompts of each step anew; with `--completions` a jsonl file
+with `prompt` and `completion` is gone through in random order. `--right-only` keeps only those
+teacher outputs that the verifier accepts.
+
+    python benchmarks/baselines/supervised.py --steps 100
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
+Row = dict[str, Any]  # prompt, answer, domain; completion in gold files
+
+
+# ==== Shared with grpo.py (a test compares the text) ====
+class Rollout(NamedTuple):
+    prompt_ids: torch.Tensor  # [B, P], left-padded
+    prompt_mask: torch.Tensor  # [B, P] bool
+    completion_ids: torch.Tensor  # [B, T], right-padded
+    completion_mask: torch.Tensor  # [B, T] bool, end-of-sequence token included
+
+
+def load_prompts(path: str | Path, domain: str | None = None) -> list[Row]:
+    """Rows of a jsonl file with `prompt`, `answer`, `domain`; all of them or those of one domain."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return [row for row in rows if domain in (None, row.get("domain"))]
+
+
+def encode_prompts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def pad(rows: list[list[int]], pad_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, span], mask[i, span] = torch.tensor(row), True
+    return ids, mask
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    generator: torch.Generator,
+    max_completion_tokens: int = 128,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Sample one completion per prompt, each token by the inverse CDF of one uniform number.
+
+    A row's uniforms do not depend on which other rows are still running: [B, T], drawn at once.
+    """
+    model.eval()
+    prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, left=True)
+    num_rows = len(prompts)
+    uniforms = torch.rand(num_rows, max_completion_tokens, generator=generator)
+    completion_ids = torch.full((num_rows, max_completion_tokens), tokenizer.pad_token_id)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
+    cache, live, mask = DynamicCache(config=model.config), torch.arange(num_rows), prompt_mask
+    done = torch.zeros(num_rows, dtype=torch.bool)  # [rows in the cache]
+    ids, positions = prompt_ids, (prompt_mask.cumsum(-1) - 1).clamp(min=0)
+    for t in range(max_completion_tokens):
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cdf = torch.log_softmax(output.logits[:, -1].float() / temperature, -1).exp().cumsum(-1)
+        threshold = uniforms[live, t, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[-1] - 1)
+        completion_ids[live, t] = torch.where(done, tokenizer.pad_token_id, token[:, 0])
+        completion_mask[live, t] = ~done
+        done = done | (token[:, 0] == tokenizer.eos_token_id)
+        if done.all():
+            break
+        ids, positions = token, positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        if done.sum() * 8 >= len(done):  # drop finished rows when it pays
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            live, mask, ids = live[keep], mask[keep], ids[keep]
+            positions, done = positions[keep], done[keep]
+    return Rollout(prompt_ids, prompt_mask, completion_ids[:, : t + 1], completion_mask[:, : t + 1])
+
+
+def verify(tokenizer: Any, rollout: Rollout, answers: list[str]) -> torch.Tensor:
+    """+1 where the text after the last `####` is the answer, else -1; [B] float."""
+    texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+    said = [text.rpartition("####")[2].strip() if "####" in text else None for text in texts]
+    return torch.tensor([1.0 if s == a else -1.0 for s, a in zip(said, answers, strict=True)])
+
+
+def evaluate(
+    model: Any, tokenizer: Any, rows: list[Row], samples: int = 8, seed: int = 0, **limits: Any
+) -> dict[str, float]:
+    """avg@samples and pass@samples in all and per domain, mean length, share without an end."""
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    generator = torch.Generator().manual_seed(seed)
+    right, lengths, ended = [], [], []
+    for _ in range(samples):
+        rollout = sample(model, tokenizer, prompts, generator, **limits)
+        right.append(verify(tokenizer, rollout, [row["answer"] for row in rows]) > 0)
+        lengths.append(rollout.completion_mask.sum(-1).float())
+        ended.append((rollout.completion_ids == tokenizer.eos_token_id).any(-1))
+    correct = torch.stack(right)  # [samples, rows]
+    result = {"avg": correct.float().mean().item(), "pass": correct.any(0).float().mean().item()}
+    for domain in sorted({row["domain"] for row in rows}):
+        chosen = torch.tensor([row["domain"] == domain for row in rows])
+        result[f"avg_{domain}"] = correct[:, chosen].float().mean().item()
+    result["mean_length"] = torch.stack(lengths).mean().item()
+    result["truncated"] = 1 - torch.stack(ended).float().mean().item()
+    return result
+
+
+def completion_logp(model: Any, rollout: Rollout) -> torch.Tensor:
+    """Full-vocabulary log-prob of each completion token, float32, in nats; [N] where masked in."""
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = model.model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+    ).last_hidden_state[:, rollout.prompt_ids.shape[1] - 1 : -1]
+    logp = torch.log_softmax(model.lm_head(hidden[rollout.completion_mask]).float(), -1)
+    return logp.gather(-1, rollout.completion_ids[rollout.completion_mask][:, None])[:, 0]
+
+
+# ==== Supervised ====
+def gold_rollout(tokenizer: Any, rows: list[Row]) -> Rollout:
+    """Prompts with given completions, in the layout of the sampler; the end is trained too."""
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    encoded = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
+    completions = [ids + [tokenizer.eos_token_id] for ids in encoded]
+    pad_id = tokenizer.pad_token_id
+    return Rollout(*pad(prompts, pad_id, left=True), *pad(completions, pad_id, left=False))
+
+
+def supervised_step(model: Any, optimizer: torch.optim.Optimizer, rollout: Rollout) -> float:
+    """One update on the mean negative log-likelihood per completion token, which is returned."""
+    model.train()
+    optimizer.zero_grad()
+    loss = -completion_logp(model, rollout).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", "--model", default=str(TINY / "student"))
+    parser.add_argument("--teacher", default=str(TINY / "teacher"))
+    parser.add_argument("--completions", help="jsonl file to train on instead of the teacher")
+    parser.add_argument("--right-only", action="store_true", help="train on verified outputs only")
+    parser.add_argument("--prompts", default=str(TINY / "prompts" / "train.jsonl"))
+    parser.add_argument("--test-prompts", default=str(TINY / "prompts" / "test.jsonl"))
+    parser.add_argument("--domain", help="train on the prompts of one domain only")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=64, help="completions per step")
+    parser.add_argument("--max-completion-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--eval-samples", type=int, default=8, help="0: no evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="folder for the trained model")
+    args = parser.parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.student)
+    student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
+    teacher = None
+    if not args.completions:
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+    rows = load_prompts(args.completions or args.prompts, args.domain)
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
+    limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
+    for step in range(args.steps):
+        start = time.perf_counter()
+        picks = torch.randint(len(rows), (args.batch,), generator=generator)
+        batch = [rows[i] for i in picks.tolist()]
+        if teacher is None:
+            rollout = gold_rollout(tokenizer, batch)
+        else:
+            prompts = encode_prompts(tokenizer, [row["prompt"] for row in batch])
+            rollout = sample(teacher, tokenizer, prompts, generator, **limits)
+            if args.right_only:
+                right = verify(tokenizer, rollout, [row["answer"] for row in batch]) > 0
+                rollout = Rollout(*(field[right] for field in rollout))
+        loss = supervised_step(student, optimizer, rollout)
+        print(f"step {step:4d}  loss {loss:.4f}  {time.perf_counter() - start:5.1f} s")
+    if args.eval_samples:
+        test = load_prompts(args.test_prompts)
+        print(evaluate(student, tokenizer, test, args.eval_samples, args.seed, **limits))
+    if args.out:
+        student.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
