@@ -47,7 +47,9 @@ from opd_ops.models import CausalLM, load_models, prepare
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """All flags; everything that is wrong with them is reported in one message."""
     raw, tiny, types = argparse.RawDescriptionHelpFormatter, runs.TINY, ["float32", "bfloat16"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=__doc__, formatter_class=raw
+    )
     add = partial(runs.flag, parser.add_argument_group("run"))
     add("--run-dir", f"runs/{Path(__file__).stem}/default", "folder for logs and checkpoints")
     add("--resume", False, "continue from the newest good checkpoint in --run-dir")
@@ -233,9 +235,9 @@ def draw(
         temperature, top_k = 1.0, 1
     probs, order = (logits / temperature).softmax(-1), None
     if top_p < 1.0 or top_k:
-        probs, order = probs.sort(-1, descending=True, stable=True)
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first one stays
-        probs[:, top_k or None :] = 0.0
+        probs[:, top_k or probs.shape[1] :] = 0.0
     cdf = probs.cumsum(-1)
     mass = cdf[:, -1:]  # 1 without truncation
     point = (uniform[:, None] * mass).minimum(mass.nextafter(torch.zeros_like(mass)))

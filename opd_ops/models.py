@@ -83,8 +83,9 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
     if not plain:
         runs.say(f"! {path}: the head is more than a matrix product: full [N, V] logits are held")
     if args.gradient_checkpointing and not frozen:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return CausalLM(lm, plain, torch.float32 if frozen else compute)
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})  # renamed in transformers 5.2x
+    return CausalLM(lm, plain, torch.float32 if frozen else compute).eval()
 
 
 def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, CausalLM]:

@@ -50,6 +50,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> None:
         debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is
         try:
             main(argv)
         except RunError as error:
@@ -181,7 +182,9 @@ class Verifier:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A server that has imported everything forks the children: a restart takes milliseconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "opd_ops.data"])
         self._pipe, child_end = context.Pipe()
         self._process = context.Process(
             target=_verify_forever, args=(child_end, self.function), daemon=True
@@ -192,30 +195,27 @@ class Verifier:
 
     def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
         """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified."""
-        verdicts = []
-        for item in items:
-            right, error = None, "the verifier process died"
-            # A fresh child has to import its modules before it can answer.
-            timeout_s = self.timeout_s + (120.0 if self._fresh else 0.0)
-            try:
-                self._pipe.send(item)
-                if self._pipe.poll(timeout_s):
-                    right, error = self._pipe.recv()
-                    self._fresh = False
-                else:
-                    error = f"no answer within {self.timeout_s} s"
-            except (EOFError, OSError):
-                pass
-            if right is None:
-                self.num_unverified += 1
-                self.last_error = error
-                if self.num_unverified <= 3:
-                    say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
-                if not self._process.is_alive() or "no answer" in error:
-                    self.close()
-                    self._start()
-            verdicts.append(0.0 if right is None else 1.0 if right else -1.0)
-        return verdicts
+        return [self._verdict(item) for item in items]
+
+    def _verdict(self, item: tuple[str, str, dict[str, Any]]) -> float:
+        # A fresh child may have to import its modules before it can answer.
+        timeout_s = self.timeout_s + (120.0 if self._fresh else 0.0)
+        try:
+            self._pipe.send(item)
+            if not self._pipe.poll(timeout_s):
+                raise TimeoutError(f"no answer within {self.timeout_s} s")
+            right, error = self._pipe.recv()
+            self._fresh = False
+        except (EOFError, OSError) as lost:  # TimeoutError is an OSError
+            right, error = None, str(lost) or "its process died"
+            self.close()
+            self._start()
+        if right is not None:
+            return 1.0 if right else -1.0
+        self.num_unverified, self.last_error = self.num_unverified + 1, error
+        if self.num_unverified <= 3:  # then only counted, in unverified_share
+            say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
+        return 0.0
 
     def close(self) -> None:
         """End the child process."""
@@ -351,7 +351,9 @@ class Run:
         """
         target = self.checkpoints / f"step_{step}"
         if target.exists():
-            return target
+            if check_manifest(target) is None:
+                return target
+            shutil.rmtree(target)
         folder = self.checkpoints / f".writing-{step}"
         shutil.rmtree(folder, ignore_errors=True)
         try:
