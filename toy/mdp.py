@@ -230,8 +230,8 @@ def _policies(num_states: int, num_actions: int, gap: float, seed: int) -> dict[
 
 def correlated(
     horizon: int,
-    num_states: int = 4,
-    num_actions: int = 8,
+    num_states: int = 16,
+    num_actions: int = 4,
     stay: float = 0.5,
     gap: float = 1.0,
     seed: int = 0,
