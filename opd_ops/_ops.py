@@ -186,10 +186,15 @@ def _no_double_backward(name: str) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup)
 
 
-def _register() -> None:
-    lib: Any = torch.library
+def _fake(name: str) -> Callable[[_F], _F]:
+    """Shapes and dtypes of an op for `torch.compile`."""
+    decorator: Callable[[_F], _F] = torch.library.register_fake(name)
+    return decorator
 
-    @lib.register_fake("opd_ops::gather_logp")
+
+def _register() -> None:
+
+    @_fake("opd_ops::gather_logp")
     def _(logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool) -> Any:
         rows, dtype = logits.shape[0], _row_dtype(logits)
         return (
@@ -216,23 +221,25 @@ def _register() -> None:
         )
         return result, None, None, None, None
 
-    lib.register_autograd("opd_ops::gather_logp", gather_backward, setup_context=gather_setup)
+    torch.library.register_autograd(
+        "opd_ops::gather_logp", gather_backward, setup_context=gather_setup
+    )
 
-    @lib.register_fake("opd_ops::outside_stats")
+    @_fake("opd_ops::outside_stats")
     def _(
         logits: Tensor, ids: Tensor, mask: Tensor | None, valid: int, temperature: float
     ) -> Tensor:
         return logits.new_empty(logits.shape[0], 2, dtype=_row_dtype(logits))
 
-    @lib.register_fake("opd_ops::gather_logp_backward")
+    @_fake("opd_ops::gather_logp_backward")
     def _(logits: Tensor, *args: Any) -> Tensor:
         return logits.new_empty(logits.shape)
 
-    @lib.register_fake("opd_ops::gather_logp_backward_")
+    @_fake("opd_ops::gather_logp_backward_")
     def _(logits: Tensor, *args: Any) -> None:
         return None
 
-    @lib.register_fake("opd_ops::full_kl")
+    @_fake("opd_ops::full_kl")
     def _(
         student: Tensor, teacher: Tensor, valid: int, temperature: float, kind: int, beta: float
     ) -> Any:
@@ -253,13 +260,13 @@ def _register() -> None:
         )
         return result, None, None, None, None, None
 
-    lib.register_autograd("opd_ops::full_kl", full_backward, setup_context=full_setup)
+    torch.library.register_autograd("opd_ops::full_kl", full_backward, setup_context=full_setup)
 
-    @lib.register_fake("opd_ops::full_kl_backward")
+    @_fake("opd_ops::full_kl_backward")
     def _(student: Tensor, *args: Any) -> Tensor:
         return student.new_empty(student.shape)
 
-    @lib.register_fake("opd_ops::full_kl_backward_")
+    @_fake("opd_ops::full_kl_backward_")
     def _(student: Tensor, *args: Any) -> None:
         return None
 

@@ -43,7 +43,7 @@ struct Accumulator {
         const V x = vload(z + i + j * L::width) - m;
         const V e = exp(x);
         total[j] = total[j] + e;
-        if (with_entropy) product[j] = vfma(e, vmax(L::set(L::lowest), x), product[j]);
+        if (with_entropy) product[j] = vfma(e, vmax(exp.lowest, x), product[j]);
       }
     }
     sum += vhsum(total[0] + total[1]);
@@ -107,7 +107,7 @@ void scatter_dense(const ScatterRow<typename L::A>& a, double shift, double scal
     for (int64_t i = 0; i < kChunk; i += L::width) {
       const V x = vload(z + i) - m;
       V factor = constant;
-      if (with_slope) factor = vfma(linear, vmax(L::set(L::lowest), x), constant);
+      if (with_slope) factor = vfma(linear, vmax(exp.lowest, x), constant);
       vstore(out + i, exp(x) * factor);
     }
     commit(a.out, a.row.dtype, c, n, out);

@@ -118,7 +118,7 @@ constexpr float kLowest = -3.0e38f;  // stands for -inf where -inf * 0 has to be
 // exp(x * s) for a fixed s > 0. Relative error below 1.5e-7 + |x| * s * 6e-8; 0 below -110.
 // 2^f is 1 + f * q(f), so that exp(0) is exactly 1.
 struct ExpF {
-  vf scale, lowest;
+  vf scale, lowest;  // exp is 0 from `lowest` on
 #if !defined(OPD_AVX512) && !defined(OPD_AVX2)
   vf factor;
 #endif
@@ -192,8 +192,8 @@ inline double vhsum(double a) { return a; }
 inline double vlog(double x) { return ::log(x); }
 
 struct ExpD {
-  double scale;
-  explicit ExpD(double s) : scale(s) {}
+  double scale, lowest;
+  explicit ExpD(double s) : scale(s), lowest(-800.0 / s) {}
   double operator()(double x) const { return ::exp(x * scale); }
 };
 

@@ -1,0 +1,129 @@
+"""Which implementation runs, and that it says so: instruction sets, environment, documentation."""
+
+import ast
+import doctest
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opd_ops
+from opd_ops import _ops, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = [name for name in opd_ops.__all__ if name != "info"]
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPD_OPS_REQUIRE": "", **environment},
+    )  # fmt: skip
+
+
+def test_compiled_ops_run_in_this_session():
+    info = opd_ops.info()
+    assert info["compiled"] and info["notice"] is None
+    assert info["ops"]["token_logp"]["cpu"] == "cpp"
+    assert info["built_with_torch"] and info["compiler"] and "-O3" in info["flags"]
+    json.dumps(info)  # goes into args.json
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_lower_instruction_sets(isa):
+    """All row tests again with a lower instruction set of the same library."""
+    from opd_ops import _build_info
+
+    if ["portable", "avx2", "avx512"].index(_build_info.best_isa()) <= ["portable", "avx2"].index(
+        isa
+    ):
+        assert isa != "portable" or _build_info.best_isa() == "portable"
+        return  # the main session has run it already, or the processor lacks it
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider",
+         "tests/ops/test_rows.py"],
+        capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "OPD_OPS_ISA": isa, "OPD_OPS_REQUIRE": "cpp"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_the_forced_instruction_set_is_the_one_that_runs():
+    """Different vector widths add in different order, so some last bits differ; ids never do."""
+    code = (
+        "import torch, opd_ops; torch.manual_seed(0); z = torch.randn(64, 5000) * 5;"
+        "logp, lse = opd_ops.token_logp(z, torch.zeros(64, dtype=torch.int64));"
+        "ids = opd_ops.topk_logp(z.round(), 32)[0];"
+        "print(opd_ops.info()['isa'], lse.double().tolist(), ids.tolist(), sep='|')"
+    )
+    seen = {}
+    for isa in ("portable", "avx2", "avx512"):
+        done = run(code, OPD_OPS_ISA=isa)
+        if done.returncode != 0:
+            assert "this processor has" in done.stderr
+            continue
+        name, lse, ids = done.stdout.strip().split("|")
+        assert name == isa
+        seen[isa] = (ast.literal_eval(lse), ids)
+    assert "portable" in seen
+    base = seen.pop("portable")
+    for lse, ids in seen.values():
+        assert lse != base[0] and max(abs(a - b) for a, b in zip(lse, base[0])) < 2e-6
+        assert ids == base[1]
+
+
+def test_environment():
+    status = "import opd_ops; i = opd_ops.info(); print(i['compiled'], i['isa'], i['notice'])"
+    assert run(status, OPD_OPS_IMPL="reference").stdout.startswith("False None opd_ops runs as")
+    done = run("import opd_ops", OPD_OPS_IMPL="cpp", OPD_OPS_ISA="nonsense")
+    assert done.returncode != 0 and "OPD_OPS_ISA: expected portable" in done.stderr
+
+
+def test_bad_environment(monkeypatch):
+    for name in ("_IMPL", "_REQUIRED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_ops, name, "nonsense")
+            with pytest.raises(ImportError, match="nonsense"):
+                _ops._load()
+
+
+def test_without_the_library(tmp_path):
+    """A checkout that was not built: the reference runs and says so; OPD_OPS_REQUIRE refuses."""
+    package = tmp_path / "opd_ops"
+    package.mkdir()
+    for source in ("__init__.py", "_ops.py", "reference.py"):
+        (package / source).write_text((ROOT / "opd_ops" / source).read_text())
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch, opd_ops;"
+        f"assert opd_ops.__file__.startswith({str(tmp_path)!r});"
+        "print(opd_ops.info()['notice']);"
+        "print(opd_ops.token_logp(torch.zeros(1, 2), torch.tensor([0]))[0].item())"
+    )
+    done = run(code)
+    assert "libopd_ops.so was not built" in done.stdout and "-0.693" in done.stdout, done.stderr
+    done = run(code, OPD_OPS_REQUIRE="cpp")
+    assert done.returncode != 0 and "ImportError" in done.stderr and "pip install" in done.stderr
+
+
+def test_signatures_and_documentation_match_the_reference():
+    for name in OPS:
+        op, spec = getattr(opd_ops, name), getattr(reference, name)
+        assert inspect.signature(op) == inspect.signature(spec), name
+        assert op.__doc__ == spec.__doc__ and ">>>" in op.__doc__, name
+        for part in ("Args:", "Returns:", "Gradient"):
+            assert part in op.__doc__ or "gradient" in op.__doc__, (name, part)
+        documented = op.__doc__
+        assert all(argument in documented for argument in inspect.signature(op).parameters), name
+    assert sorted(reference.__all__) == sorted(OPS)
+
+
+@pytest.mark.parametrize("module", [opd_ops, reference, _ops])
+def test_doctests(module):
+    """The examples run with the reference ops, and again with the compiled ones (_ops)."""
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0 and result.attempted >= 3

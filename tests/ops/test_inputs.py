@@ -1,0 +1,127 @@
+# ruff: noqa: E501
+"""Bad arguments are refused before anything is read, by a message that names the argument."""
+
+import threading
+
+import pytest
+import torch
+from strategies import random_ids
+
+import opd_ops
+from opd_ops import reference
+
+Z = torch.randn(3, 8)
+IDS = torch.tensor([0, 1, 2])
+HIDDEN, HEAD = torch.randn(3, 4), torch.randn(8, 4)
+BAD = {
+    "ids too large": (IndexError, "token_ids: expected ids in [0, 8)", "token_logp", Z, IDS + 6),
+    "ids negative": (IndexError, "token_ids: expected ids in [0, 8)", "token_logp", Z, IDS - 1),
+    "ids in the padding": (IndexError, "[0, 2)", "token_logp", Z, IDS, {"valid_vocab": 2}),
+    "ids shape": (ValueError, "token_ids: expected shape [3]", "token_logp", Z, IDS[:2]),
+    "ids dtype": (ValueError, "token_ids: expected int64", "token_logp", Z, IDS.int()),
+    "ids device": (ValueError, "token_ids: expected a tensor on cpu", "token_logp", Z, IDS.to("meta")),
+    "logits 1-d": (ValueError, "logits: expected a float32", "token_logp", Z[0], IDS),
+    "logits integer": (ValueError, "logits: expected a float32", "token_logp", Z.long(), IDS),
+    "logits empty rows": (ValueError, "at least one column", "token_logp", Z[:, :0], IDS),
+    "valid_vocab": (ValueError, "valid_vocab: expected 1 to 8", "token_logp", Z, IDS, {"valid_vocab": 9}),
+    "valid_vocab 0": (ValueError, "valid_vocab", "token_logp", Z, IDS, {"valid_vocab": 0}),
+    "temperature 0": (ValueError, "temperature", "token_logp", Z, IDS, {"temperature": 0.0}),
+    "temperature nan": (ValueError, "temperature", "token_logp", Z, IDS, {"temperature": float("nan")}),
+    "temperature inf": (ValueError, "temperature", "token_logp", Z, IDS, {"temperature": float("inf")}),
+    "gather ids 1-d": (ValueError, "ids: expected int64 [N, K]", "gather_logp", Z, IDS),
+    "gather ids rows": (ValueError, "ids: expected shape [3, 2]", "gather_logp", Z, random_ids(0, 2, 2, 8)),
+    "divergence": (ValueError, "divergence: expected", "full_kl", Z, Z, {"divergence": "kl"}),
+    "beta 0": (ValueError, "beta: expected", "full_kl", Z, Z, {"divergence": "jsd", "beta": 0.0}),
+    "beta 1": (ValueError, "use divergence=", "full_kl", Z, Z, {"divergence": "jsd", "beta": 1.0}),
+    "teacher rows": (ValueError, "teacher_logits: expected shape", "full_kl", Z, Z[:2]),
+    "teacher columns": (ValueError, "student_logits has 8 ids and teacher_logits 7", "full_kl", Z, Z[:, :7]),
+    "shared too large": (ValueError, "at most 7", "full_kl", Z, Z[:, :7], {"valid_vocab": 8}),
+    "head width": (ValueError, "head: expected [V, 4]", "linear_token_logp", HIDDEN, HEAD[:, :3], IDS),
+    "head dtype": (ValueError, "head: expected hidden's dtype", "linear_token_logp", HIDDEN, HEAD.double(), IDS),
+    "head device": (ValueError, "head: expected a tensor on cpu", "linear_token_logp", HIDDEN, HEAD.to("meta"), IDS),
+    "workspace": (ValueError, "workspace_mib", "linear_token_logp", HIDDEN, HEAD, IDS, {"workspace_mib": 0}),
+    "linear ids": (IndexError, "token_ids", "linear_token_logp", HIDDEN, HEAD, IDS + 6),
+    "linear vocabularies": (ValueError, "valid_vocab", "linear_full_kl", HIDDEN, HEAD, HIDDEN, HEAD[:7]),
+    "linear teacher rows": (ValueError, "teacher_hidden", "linear_full_kl", HIDDEN, HEAD, HIDDEN[:2], HEAD),
+    "k 0": (ValueError, "k: expected 1 to 8", "topk_logp", Z, 0),
+    "k too large": (ValueError, "k: expected 1 to 6", "topk_logp", Z, 7, {"valid_vocab": 6}),
+    "topk ids": (IndexError, "token_ids", "topk_logp", Z, 2, {"token_ids": IDS + 6}),
+    "verdict": (ValueError, "verdict: expected shape [3]", "gated_kl", Z, IDS, Z[:, 0], Z[:2, 0], {"extrapolation": 1.0, "interpolation": 1.0}),
+    "support of one": (ValueError, "renormalise", "support_kl", Z, IDS[:, None], Z[:, :1]),
+    "bucket": (ValueError, "tail: 'bucket' needs renormalise=False", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "bucket"}),
+    "bucket without tail": (ValueError, "teacher_tail_logp", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "bucket", "renormalise": False}),
+    "tail": (ValueError, "tail: expected", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "score"}),
+    "support ids": (IndexError, "support_ids", "support_kl", Z, random_ids(0, 3, 2, 8) + 1, Z[:, :2]),
+    "support mask": (ValueError, "support_mask: expected bool", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"support_mask": Z[:, :2]}),
+    "grad_head": (ValueError, "grad_head: expected", "linear_gather_logits", HIDDEN, HEAD, random_ids(0, 3, 2, 8), {"grad_head": "sparse"}),
+    "grad_head shape": (ValueError, "grad_head: expected shape [8, 4]", "linear_gather_logits", HIDDEN, HEAD, random_ids(0, 3, 2, 8), {"grad_head": HEAD[:3]}),
+    "rows of all": (ValueError, "grad_head: 'rows'", "linear_support_kl", HIDDEN, HEAD, random_ids(0, 3, 2, 8), Z[:, :2], {"grad_head": "rows", "renormalise": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [opd_ops, reference], ids=["opd_ops", "reference"])
+@pytest.mark.parametrize("case", list(BAD))
+def test_refused(module, case):
+    error, text, name, *args = BAD[case]
+    kwargs = args.pop() if isinstance(args[-1], dict) else {}
+    with pytest.raises(error) as caught:
+        getattr(module, name)(*args, **kwargs)
+    assert text in str(caught.value)
+
+
+def test_compiled_ops_check_for_themselves():
+    """Whoever calls torch.ops directly gets an error too, not a wrong read."""
+    ops = torch.ops.opd_ops
+    stats = torch.zeros(3, 2)
+    ids = IDS[:, None]
+    one = torch.zeros(3)
+    for text, call in {
+        "ids: expected ids in [0, 8), got 8": lambda: ops.gather_logp(Z, ids + 6, 8, 1.0, False),
+        "ids: expected shape": lambda: ops.gather_logp(Z, ids[:2], 8, 1.0, False),
+        "ids: expected dtype": lambda: ops.gather_logp(Z, ids.int(), 8, 1.0, False),
+        "valid_vocab: expected 1 to 8, got 9": lambda: ops.gather_logp(Z, ids, 9, 1.0, False),
+        "temperature: expected": lambda: ops.gather_logp(Z, ids, 8, 0.0, False),
+        "logits: expected float32": lambda: ops.gather_logp(Z.long(), ids, 8, 1.0, False),
+        "logits: expected [N, V]": lambda: ops.gather_logp(Z[0], ids, 8, 1.0, False),
+        "stats: expected shape [3, 2]": lambda: ops.gather_logp_backward(
+            *(Z, ids, one[:, None], stats[:2], one, None, None, None, 8, 1.0)
+        ),
+        "grad: expected shape [3, 1]": lambda: ops.gather_logp_backward(
+            *(Z, ids, one, stats, one, None, None, None, 8, 1.0)
+        ),
+        "rows that do not overlap": lambda: ops.gather_logp_backward_(
+            *(Z[:1].expand(3, 8), ids, one[:, None], stats, one, None, None, None, 8, 1.0)
+        ),
+        "rows without gaps": lambda: ops.full_kl_backward_(
+            *(torch.zeros(8, 3).t(), Z, torch.zeros(3, 5), one, 8, 1.0, 0, 0.5)
+        ),
+        "teacher_logits: expected [3, at least 8]": lambda: ops.full_kl(
+            Z, Z[:, :7], 8, 1.0, 0, 0.5
+        ),
+        "teacher_logits: float64": lambda: ops.full_kl(Z, Z.double(), 8, 1.0, 0, 0.5),
+        "divergence: expected": lambda: ops.full_kl(Z, Z, 8, 1.0, 3, 0.5),
+        "beta: expected": lambda: ops.full_kl(Z, Z, 8, 1.0, 2, 1.0),
+    }.items():
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert text in str(caught.value)
+
+
+def test_two_python_threads_at_once():
+    logits, ids = torch.randn(64, 5000), random_ids(0, 64, 4, 5000)
+    expected = opd_ops.gather_logp(logits, ids)[0]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            leaf = logits.clone().requires_grad_()
+            got = opd_ops.gather_logp(leaf, ids)[0]
+            got.sum().backward()
+            wrong.extend([] if torch.equal(got, expected) else [got])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

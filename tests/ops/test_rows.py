@@ -1,0 +1,287 @@
+"""Compiled row ops against float64, with the float32 reference as the measure of what is fair."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    INF,
+    assert_budget,
+    logits,
+    make_logits,
+    random_ids,
+    temperatures,
+    valid_vocabs,
+)
+
+import opd_ops
+from opd_ops import reference
+
+DIVERGENCES = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.05), ("jsd", 0.9)]
+
+
+def three_ways(name, tensors, *args, dtype, grad_weights, **kwargs):
+    """(values, gradient) of the op, of the float32 reference and of the float64 truth."""
+    results = []
+    for module, kind in ((opd_ops, dtype), (reference, torch.float32), (reference, torch.float64)):
+        first = tensors[0].detach()
+        if kind != first.dtype:
+            first = first.to(kind)
+        first.requires_grad_()
+        others = list(tensors[1:])
+        if module is reference:
+            others = [t.to(kind) if t.is_floating_point() else t for t in others]
+        out = getattr(module, name)(first, *others, *args, **kwargs)
+        out = out if isinstance(out, tuple) else (out,)
+        finite = [o.masked_fill(~o.detach().isfinite(), 0.0) for o in out]
+        loss = sum((o * w.to(o.dtype)).sum() for o, w in zip(finite, grad_weights))
+        (gradient,) = torch.autograd.grad(loss, first)
+        results.append((out, gradient))
+    return results
+
+
+def weights(seed, *shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def assert_gradient(got, reference32, truth, dtype, floor=4e-6):
+    assert got.dtype == dtype
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    assert_budget(got, reference32, truth, floor=floor, relative=rounding)
+
+
+@given(z=logits(), seed=st.integers(0, 2**31), temperature=temperatures, data=st.data())
+def test_token_logp(z, seed, temperature, data):
+    valid = data.draw(valid_vocabs(z.shape[1]))
+    ids = random_ids(seed, z.shape[0], 1, valid or z.shape[1])[:, 0]
+    n = z.shape[0]
+    op, fp32, truth = three_ways(
+        "token_logp",
+        (z, ids),
+        dtype=z.dtype,
+        grad_weights=weights(seed, n, n, n),
+        with_entropy=True,
+        valid_vocab=valid,
+        temperature=temperature,
+    )
+    for got, rough, exact in zip(op[0], fp32[0], truth[0]):
+        assert got.dtype == torch.float32
+        if z.dtype == torch.float32:
+            assert_budget(got, rough, exact)
+        else:  # the budget of low precision does not depend on the reference
+            assert_budget(got, exact, exact, floor=1e-5, relative=4 * 2.0**-24)
+    assert (op[0][0] <= 0).logical_or(op[0][0].isnan()).all()
+    assert_gradient(op[1], fp32[1], truth[1], z.dtype, floor=4e-6 / min(1.0, temperature))
+
+
+@given(
+    z=logits(),
+    k=st.sampled_from([0, 1, 2, 5, 40]),
+    seed=st.integers(0, 2**31),
+    temperature=temperatures,
+    data=st.data(),
+)
+def test_gather_logp(z, k, seed, temperature, data):
+    valid = data.draw(valid_vocabs(z.shape[1]))
+    n = z.shape[0]
+    ids = random_ids(seed, n, k, valid or z.shape[1])  # repeated ids occur
+    op, fp32, truth = three_ways(
+        "gather_logp",
+        (z, ids),
+        dtype=z.dtype,
+        grad_weights=weights(seed, (n, k), n),
+        valid_vocab=valid,
+        temperature=temperature,
+    )
+    for got, rough, exact in zip(op[0], fp32[0], truth[0]):
+        assert_budget(got, rough, exact)
+    assert_gradient(op[1], fp32[1], truth[1], z.dtype, floor=1e-5)
+
+
+@given(
+    z=logits(),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 10.0]),
+    kind=st.sampled_from(DIVERGENCES),
+    temperature=temperatures,
+    data=st.data(),
+)
+def test_full_kl(z, seed, scale, kind, temperature, data):
+    valid = data.draw(valid_vocabs(z.shape[1]))
+    n, vocab = z.shape
+    teacher_dtype = data.draw(st.sampled_from(DTYPES))
+    noise = scale * torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed))
+    teacher = (z.float() + noise).to(teacher_dtype)
+    if data.draw(st.booleans()) and n > 0:  # tokens that only one side excludes
+        teacher = teacher.masked_fill(torch.rand(n, vocab) < 0.1, -INF)
+    divergence, beta = kind
+    op, fp32, truth = three_ways(
+        "full_kl",
+        (z, teacher),
+        dtype=z.dtype,
+        grad_weights=weights(seed, n),
+        divergence=divergence,
+        beta=beta,
+        valid_vocab=valid,
+        temperature=temperature,
+    )
+    # a divergence is a sum of log-ratios, so its rounding grows with them
+    size = (z.double() - teacher.double()).abs()
+    size = float(size[size.isfinite()].max()) if size.isfinite().any() else 0.0
+    floor = 1e-6 + 4e-7 * size / temperature
+    assert_budget(op[0][0], fp32[0][0], truth[0][0], floor=floor)
+    finite = truth[0][0].isfinite()
+    assert_gradient(
+        op[1][finite], fp32[1][finite], truth[1][finite], z.dtype, floor=4 * floor + 4e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_full_vocabulary(dtype):
+    """The size of a real vocabulary, with an odd number of columns beside it."""
+    for vocab in (151_936, 50_257):
+        z = make_logits(1, 3, vocab, dtype, "normal") * 3
+        ids = random_ids(2, 3, 8, vocab)
+        op, fp32, truth = three_ways(
+            "gather_logp", (z, ids), dtype=dtype, grad_weights=weights(3, (3, 8), 3)
+        )
+        for got, rough, exact in zip(op[0], fp32[0], truth[0]):
+            assert_budget(got, rough, exact)
+        assert_gradient(op[1], fp32[1], truth[1], dtype)
+        teacher = z + make_logits(4, 3, vocab, dtype, "normal") / 10
+        op, fp32, truth = three_ways(
+            "full_kl", (z, teacher), dtype=dtype, grad_weights=weights(5, 3), divergence="jsd"
+        )
+        assert_budget(op[0][0], fp32[0][0], truth[0][0])
+        assert_gradient(op[1], fp32[1], truth[1], dtype)
+
+
+def test_padding_of_the_vocabulary_changes_nothing():
+    """Trap 16: perturbed padded logits, in values and gradients, bit for bit."""
+    z = torch.randn(4, 300)
+    ids = random_ids(0, 4, 3, 260)
+    outcomes = []
+    for padding in (0.0, 50.0, INF, float("nan")):
+        padded = z.clone()
+        padded[:, 260:] = padding
+        padded.requires_grad_()
+        logp, lse, entropy = opd_ops.token_logp(
+            padded, ids[:, 0], with_entropy=True, valid_vocab=260
+        )
+        more, _ = opd_ops.gather_logp(padded, ids, valid_vocab=260)
+        full = opd_ops.full_kl(padded, padded.detach().flip(0), valid_vocab=260)
+        (grad,) = torch.autograd.grad((logp + lse + entropy + full + more.sum(-1)).sum(), padded)
+        assert (grad[:, 260:] == 0).all()
+        outcomes.append(torch.cat([logp, lse, entropy, full, more.flatten(), grad.flatten()]))
+    assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
+
+
+def test_nan_and_infinite_logits_stay_in_their_row():
+    z = torch.randn(4, 200)
+    z[1, 7], z[2, 150] = float("nan"), INF
+    z.requires_grad_()
+    ids = torch.tensor([3, 3, 3, 3])
+    logp, lse, entropy = opd_ops.token_logp(z, ids, with_entropy=True)
+    (grad,) = torch.autograd.grad((logp + lse + entropy).nan_to_num().sum(), z)
+    for out in (logp, lse, entropy, opd_ops.full_kl(z, z.detach().clone().nan_to_num(0, 0))):
+        assert out.isnan().tolist() == [False, True, True, False]
+    assert grad[[0, 3]].isfinite().all()
+
+
+def test_dead_rows_have_no_gradient():
+    z = torch.full((2, 130), -INF, requires_grad=True)
+    logp, lse = opd_ops.token_logp(z, torch.tensor([0, 129]))
+    assert logp.tolist() == lse.tolist() == [-INF, -INF]
+    (grad,) = torch.autograd.grad(logp.nan_to_num(neginf=0.0).sum() + lse.exp().sum(), z)
+    assert (grad == 0).all()
+    for divergence in ("reverse", "forward", "jsd"):
+        assert opd_ops.full_kl(z, z.detach(), divergence=divergence).tolist() == [0.0, 0.0]
+
+
+def test_rows_of_weight_zero_are_not_read():
+    """Their logits may even be NaN: the gradient is 0, in the rows and nowhere else."""
+    z = torch.randn(3, 500, requires_grad=True)
+    with torch.no_grad():
+        z[1] = float("nan")
+    logp, _ = opd_ops.token_logp(z, torch.tensor([1, 2, 3]))
+    logp.backward(torch.tensor([1.0, 0.0, 1.0]))
+    assert (z.grad[1] == 0).all() and (z.grad[[0, 2]] != 0).any(-1).all()
+    z.grad = None
+    opd_ops.full_kl(z, torch.randn(3, 500)).backward(torch.tensor([1.0, 0.0, 1.0]))
+    assert (z.grad[1] == 0).all() and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_hot_is_joined_before_rounding(dtype):
+    """p close to 1: the gradient p - 1 would vanish if it were patched into rounded p."""
+    z = torch.zeros(1, 64, dtype=dtype)
+    z[0, 5] = 12.0
+    z.requires_grad_()
+    logp, _ = opd_ops.token_logp(z, torch.tensor([5]))
+    logp.sum().backward()
+    exact = 1 - torch.softmax(z.detach().double(), -1)[0, 5]
+    assert abs(z.grad[0, 5].item() / exact.item() - 1) < 0.01
+
+
+def test_repeated_ids_add_up_before_rounding():
+    z = torch.zeros(1, 1000, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.full((1, 300), 17)
+    logp, _ = opd_ops.gather_logp(z, ids)
+    logp.backward(torch.full((1, 300), 1.0))
+    assert z.grad[0, 17].item() == torch.tensor(300 - 0.3).bfloat16().item()
+
+
+def test_one_token_vocabulary():
+    z = torch.tensor([[3.0], [-1e4]], requires_grad=True)
+    logp, lse, entropy = opd_ops.token_logp(z, torch.tensor([0, 0]), with_entropy=True)
+    assert logp.tolist() == entropy.tolist() == [0.0, 0.0] and lse.tolist() == [3.0, -1e4]
+    (logp + entropy).sum().backward()
+    assert z.grad.tolist() == [[0.0], [0.0]]
+
+
+def test_same_bits_for_any_number_of_threads():
+    z, teacher = torch.randn(37, 3001), torch.randn(37, 3001)
+    ids = random_ids(0, 37, 4, 3001)
+    before = torch.get_num_threads()
+    try:
+        seen = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaf = z.clone().requires_grad_()
+            logp, lse = opd_ops.gather_logp(leaf, ids)
+            full = opd_ops.full_kl(leaf, teacher, divergence="jsd")
+            (grad,) = torch.autograd.grad(logp.sum() + full.sum(), leaf)
+            seen.append(torch.cat([logp.flatten(), lse, full, grad.flatten()]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(seen[0], other) for other in seen[1:])
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """14,200 x 151,936 in bfloat16, as one real row expanded would not prove the writes."""
+    rows, vocab = 14_200, 151_936
+    z = torch.zeros(rows, vocab, dtype=torch.bfloat16)
+    z[-1, -1] = 5.0
+    ids = torch.full((rows,), vocab - 1)
+    holder = torch.zeros(1, requires_grad=True, dtype=torch.bfloat16)
+    logp, _ = opd_ops.token_logp(_WithGraph.apply(z, holder), ids, inplace=True)
+    truth = 5.0 - torch.logsumexp(z[-1:].double(), -1).item()
+    assert abs(logp[-1].item() - truth) < 1e-5
+    weight = torch.zeros(rows)
+    weight[-1] = 1.0
+    logp.backward(weight)
+    assert abs(z[-1, -1].item() - (1 - torch.tensor(truth).exp().item())) < 1e-2
+    assert (z[-2] == 0).all() and z[-1, 0] < 0
+
+
+class _WithGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, holder):
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
