@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from opd_ops.data import read_rows
+from opd_ops.runs import RunError
 
 
 def join(rollouts: Sequence[Any]) -> Any:
@@ -26,3 +31,84 @@ def join(rollouts: Sequence[Any]) -> Any:
             values = [F.pad(value, (0, width - value.shape[1])) for value in values]
         joined[name] = torch.cat(values)
     return type(rollouts[0])(**joined)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], flag: str) -> list[int]:
+    """Ids of single tokens, spelt as in the tokenizer's vocabulary.
+
+    Raises:
+        RunError: one of them is no token; `flag` is named.
+    """
+    ids = [tokenizer.convert_tokens_to_ids(text) for text in texts]
+    unknown = [text for text, i in zip(texts, ids) if tokenizer.convert_ids_to_tokens(i) != text]
+    if unknown:
+        raise RunError(f"{flag}: no tokens of the student's tokenizer: {unknown}", code=2)
+    return ids
+
+
+def occurrences(rollout: Any, ids: Sequence[int], which: str) -> Tensor:
+    """Where the response has one of `ids`: [B, T] bool; `which`: "first" of each id, or "all"."""
+    found = torch.zeros_like(rollout.response_mask)
+    for each in ids:
+        hits = (rollout.completion_ids == each) & rollout.response_mask
+        found |= hits & (hits.cumsum(1) == 1) if which == "first" else hits
+    return found
+
+
+def replace_token(rollout: Any, old: int, new: int) -> Any:
+    """The rollout with `new` wherever the completion has `old`."""
+    hits = (rollout.completion_ids == old) & rollout.completion_mask
+    ids = rollout.completion_ids.masked_fill(hits, new)
+    return type(rollout)(**(vars(rollout) | {"completion_ids": ids}))
+
+
+def adopt_prefix(rollout: Any, prompts: Sequence[Any], lengths: Sequence[int], width: int) -> Any:
+    """Make the last `lengths[b]` tokens of each prompt the first ones of its completion.
+
+    They become the prefix, and are no response. What then stands beyond `width` columns is cut
+    off; an EOS that is cut off has not ended its rollout. `prompts` are the prompts without them.
+    """
+    ids = rollout.prompt_ids
+    (num, old), moved = ids.shape, torch.tensor(lengths, device=ids.device)[:, None]  # [B, 1]
+    steps = torch.arange(max(old, width), device=ids.device)
+    whence = (steps[:width] + old - moved).clamp(max=old + rollout.completion_ids.shape[1] - 1)
+    inside = steps[:width] < moved + rollout.completion_mask.sum(1, keepdim=True)
+    prefix = steps[:width] < moved
+    nothing = torch.zeros_like(ids)
+
+    def completion(left: Tensor, right: Tensor) -> Tensor:
+        both = torch.cat([left.to(right.dtype), right], 1).gather(1, whence)
+        return both.masked_fill(~inside, 0)
+
+    def prompt(values: Tensor) -> Tensor:
+        values = values.gather(1, (steps[:old] - moved).clamp(min=0))
+        return values.masked_fill(steps[:old] < moved, 0)
+
+    changed = {
+        "prompts": list(prompts),
+        "prompt_ids": prompt(ids),
+        "prompt_mask": prompt(rollout.prompt_mask),
+        "completion_ids": completion(ids, rollout.completion_ids),
+        "completion_mask": completion(rollout.prompt_mask, rollout.completion_mask),
+        "response_mask": completion(nothing, rollout.response_mask),
+        "prefix_mask": prefix,
+        "ended": rollout.ended & (moved[:, 0] + rollout.completion_mask.sum(1) <= width),
+    }
+    for name in ("rollout_logp", "behaviour_logp", "coin"):
+        changed[name] = completion(nothing, getattr(rollout, name))
+    joined = type(rollout)(**(vars(rollout) | changed))
+    return joined.select(torch.arange(num, device=ids.device))
+
+
+@cache
+def completions_of(path: str, prompt_field: str, field: str) -> dict[str, list[str]]:
+    """The texts in `field` of a jsonl file, by the text of their prompt; read once."""
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(read_rows(path, 0), 1):
+        if not all(isinstance(row.get(key), str) for key in (prompt_field, field)):
+            raise RunError(
+                f"{path}: row {number}: expected text in the fields {prompt_field!r} and "
+                f"{field!r}; the row has {sorted(row)}"
+            )
+        found.setdefault(row[prompt_field], []).append(row[field])
+    return found

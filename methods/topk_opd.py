@@ -1,0 +1,698 @@
+"""Top-K OPD: the student matches the teacher on the tokens that the teacher likes best.
+
+With S_t the K likeliest tokens of the teacher at c_t = (prompt, y_<t), y ~ student (top-p 0.9), N
+trained tokens, student^ and teacher^ the two laws renormalised on S_t, sg = stop-gradient:
+
+    log_ratio_t = log student(y_t|c_t) - log teacher(y_t|c_t)                            Eq. (1)
+    loss = 1/N sum_t D(student^(.|c_t), teacher^(.|c_t)), by default D = KL(student^||teacher^)
+         = 1/N sum_t sum_(v in S_t) student^(v) log(student^(v) / teacher^(v))           Eq. (2)
+    w_t = sg[min(student(y_t|c_t) / behaviour(y_t|c_t), importance_cap)]                 Eq. (3)
+    --tail bucket: D over S_t and one more outcome, "not in S_t"; not renormalised       Eq. (4)
+    --tail score: 1/N sum_t { sum_(v in S_t) student(v) log(student(v) / teacher(v))
+                    + [y_t not in S_t] w_t sg[log_ratio_t + 1] log student(y_t|c_t) }    Eq. (5)
+    jsd_b = b KL(teacher||M) + (1-b) KL(student||M), M = (1-b) student + b teacher       Eq. (6)
+
+Sources: (2) arXiv:2603.25562v2, Eq. (7), (8); (6) GKD, arXiv:2306.13649; (4), (5) are ours: the
+expected gradient of (5) is that of the full reverse KL at the prefixes that the student visits.
+Different from opd.py: 1. `collect` samples with top-p 0.9 and can leave special tokens out of the
+loss; 2. `score` brings the teacher's K likeliest tokens, and can show it another EOS than the
+student wrote; 3. `token_loss` is a divergence on them, differentiated through K student logits.
+
+    python methods/topk_opd.py                             # the embedded tiny pair, on a CPU
+    python methods/topk_opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --prompts x.jsonl
+
+Deviations: every token is trained unless --mask-special-tokens says otherwise (the authors' choice
+is `paper`), and a batch is used for one update (theirs: 2). See docs/methods/topk_opd.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import opd_ops
+from opd_ops import health, runs
+from opd_ops.data import Prompt, load_prompts, verifier_function
+from opd_ops.models import CausalLM, load_models, prepare
+
+# ==== 1. Arguments ================================================================================
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """All flags; everything that is wrong with them is reported in one message."""
+    raw, tiny, types = argparse.RawDescriptionHelpFormatter, runs.TINY, ["float32", "bfloat16"]
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=__doc__, formatter_class=raw
+    )
+    add = partial(runs.flag, parser.add_argument_group("run"))
+    add("--run-dir", f"runs/{Path(__file__).stem}/default", "folder for logs and checkpoints")
+    add("--resume", False, "continue from the newest good checkpoint in --run-dir")
+    add("--overwrite", False, "delete the run that is in --run-dir")
+    add("--save-every", 50, "steps between checkpoints; 0: only at the end", "[0,inf)")
+    add("--keep-checkpoints", 2, "how many of the newest are kept; 0: all", "[0,inf)")
+    add("--report-to", "none", "live view", choices=["none", "tensorboard", "wandb", "trackio"])
+    add("--seed", 0, "of data order and sampling", "[0,inf)")
+    add("--device", "auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
+    add("--dry-run", False, "print resolved flags, models, checks and token budget; exit")
+    add("--debug", False, "show tracebacks")
+    add = partial(runs.flag, parser.add_argument_group("data"))
+    add(
+        "--prompts", str(tiny / "prompts/train.jsonl"), "jsonl, reasoning_gym:TASK, `datasets` name"
+    )
+    add("--test-prompts", None, "held-out prompts [with the tiny prompts: the tiny test set]")
+    add("--prompt-field", "prompt", "field with the user message")
+    add("--answer-field", "answer", "field with the right answer, for the verifier")
+    add("--domain-field", "domain", "field by which metrics are split")
+    add("--chat-template", True, "render prompts with the tokenizer's template, if it has one")
+    add("--chat-template-from", "student", "whose template", choices=["student", "teacher"])
+    add("--chat-template-args", "{}", 'JSON for the template, such as {"enable_thinking": false}')
+    add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function")
+    add("--verifier-timeout-s", 10.0, "for one answer; after that its verdict is 0", "(0,inf)")
+    add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
+    add = partial(runs.flag, parser.add_argument_group("models"))
+    add("--student", str(tiny / "student"), "folder or hub name")
+    add("--teacher", None, "[NAME=]folder or hub name [the tiny teacher]", action="append")
+    add("--dtype", "auto", "compute type (weights: float32)", choices=["auto", *types])
+    add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
+    add("--teacher-device", "same", "device of frozen models; same: --device")
+    add("--gradient-checkpointing", False, "recompute activations in the backward pass")
+    add("--trust-remote-code", False, "run Python code that comes with the models")
+    add = partial(runs.flag, parser.add_argument_group("rollout"))
+    add("--prompts-per-step", 32, "prompts in one step", "[1,inf)")
+    add("--rollouts-per-prompt", 4, "rollouts of each", "[1,inf)")
+    add("--max-completion-tokens", 128, "longer completions are cut, and counted", "[1,inf)")
+    add("--temperature", 1.0, "of sampling", "(0,inf)")
+    add("--top-p", 1.0, "of sampling; the loss is not corrected for the truncation", "(0,1]")
+    add("--top-k", 0, "of sampling; 0: off", "[0,inf)")
+    add("--sampler-batch-size", 256, "rollouts generated together", "[1,inf)")
+    add = partial(runs.flag, parser.add_argument_group("optimisation"))
+    add("--steps", 100, "batches of rollouts", "[0,inf)")
+    add("--lr", 5e-4, "peak learning rate of AdamW", "[0,inf)")
+    add("--lr-schedule", "constant", "after warm-up", choices=["constant", "linear", "cosine"])
+    add("--warmup-steps", 0, "of linear warm-up", "[0,inf)")
+    add("--weight-decay", 0.0, "of AdamW, on matrices", "[0,inf)")
+    add("--adam-beta2", 0.95, "of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
+    add("--max-grad-norm", 1.0, "gradient clipping", "(0,inf]")
+    add("--updates-per-rollout", 1, "optimizer steps on each batch of rollouts", "[1,inf)")
+    add("--importance-cap", 5.0, "largest importance weight, Eq. (3)", "[1,inf]")
+    add("--loss-temperature", 1.0, "of every log-prob in the loss, all models alike", "(0,inf)")
+    add("--micro-batch-tokens", 16384, "tokens of one forward pass, with padding", "[1,inf)")
+    add("--max-bad-steps", 0, "steps with non-finite loss or gradient to skip", "[0,inf)")
+    add = partial(runs.flag, parser.add_argument_group("evaluation"))
+    add("--eval-every", 50, "steps between evaluations, and at both ends; 0: never", "[0,inf)")
+    add("--eval-samples", 8, "samples for each test prompt", "[1,inf)")
+    add("--eval-temperature", 1.0, "0: greedy", "[0,inf)")
+    add("--eval-top-p", 1.0, "of evaluation", "(0,1]")
+    add("--eval-teacher", False, "evaluate the teacher too, once")
+    add("--diagnostic-tokens", 512, "tokens of a step with exact divergences; 0: off", "[0,inf)")
+    add_method_args(parser)
+    args = runs.parse(parser, argv, check_method_args)
+    args.teacher = args.teacher or [str(tiny / "teacher")]
+    if args.test_prompts is None and args.prompts == str(tiny / "prompts/train.jsonl"):
+        args.test_prompts = str(tiny / "prompts/test.jsonl")
+    return args
+
+
+# ==== 2. Data and verifier ========================================================================
+# FORK: rows and chat format are `opd_ops.data.load_prompts`; your verifier is `--verifier my.py:f`.
+
+
+def prompts_of_step(prompts: list[Prompt], step: int, args: argparse.Namespace) -> list[Prompt]:
+    """A function of seed and step alone, so that resuming needs no state; reshuffled each epoch."""
+    places = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
+    order = {
+        epoch: np.random.default_rng([args.seed, 1, epoch]).permutation(len(prompts))
+        for epoch in range(places[0] // len(prompts), places[-1] // len(prompts) + 1)
+    }
+    return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in places]
+
+
+def verify(rollout: Rollout, tokenizer: Any, verifier: runs.Verifier) -> None:
+    """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
+    kept = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    items = [(text, prompt.answer, prompt.row) for text, prompt in zip(texts, rollout.prompts)]
+    rollout.verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
+
+
+# ==== 3. Models and sampling ======================================================================
+
+
+@dataclass
+class Rollout:
+    """B completions and how they were sampled. Names, units and signs: docs/notation.md."""
+
+    prompts: list[Prompt]
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool
+    completion_ids: Tensor  # [B, T] int64, right-padded
+    completion_mask: Tensor  # [B, T] bool: every token after the prompt, EOS included
+    response_mask: Tensor  # [B, T] bool: tokens that the main loss trains
+    prefix_mask: Tensor  # [B, T] bool: tokens of a teacher's prefix
+    rollout_logp: Tensor  # [B, T] nats, of the law that was sampled from
+    behaviour_logp: Tensor  # [B, T] nats, same weights, full vocabulary, loss temperature
+    coin: Tensor  # [B, T] a uniform in [0, 1) for the method's own draw at a token, from `collect`
+    ended: Tensor  # [B] bool: EOS was sampled
+    source: Tensor  # [B] int64: 0 student, 1 teacher
+    verdict: Tensor  # [B] float: +1 right, -1 wrong, 0 unverified
+
+    @property
+    def attention_mask(self) -> Tensor:  # [B, P+T]
+        return torch.cat([self.prompt_mask, self.completion_mask], 1)
+
+    @property
+    def trained_mask(self) -> Tensor:  # [B, T], N tokens; no others are scored
+        return self.response_mask | self.prefix_mask
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Some of the rollouts, without padding that they do not need."""
+        left = int((~self.prompt_mask[rows]).sum(1).min())
+        width = int(self.completion_mask[rows].sum(1).max())
+        cut: dict[str, Any] = {"prompts": [self.prompts[row] for row in rows.tolist()]}
+        for name in (field.name for field in fields(self) if field.name != "prompts"):
+            value = getattr(self, name)[rows]
+            if value.dim() == 2:
+                value = value[:, left:] if name.startswith("prompt") else value[:, :width]
+            cut[name] = value
+        return Rollout(**cut)
+
+
+def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Tensor]) -> Tensor:
+    """`read(rows, head)` of the N rows that predict trained tokens, as [B, T, ...], else zero."""
+    attention_mask = rollout.attention_mask.to(model.device)
+    mask = rollout.trained_mask
+    values = model(
+        read,
+        F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(model.device),  # t - 1 predicts t
+        input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(model.device),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).to(mask.device)
+    return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
+
+
+def token_logp(model: CausalLM, rollout: Rollout, args: argparse.Namespace) -> Tensor:
+    """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
+    ids = rollout.completion_ids[rollout.trained_mask].to(model.device)
+    return read_tokens(
+        model,
+        rollout,
+        lambda rows, head: opd_ops.linear_token_logp(rows, head, ids, **law(args))[0],
+    )
+
+
+def law(args: argparse.Namespace) -> dict[str, Any]:
+    """What turns logits into the distributions of the loss, the same for all models."""
+    return {"temperature": args.loss_temperature, "valid_vocab": args.valid_vocab}
+
+
+def uniforms(num_rollouts: int, stream: int, step: int, args: argparse.Namespace) -> Tensor:
+    """[B, T], one uniform per token: the randomness belongs to the row, so that neither batching
+    nor the number of processes changes a sample. Streams: 2 rollouts, 3 evaluation, 4 teacher."""
+    generator = np.random.default_rng([args.seed, stream, step])
+    shape = (num_rollouts, args.max_completion_tokens)
+    return torch.from_numpy(generator.random(shape, dtype=np.float32))
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    args: argparse.Namespace,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample by the inverse CDF: (token, rollout_logp, behaviour_logp), each [B]."""
+    logits = logits[:, : args.valid_vocab].float()
+    if temperature == 0.0:  # greedy
+        temperature, top_k = 1.0, 1
+    probs, order = (logits / temperature).softmax(-1), None
+    if top_p < 1.0 or top_k:
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first one stays
+        probs[:, top_k or probs.shape[1] :] = 0.0
+    cdf = probs.cumsum(-1)
+    mass = cdf[:, -1:]  # 1 without truncation
+    point = (uniform[:, None] * mass).minimum(mass.nextafter(torch.zeros_like(mass)))
+    place = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
+    rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
+    token = (place if order is None else order.gather(1, place))[:, 0]
+    return token, rollout_logp, opd_ops.token_logp(logits, token, **law(args))[0]
+
+
+def last_logits(rows: Tensor, head: Tensor | None) -> Tensor:
+    """[B, V] from the hidden states of the last position."""
+    return rows if head is None else rows @ head.T
+
+
+@torch.no_grad()
+def sample(
+    model: CausalLM,
+    prompts: list[Prompt],
+    uniform: Tensor,
+    args: argparse.Namespace,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Rollout:
+    """One completion per prompt, by a key/value cache; `uniform` [B, T] are its random numbers.
+
+    Nothing but these arguments decides how: a checkpoint's generation_config is not read.
+    """
+    (num, width), length = uniform.shape, max(len(prompt.ids) for prompt in prompts)
+    eos = torch.tensor(args.eos_ids, device=model.device)
+    uniform = uniform.to(model.device)
+    zeros = partial(torch.zeros, device=model.device)
+    ids, masks = partial(zeros, dtype=torch.int64), partial(zeros, dtype=torch.bool)
+    prompt, completion = (num, length), (num, width)
+    out = Rollout(
+        prompts, ids(prompt), masks(prompt), ids(completion), masks(completion), masks(completion),
+        masks(completion), zeros(completion), zeros(completion), zeros(completion), masks(num),
+        ids(num), zeros(num),
+    )  # fmt: skip
+    for row, each in enumerate(prompts):
+        out.prompt_ids[row, length - len(each.ids) :] = torch.tensor(each.ids)
+        out.prompt_mask[row, length - len(each.ids) :] = True
+    model.eval()
+    bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
+    for rows in torch.arange(num, device=model.device).split(args.sampler_batch_size):
+        cache = DynamicCache(config=model.lm.config)
+        step = partial(model, last_logits, None, past_key_values=cache, use_cache=True)
+        unique = list(dict.fromkeys(prompts[row].ids for row in rows.tolist()))
+        which = torch.tensor([unique.index(prompts[row].ids) for row in rows.tolist()])
+        first = rows[torch.tensor([which.tolist().index(i) for i in range(len(unique))])]
+        mask, which = out.prompt_mask[first], which.to(model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = step(input_ids=out.prompt_ids[first], attention_mask=mask, position_ids=positions)
+        cache.batch_select_indices(which)  # rollouts of one prompt have shared its prefill
+        logits, mask, alive = logits[which], mask[which], torch.ones_like(rows, dtype=torch.bool)
+        for t in range(width):
+            drawn = draw(logits, uniform[rows, t], temperature, top_p, top_k, args)
+            token, live = drawn[0], rows[alive]
+            out.completion_mask[live, t] = True
+            kept = (out.completion_ids, out.rollout_logp, out.behaviour_logp)
+            for grid, values in zip(kept, drawn):
+                grid[live, t] = values[alive]
+            ends = torch.isin(token, eos) & alive
+            out.ended[rows[ends]] = True
+            alive = alive & ~ends
+            bar.update(int(ends.sum()))
+            if t + 1 == width or not alive.any():
+                break
+            if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a step
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, mask, token, alive = rows[keep], mask[keep], token[keep], alive[keep]
+            mask = F.pad(mask, (0, 1), value=True)
+            positions = mask.sum(1, keepdim=True) - 1
+            logits = step(input_ids=token[:, None], attention_mask=mask, position_ids=positions)
+    bar.close()
+    out.response_mask = out.completion_mask.clone()
+    return out.select(torch.arange(num, device=model.device))
+
+
+# ==== 4. The method ===============================================================================
+
+
+def add_method_args(parser: argparse.ArgumentParser) -> None:
+    """Hyper-parameters of the method."""
+    parser.set_defaults(top_p=0.9)  # paper: 0.9
+    add = partial(runs.flag, parser.add_argument_group("method", "here --top-p is 0.9 by default"))
+    supports, laws = ["teacher", "student", "teacher+sampled"], ["reverse", "forward", "jsd"]
+    on_off = argparse.BooleanOptionalAction
+    add("--support-size", 32, "K, tokens in S of Eq. (2); paper: 32", "[1,inf)")
+    add("--support", "teacher", "whose top K is S; paper: teacher", choices=supports)
+    add("--divergence", "reverse", "D of Eq. (2); paper: reverse", choices=laws)
+    add("--jsd-beta", 0.5, "b of Eq. (6); at its ends use forward or reverse", "(0,1)")
+    add("--tail", "none", "Eq. (4), (5); paper: none", choices=["none", "bucket", "score"])
+    add("--renormalise", None, "on S; paper: yes [default: unless there is a tail]", action=on_off)
+    add("--mask-special-tokens", None, "not trained: A,B,... or `paper`: '<', 'think', every EOS")
+    add("--mask-occurrences", "first", "in a completion; paper: first", choices=["first", "all"])
+    add("--map-eos", None, "FROM=TO: the teacher reads the token TO where the student wrote FROM")
+
+
+def check_method_args(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags, beyond their bounds."""
+    several = len(args.teacher or []) > 1
+    errors = ["--teacher: one is expected (exopd.py takes several)"] if several else []
+    if args.renormalise and args.tail != "none":
+        errors.append(f"--tail {args.tail}: a law renormalised on its support has no tail")
+    args.renormalise = args.tail == "none" if args.renormalise is None else args.renormalise
+    if args.renormalise and args.support_size == 1 and args.support != "teacher+sampled":
+        errors.append("--support-size 1 with --renormalise: the loss is 0, take at least 2")
+    sampled_from = (args.temperature, args.loss_temperature, args.top_p, args.top_k)
+    if args.tail == "score" and sampled_from != (1.0, 1.0, 1.0, 0):
+        errors.append(
+            "--tail score: needs --temperature 1 --loss-temperature 1 --top-p 1 --top-k 0"
+        )
+    if args.tail == "score" and (args.divergence != "reverse" or args.support == "teacher+sampled"):
+        errors.append("--tail score: needs --divergence reverse, and no sampled token in --support")
+    if args.map_eos is not None and not all(args.map_eos.partition("=")):
+        errors.append(f"--map-eos: expected FROM=TO, got {args.map_eos!r}")
+    return errors
+
+
+def model_paths(args: argparse.Namespace) -> dict[str, str]:
+    """Which models exist *is* the method. All but the student are frozen."""
+    return {"student": args.student, "teacher": args.teacher[0]}
+
+
+def collect(
+    models: dict[str, CausalLM],
+    tokenizer: Any,
+    verifier: runs.Verifier,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    step: int,
+) -> tuple[Rollout, dict[str, float]]:
+    """Where trajectories come from (the student), and what to log of how they came."""
+    from opd_ops.rollouts import occurrences, token_ids
+
+    if args.support_size > args.valid_vocab:
+        raise runs.RunError(f"--support-size: there are only {args.valid_vocab} token ids", 2)
+    special = special_ids(tokenizer, args)
+    if args.map_eos:
+        args.map_ids = token_ids(tokenizer, args.map_eos.split("="), "--map-eos")
+    prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
+    uniform = uniforms(len(prompts), 2, step, args)
+    rollout = sample(
+        models["student"], prompts, uniform, args, args.temperature, args.top_p, args.top_k
+    )
+    verify(rollout, tokenizer, verifier)
+    masked = occurrences(rollout, special, args.mask_occurrences)
+    rollout.response_mask &= ~masked
+    mapped = teacher_view(rollout, args).completion_ids != rollout.completion_ids
+    counts = {"num_masked_tokens": masked.sum(), "num_mapped_tokens": mapped.sum()}
+    return rollout, {name: float(count) for name, count in counts.items()}
+
+
+@torch.no_grad()
+def score(
+    models: dict[str, CausalLM], rollout: Rollout, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The support and the sampled token as column K + 1, with the teacher's log-probs of them."""
+    teacher, trained, size = models["teacher"], rollout.trained_mask, args.support_size
+    view, own_ids = teacher_view(rollout, args), rollout.completion_ids[..., None]
+    topk = partial(opd_ops.linear_topk_logp, k=size, **law(args))
+    with_token = args.support == "teacher+sampled"
+    if args.support == "student":  # with the weights before the updates on this batch
+        student_ids = read_tokens(models["student"], rollout, lambda *rows: topk(*rows)[0])[trained]
+
+    def read(rows: Tensor, head: Tensor | None) -> Tensor:
+        """[N, 2K + 2]: ids (as floats, exact), teacher_logp of them and of the token, the tail."""
+        token_ids = view.completion_ids[trained].to(rows.device)
+        if args.support == "student":
+            ids = student_ids.to(rows.device)
+            every = torch.cat([ids, token_ids[:, None]], 1)
+            logp = opd_ops.linear_gather_logp(rows, head, every, **law(args))[0]
+        else:
+            ids, logp, _, _, token_logp, _ = topk(rows, head, token_ids=token_ids)
+            logp = torch.cat([logp, token_logp[:, None]], 1)
+        tail_logp = torch.zeros_like(logp[:, :1])
+        if args.tail == "bucket":
+            inside = torch.cat([ids, own_ids[trained].to(ids)], 1)[:, : size + with_token]
+            tail_logp = outside_logp(rows, head, inside, args)[:, None]
+        return torch.cat([ids.to(logp.dtype), logp, tail_logp], 1)
+
+    ids, teacher_logp, tail_logp = read_tokens(teacher, view, read).split([size, size + 1, 1], -1)
+    outside = (ids != own_ids).all(-1, keepdim=True)  # [B, T, 1]; a token inside is not repeated
+    return {
+        "support_ids": torch.cat([ids.long(), own_ids], -1),  # [B, T, K + 1]
+        "support_mask": torch.cat([torch.ones_like(ids) > 0, outside & with_token], -1),
+        "support_logp": teacher_logp,
+        "tail_logp": tail_logp[..., 0],  # of all that is not in the support, for Eq. (4)
+        "outside": outside[..., 0],
+    }
+
+
+def token_loss(
+    student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: argparse.Namespace
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
+    names = ("support_ids", "support_mask", "support_logp", "tail_logp")
+    ids, mask, support_logp, tail_logp = (  # [N, K + 1], tail_logp [N]
+        scores[name][rollout.trained_mask].to(student.device) for name in names
+    )
+    teacher_mass = (scores["support_logp"].exp() * scores["support_mask"]).sum(-1)
+    if args.tail != "score":
+        how = {"divergence": args.divergence, "beta": args.jsd_beta} | law(args)  # Eq. (6)
+        if args.tail == "bucket":
+            how |= {"tail": "bucket", "teacher_tail_logp": tail_logp}  # Eq. (4)
+        divergence = read_tokens(
+            student,
+            rollout,
+            lambda rows, head: opd_ops.linear_support_kl(
+                rows,
+                head,
+                ids,
+                support_logp,
+                renormalise=args.renormalise,  # then from K rows of the head
+                support_mask=mask,
+                **how,
+            )[0],
+        )
+        logged = {"divergence": divergence.detach(), "teacher_mass": teacher_mass}
+        return divergence.sum(), logged  # Eq. (2)
+    logp = read_tokens(
+        student,
+        rollout,
+        lambda rows, head: opd_ops.linear_gather_logp(rows, head, ids, **law(args))[0],
+    )
+    student_logp, outside = logp[..., -1], scores["outside"]
+    terms = logp.exp() * (logp - scores["support_logp"])  # [B, T, K + 1], exact on the support
+    log_ratio = student_logp.detach() - scores["support_logp"][..., -1]  # Eq. (1)
+    policy_log_ratio = (student_logp.detach() - rollout.behaviour_logp) * rollout.trained_mask
+    weight = importance_weight(policy_log_ratio, args)
+    # The +1 is what the terms of the support have in their gradient: without it, the tail would
+    # leave the gradient of the student's mass on the support, which pushes mass out of it.
+    tail = outside * weight * (log_ratio + 1.0) * student_logp
+    loss_sum = (terms[..., :-1].sum(-1) + tail).sum()  # Eq. (5)
+    divergence = terms.detach()[..., :-1].sum(-1) + outside * weight * log_ratio  # its value
+    logged = {"log_ratio": log_ratio, "policy_log_ratio": policy_log_ratio}
+    return loss_sum, logged | {"divergence": divergence, "teacher_mass": teacher_mass}
+
+
+def outside_logp(
+    rows: Tensor, head: Tensor | None, ids: Tensor, args: argparse.Namespace
+) -> Tensor:
+    """Log of the mass that is not on `ids` [N, K], summed there: 1 - mass would have no digits.
+
+    It is -KL(everything in the bucket || model).
+    """
+    nothing = torch.full(ids.shape, -math.inf, device=rows.device)
+    how = {"divergence": "forward", "renormalise": False, "tail": "bucket"} | law(args)
+    bucket = nothing.new_zeros(len(rows))
+    return -opd_ops.linear_support_kl(rows, head, ids, nothing, teacher_tail_logp=bucket, **how)[0]
+
+
+def special_ids(tokenizer: Any, args: argparse.Namespace) -> list[int]:
+    """Ids of --mask-special-tokens; `paper` leaves out what the vocabulary has not."""
+    from opd_ops.rollouts import token_ids
+
+    if args.mask_special_tokens == "paper":  # as in the authors' code
+        vocabulary = tokenizer.get_vocab()
+        return [vocabulary[text] for text in ("<", "think") if text in vocabulary] + args.eos_ids
+    texts = [text for text in (args.mask_special_tokens or "").split(",") if text]
+    return token_ids(tokenizer, texts, "--mask-special-tokens")
+
+
+def teacher_view(rollout: Rollout, args: argparse.Namespace) -> Rollout:
+    """The rollout as the teacher reads it: with the EOS that it knows."""
+    from opd_ops.rollouts import replace_token
+
+    return replace_token(rollout, *args.map_ids) if args.map_eos else rollout
+
+
+def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Tensor | float:
+    """1 while the weights that sampled are those that are trained."""
+    on_policy = args.updates_per_rollout == 1
+    return 1.0 if on_policy else policy_log_ratio.exp().clamp(max=args.importance_cap)  # Eq. (3)
+
+
+# ==== 5. Update, evaluation, checkpoints ==========================================================
+
+
+def micro_batches(rollout: Rollout, args: argparse.Namespace) -> Iterator[Rollout]:
+    """Pieces of like length, at most --micro-batch-tokens each (or one rollout)."""
+    lengths = rollout.attention_mask.sum(1)
+    order, start = lengths.argsort(descending=True, stable=True), 0
+    while start < len(order):
+        end = start + max(1, args.micro_batch_tokens // int(lengths[order[start]]))
+        yield rollout.select(order[start:end])
+        start = end
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then constant, or down to 0 at --steps."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    down = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return args.lr * down[args.lr_schedule]
+
+
+def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW over float32 weights; weight decay on matrices only."""
+    groups = [
+        {"params": [w for w in student.parameters() if w.dim() > 1]},
+        {"params": [w for w in student.parameters() if w.dim() <= 1], "weight_decay": 0.0},
+    ]
+    how = {"lr": args.lr, "betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
+    return torch.optim.AdamW(groups, **how)
+
+
+def train_step(
+    student: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: list[tuple[Rollout, dict[str, Any]]],
+    args: argparse.Namespace,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step; it is skipped where loss or gradient is not finite (`bad_step` 1)."""
+    num_trained_tokens = max(1, sum(int(rollout.trained_mask.sum()) for rollout, _ in batch))
+    student.train()
+    optimizer.zero_grad()
+    loss, tokens = 0.0, {}
+    for rollout, scores in batch:
+        loss_sum, logged = token_loss(student, rollout, scores, args)
+        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of the whole batch
+        loss += float(loss_sum.detach()) / num_trained_tokens
+        logged["decile"] = health.position_decile(rollout.trained_mask)
+        for name, values in logged.items():
+            tokens.setdefault(name, []).append(values[rollout.trained_mask])
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+    good = math.isfinite(loss) and math.isfinite(grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    if good:
+        optimizer.step()
+    metrics = health.token_metrics({name: torch.cat(parts) for name, parts in tokens.items()})
+    done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
+    return metrics | done | {"bad_step": float(not good)}
+
+
+def evaluate(
+    models: dict[str, CausalLM],
+    name: str,
+    tokenizer: Any,
+    verifier: runs.Verifier,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """avg@n, pass@k, lengths; the student's exact reverse KL on the first sample of each prompt."""
+    rows = [prompt for prompt in prompts for _ in range(args.eval_samples)]
+    uniform = uniforms(len(rows), 3, 0, args)  # the same numbers in every evaluation
+    rollout = sample(models[name], rows, uniform, args, args.eval_temperature, args.eval_top_p)
+    verify(rollout, tokenizer, verifier)
+    metrics = health.rollout_metrics(rollout)
+    metrics |= health.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
+    if name == "student":
+        first = rollout.select(torch.arange(0, len(rows), args.eval_samples))
+        exact = health.exact_divergences(models, micro_batches(first, args), read_tokens, law(args))
+        metrics["reverse_kl"] = exact["reverse_kl"]
+    return {f"eval/{name}/{key}": value for key, value in metrics.items()}
+
+
+def save_checkpoint(
+    folder: Path,
+    student: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Any,
+    state: dict[str, int],
+) -> None:
+    """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state."""
+    student.lm.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    weights, moments = get_state_dict(student, optimizer)
+    dcp.save({"student": weights, "optimizer": moments} | state, checkpoint_id=folder / "trainer")
+
+
+def load_checkpoint(
+    folder: Path, student: CausalLM, optimizer: torch.optim.Optimizer, state: dict[str, int]
+) -> dict[str, int]:
+    """Put weights and moments back; return the counters that were saved with them."""
+    weights, moments = get_state_dict(student, optimizer)
+    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | state
+    dcp.load(saved, checkpoint_id=folder / "trainer")
+    set_state_dict(
+        student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
+    )
+    return {key: saved[key] for key in state}
+
+
+# ==== 6. Main loop ================================================================================
+
+
+@runs.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sample, score, update; evaluate and save."""
+    args = parse_args(argv)
+    tokenizer = prepare(model_paths(args), args)
+    prompts = load_prompts(args.prompts, tokenizer, args)
+    test = load_prompts(args.test_prompts, tokenizer, args) if args.test_prompts else []
+    function = verifier_function(args.verifier)
+    runs.say_plan(args)
+    if args.dry_run:
+        return
+    run = runs.Run(args, __file__)
+    verifier = runs.Verifier(function, args.verifier_timeout_s)
+    models = load_models(model_paths(args), args)
+    student, state = models["student"], {"step": 0, "num_bad_steps": 0}
+    optimizer = make_optimizer(student, args)
+    if run.resume_from:
+        state = load_checkpoint(run.resume_from, student, optimizer, state)
+        run.rewind(state["step"])
+
+    for step in tqdm(range(state["step"], args.steps + 1), unit="step", disable=None):
+        state["step"] = step
+        save = partial(run.save, step, save_checkpoint, student, optimizer, tokenizer, state)
+        run.stop_if_asked(save)
+        last = step == args.steps
+        if test and args.eval_every and (last or step % args.eval_every == 0):
+            for name in ("teacher", "student") if step == 0 and args.eval_teacher else ("student",):
+                if not run.has(step, f"eval/{name}/avg@{args.eval_samples}"):
+                    with run.phase("eval"):
+                        metrics = evaluate(models, name, tokenizer, verifier, test, args)
+                    run.log(step, metrics)
+        if last or (args.save_every and step and step % args.save_every == 0):
+            save()
+        if last:
+            break
+        with run.phase("generate"):
+            chosen = prompts_of_step(prompts, step, args)
+            rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
+        with run.phase("teacher"):
+            batch = [(micro, score(models, micro, args)) for micro in micro_batches(rollout, args)]
+        metrics |= health.rollout_metrics(rollout)
+        if args.diagnostic_tokens:
+            with run.phase("diagnose"):
+                few = micro_batches(health.thin(rollout, args.diagnostic_tokens, step), args)
+                metrics |= health.exact_divergences(models, few, read_tokens, law(args))
+        with run.phase("student"):
+            for _ in range(args.updates_per_rollout):
+                metrics |= train_step(student, optimizer, batch, args, step)
+                state["num_bad_steps"] += int(metrics["bad_step"])
+        run.log_step(step + 1, metrics, health.samples(rollout, tokenizer))
+        if state["num_bad_steps"] > args.max_bad_steps:
+            raise run.bad_step(metrics, health.samples(rollout, tokenizer, len(rollout.prompts)))
+    verifier.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

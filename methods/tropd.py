@@ -1,0 +1,704 @@
+"""TrOPD: on-policy distillation with a trust region (arXiv:2606.01249v3).
+
+With y ~ student (after a prefix from the teacher in a guided rollout), c_t = (prompt, y_<t), N
+trained tokens, S_t the teacher's K likeliest tokens, sg = stop-gradient:
+
+    log_ratio_t = log student(y_t|c_t) - log teacher(y_t|c_t), advantage_t = -log_ratio_t  Eq. (1)
+    accepted_t ~ Bernoulli(sg[min(1, teacher(y_t|c_t) / student(y_t|c_t))])                Eq. (2)
+    w_t = sg[min(student(y_t|c_t) / behaviour(y_t|c_t), importance_cap)]                   Eq. (3)
+    forward_kl_t = sum_(v in S_t) teacher^(v) log(teacher^(v) / student(v|c_t))            Eq. (4)
+    loss = 1/N sum_(t by student) { -accepted_t w_t sg[advantage_t] log student(y_t|c_t)
+                                    + (1 - accepted_t) forward_kl_t }
+         + beta/N sum_(t in prefix) (log teacher(y_t|c_t) - log student(y_t|c_t))          Eq. (5)
+    clip, mask: accepted_t = [advantage_t >= tau]; else advantage tau, or 0, in Eq. (5)    Eq. (6)
+    prefix length = floor((1 + cos(pi step/steps)) / 2 min(teacher's length, longest))     Eq. (7)
+
+Sources: the paper's objective and its variants; teacher^ renormalised on S_t as in the official
+code (known second-hand). Different from opd.py: 1. `collect` starts some rollouts with a teacher's
+prefix, shorter every step; 2. `score` adds the teacher's top K; 3. `token_loss` draws who is inside
+of the trust region, and has other terms for tokens outside of it and for the prefix.
+
+    python methods/tropd.py                                # the embedded tiny pair, on a CPU
+    python methods/tropd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --prompts train.jsonl
+
+Deviations: Eq. (4) is differentiated (official code: a scalar advantage, --outlier-form scalar), so
+is the prefix term (--guidance-form); guided rollouts are some of --rollouts-per-prompt, not more;
+tau is ours, the paper does not print it. See docs/methods/tropd.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import opd_ops
+from opd_ops import health, runs
+from opd_ops.data import Prompt, load_prompts, verifier_function
+from opd_ops.models import CausalLM, load_models, prepare
+
+# ==== 1. Arguments ================================================================================
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """All flags; everything that is wrong with them is reported in one message."""
+    raw, tiny, types = argparse.RawDescriptionHelpFormatter, runs.TINY, ["float32", "bfloat16"]
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=__doc__, formatter_class=raw
+    )
+    add = partial(runs.flag, parser.add_argument_group("run"))
+    add("--run-dir", f"runs/{Path(__file__).stem}/default", "folder for logs and checkpoints")
+    add("--resume", False, "continue from the newest good checkpoint in --run-dir")
+    add("--overwrite", False, "delete the run that is in --run-dir")
+    add("--save-every", 50, "steps between checkpoints; 0: only at the end", "[0,inf)")
+    add("--keep-checkpoints", 2, "how many of the newest are kept; 0: all", "[0,inf)")
+    add("--report-to", "none", "live view", choices=["none", "tensorboard", "wandb", "trackio"])
+    add("--seed", 0, "of data order and sampling", "[0,inf)")
+    add("--device", "auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
+    add("--dry-run", False, "print resolved flags, models, checks and token budget; exit")
+    add("--debug", False, "show tracebacks")
+    add = partial(runs.flag, parser.add_argument_group("data"))
+    add(
+        "--prompts", str(tiny / "prompts/train.jsonl"), "jsonl, reasoning_gym:TASK, `datasets` name"
+    )
+    add("--test-prompts", None, "held-out prompts [with the tiny prompts: the tiny test set]")
+    add("--prompt-field", "prompt", "field with the user message")
+    add("--answer-field", "answer", "field with the right answer, for the verifier")
+    add("--domain-field", "domain", "field by which metrics are split")
+    add("--chat-template", True, "render prompts with the tokenizer's template, if it has one")
+    add("--chat-template-from", "student", "whose template", choices=["student", "teacher"])
+    add("--chat-template-args", "{}", 'JSON for the template, such as {"enable_thinking": false}')
+    add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function")
+    add("--verifier-timeout-s", 10.0, "for one answer; after that its verdict is 0", "(0,inf)")
+    add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
+    add = partial(runs.flag, parser.add_argument_group("models"))
+    add("--student", str(tiny / "student"), "folder or hub name")
+    add("--teacher", None, "[NAME=]folder or hub name [the tiny teacher]", action="append")
+    add("--dtype", "auto", "compute type (weights: float32)", choices=["auto", *types])
+    add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
+    add("--teacher-device", "same", "device of frozen models; same: --device")
+    add("--gradient-checkpointing", False, "recompute activations in the backward pass")
+    add("--trust-remote-code", False, "run Python code that comes with the models")
+    add = partial(runs.flag, parser.add_argument_group("rollout"))
+    add("--prompts-per-step", 32, "prompts in one step", "[1,inf)")
+    add("--rollouts-per-prompt", 4, "rollouts of each", "[1,inf)")
+    add("--max-completion-tokens", 128, "longer completions are cut, and counted", "[1,inf)")
+    add("--temperature", 1.0, "of sampling", "(0,inf)")
+    add("--top-p", 1.0, "of sampling; the loss is not corrected for the truncation", "(0,1]")
+    add("--top-k", 0, "of sampling; 0: off", "[0,inf)")
+    add("--sampler-batch-size", 256, "rollouts generated together", "[1,inf)")
+    add = partial(runs.flag, parser.add_argument_group("optimisation"))
+    add("--steps", 100, "batches of rollouts", "[0,inf)")
+    add("--lr", 5e-4, "peak learning rate of AdamW", "[0,inf)")
+    add("--lr-schedule", "constant", "after warm-up", choices=["constant", "linear", "cosine"])
+    add("--warmup-steps", 0, "of linear warm-up", "[0,inf)")
+    add("--weight-decay", 0.0, "of AdamW, on matrices", "[0,inf)")
+    add("--adam-beta2", 0.95, "of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
+    add("--max-grad-norm", 1.0, "gradient clipping", "(0,inf]")
+    add("--updates-per-rollout", 1, "optimizer steps on each batch of rollouts", "[1,inf)")
+    add("--importance-cap", 5.0, "largest importance weight, Eq. (3)", "[1,inf]")
+    add("--loss-temperature", 1.0, "of every log-prob in the loss, all models alike", "(0,inf)")
+    add("--micro-batch-tokens", 16384, "tokens of one forward pass, with padding", "[1,inf)")
+    add("--max-bad-steps", 0, "steps with non-finite loss or gradient to skip", "[0,inf)")
+    add = partial(runs.flag, parser.add_argument_group("evaluation"))
+    add("--eval-every", 50, "steps between evaluations, and at both ends; 0: never", "[0,inf)")
+    add("--eval-samples", 8, "samples for each test prompt", "[1,inf)")
+    add("--eval-temperature", 1.0, "0: greedy", "[0,inf)")
+    add("--eval-top-p", 1.0, "of evaluation", "(0,1]")
+    add("--eval-teacher", False, "evaluate the teacher too, once")
+    add("--diagnostic-tokens", 512, "tokens of a step with exact divergences; 0: off", "[0,inf)")
+    add_method_args(parser)
+    args = runs.parse(parser, argv, check_method_args)
+    args.teacher = args.teacher or [str(tiny / "teacher")]
+    if args.test_prompts is None and args.prompts == str(tiny / "prompts/train.jsonl"):
+        args.test_prompts = str(tiny / "prompts/test.jsonl")
+    return args
+
+
+# ==== 2. Data and verifier ========================================================================
+# FORK: rows and chat format are `opd_ops.data.load_prompts`; your verifier is `--verifier my.py:f`.
+
+
+def prompts_of_step(prompts: list[Prompt], step: int, args: argparse.Namespace) -> list[Prompt]:
+    """A function of seed and step alone, so that resuming needs no state; reshuffled each epoch."""
+    places = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
+    order = {
+        epoch: np.random.default_rng([args.seed, 1, epoch]).permutation(len(prompts))
+        for epoch in range(places[0] // len(prompts), places[-1] // len(prompts) + 1)
+    }
+    return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in places]
+
+
+def verify(rollout: Rollout, tokenizer: Any, verifier: runs.Verifier) -> None:
+    """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
+    kept = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    items = [(text, prompt.answer, prompt.row) for text, prompt in zip(texts, rollout.prompts)]
+    rollout.verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
+
+
+# ==== 3. Models and sampling ======================================================================
+
+
+@dataclass
+class Rollout:
+    """B completions and how they were sampled. Names, units and signs: docs/notation.md."""
+
+    prompts: list[Prompt]
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool
+    completion_ids: Tensor  # [B, T] int64, right-padded
+    completion_mask: Tensor  # [B, T] bool: every token after the prompt, EOS included
+    response_mask: Tensor  # [B, T] bool: tokens that the main loss trains
+    prefix_mask: Tensor  # [B, T] bool: tokens of a teacher's prefix
+    rollout_logp: Tensor  # [B, T] nats, of the law that was sampled from
+    behaviour_logp: Tensor  # [B, T] nats, same weights, full vocabulary, loss temperature
+    coin: Tensor  # [B, T] a uniform in [0, 1) for the method's own draw at a token, from `collect`
+    ended: Tensor  # [B] bool: EOS was sampled
+    source: Tensor  # [B] int64: 0 student, 1 teacher
+    verdict: Tensor  # [B] float: +1 right, -1 wrong, 0 unverified
+
+    @property
+    def attention_mask(self) -> Tensor:  # [B, P+T]
+        return torch.cat([self.prompt_mask, self.completion_mask], 1)
+
+    @property
+    def trained_mask(self) -> Tensor:  # [B, T], N tokens; no others are scored
+        return self.response_mask | self.prefix_mask
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Some of the rollouts, without padding that they do not need."""
+        left = int((~self.prompt_mask[rows]).sum(1).min())
+        width = int(self.completion_mask[rows].sum(1).max())
+        cut: dict[str, Any] = {"prompts": [self.prompts[row] for row in rows.tolist()]}
+        for name in (field.name for field in fields(self) if field.name != "prompts"):
+            value = getattr(self, name)[rows]
+            if value.dim() == 2:
+                value = value[:, left:] if name.startswith("prompt") else value[:, :width]
+            cut[name] = value
+        return Rollout(**cut)
+
+
+def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Tensor]) -> Tensor:
+    """`read(rows, head)` of the N rows that predict trained tokens, as [B, T, ...], else zero."""
+    attention_mask = rollout.attention_mask.to(model.device)
+    mask = rollout.trained_mask
+    values = model(
+        read,
+        F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(model.device),  # t - 1 predicts t
+        input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(model.device),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).to(mask.device)
+    return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
+
+
+def token_logp(model: CausalLM, rollout: Rollout, args: argparse.Namespace) -> Tensor:
+    """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
+    ids = rollout.completion_ids[rollout.trained_mask].to(model.device)
+    return read_tokens(
+        model,
+        rollout,
+        lambda rows, head: opd_ops.linear_token_logp(rows, head, ids, **law(args))[0],
+    )
+
+
+def law(args: argparse.Namespace) -> dict[str, Any]:
+    """What turns logits into the distributions of the loss, the same for all models."""
+    return {"temperature": args.loss_temperature, "valid_vocab": args.valid_vocab}
+
+
+def uniforms(num_rollouts: int, stream: int, step: int, args: argparse.Namespace) -> Tensor:
+    """[B, T], one uniform per token: the randomness belongs to the row, so that neither batching
+    nor the number of processes changes a sample. Streams: 2 rollouts, 3 evaluation, 4 teacher."""
+    generator = np.random.default_rng([args.seed, stream, step])
+    shape = (num_rollouts, args.max_completion_tokens)
+    return torch.from_numpy(generator.random(shape, dtype=np.float32))
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    args: argparse.Namespace,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample by the inverse CDF: (token, rollout_logp, behaviour_logp), each [B]."""
+    logits = logits[:, : args.valid_vocab].float()
+    if temperature == 0.0:  # greedy
+        temperature, top_k = 1.0, 1
+    probs, order = (logits / temperature).softmax(-1), None
+    if top_p < 1.0 or top_k:
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first one stays
+        probs[:, top_k or probs.shape[1] :] = 0.0
+    cdf = probs.cumsum(-1)
+    mass = cdf[:, -1:]  # 1 without truncation
+    point = (uniform[:, None] * mass).minimum(mass.nextafter(torch.zeros_like(mass)))
+    place = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
+    rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
+    token = (place if order is None else order.gather(1, place))[:, 0]
+    return token, rollout_logp, opd_ops.token_logp(logits, token, **law(args))[0]
+
+
+def last_logits(rows: Tensor, head: Tensor | None) -> Tensor:
+    """[B, V] from the hidden states of the last position."""
+    return rows if head is None else rows @ head.T
+
+
+@torch.no_grad()
+def sample(
+    model: CausalLM,
+    prompts: list[Prompt],
+    uniform: Tensor,
+    args: argparse.Namespace,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Rollout:
+    """One completion per prompt, by a key/value cache; `uniform` [B, T] are its random numbers.
+
+    Nothing but these arguments decides how: a checkpoint's generation_config is not read.
+    """
+    (num, width), length = uniform.shape, max(len(prompt.ids) for prompt in prompts)
+    eos = torch.tensor(args.eos_ids, device=model.device)
+    uniform = uniform.to(model.device)
+    zeros = partial(torch.zeros, device=model.device)
+    ids, masks = partial(zeros, dtype=torch.int64), partial(zeros, dtype=torch.bool)
+    prompt, completion = (num, length), (num, width)
+    out = Rollout(
+        prompts, ids(prompt), masks(prompt), ids(completion), masks(completion), masks(completion),
+        masks(completion), zeros(completion), zeros(completion), zeros(completion), masks(num),
+        ids(num), zeros(num),
+    )  # fmt: skip
+    for row, each in enumerate(prompts):
+        out.prompt_ids[row, length - len(each.ids) :] = torch.tensor(each.ids)
+        out.prompt_mask[row, length - len(each.ids) :] = True
+    model.eval()
+    bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
+    for rows in torch.arange(num, device=model.device).split(args.sampler_batch_size):
+        cache = DynamicCache(config=model.lm.config)
+        step = partial(model, last_logits, None, past_key_values=cache, use_cache=True)
+        unique = list(dict.fromkeys(prompts[row].ids for row in rows.tolist()))
+        which = torch.tensor([unique.index(prompts[row].ids) for row in rows.tolist()])
+        first = rows[torch.tensor([which.tolist().index(i) for i in range(len(unique))])]
+        mask, which = out.prompt_mask[first], which.to(model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = step(input_ids=out.prompt_ids[first], attention_mask=mask, position_ids=positions)
+        cache.batch_select_indices(which)  # rollouts of one prompt have shared its prefill
+        logits, mask, alive = logits[which], mask[which], torch.ones_like(rows, dtype=torch.bool)
+        for t in range(width):
+            drawn = draw(logits, uniform[rows, t], temperature, top_p, top_k, args)
+            token, live = drawn[0], rows[alive]
+            out.completion_mask[live, t] = True
+            kept = (out.completion_ids, out.rollout_logp, out.behaviour_logp)
+            for grid, values in zip(kept, drawn):
+                grid[live, t] = values[alive]
+            ends = torch.isin(token, eos) & alive
+            out.ended[rows[ends]] = True
+            alive = alive & ~ends
+            bar.update(int(ends.sum()))
+            if t + 1 == width or not alive.any():
+                break
+            if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a step
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, mask, token, alive = rows[keep], mask[keep], token[keep], alive[keep]
+            mask = F.pad(mask, (0, 1), value=True)
+            positions = mask.sum(1, keepdim=True) - 1
+            logits = step(input_ids=token[:, None], attention_mask=mask, position_ids=positions)
+    bar.close()
+    out.response_mask = out.completion_mask.clone()
+    return out.select(torch.arange(num, device=model.device))
+
+
+# ==== 4. The method ===============================================================================
+
+
+def add_method_args(parser: argparse.ArgumentParser) -> None:
+    """Hyper-parameters of the method."""
+    add = partial(runs.flag, parser.add_argument_group("method"))
+    outliers, draws = ["forward_kl", "clip", "mask"], ["sampled", "expected", "always"]
+    forms = ["differentiable", "scalar"]
+    add("--outlier", "forward_kl", "Eq. (5) or (6); paper: forward_kl", choices=outliers)
+    add("--acceptance", "sampled", "Eq. (2), its mean, or 1; paper: sampled", choices=draws)
+    add("--outlier-support", 64, "K of Eq. (4), or the vocabulary if smaller; paper: 64", "[1,inf)")
+    add("--outlier-form", "differentiable", "Eq. (4) as loss or as advantage", choices=forms)
+    add("--outlier-renormalise", True, "the teacher on S in Eq. (4); paper: no, its code: yes")
+    add("--outlier-threshold", -5.0, "tau of Eq. (6), nats; paper: not printed", "(-inf,0)")
+    add("--guidance", True, "start some rollouts with a teacher's prefix; paper: yes")
+    add("--guidance-weight", 1e-3, "beta of Eq. (5); paper: 1e-3", "[0,inf)")
+    add("--guidance-form", "differentiable", "the prefix term as loss or advantage", choices=forms)
+    add("--guided-rollouts", 1, "of --rollouts-per-prompt; its code: 1 besides 4", "[1,inf)")
+    add("--teacher-rollouts", None, "jsonl with a field `completion` [default: sampled on the fly]")
+
+
+def check_method_args(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags, beyond their bounds."""
+    several = len(args.teacher or []) > 1
+    errors = ["--teacher: one is expected (exopd.py takes several)"] if several else []
+    if args.guidance and args.guided_rollouts > args.rollouts_per_prompt:
+        errors.append("--guided-rollouts: at most --rollouts-per-prompt")
+    if args.teacher_rollouts and not Path(args.teacher_rollouts).is_file():
+        errors.append(f"--teacher-rollouts: no file {args.teacher_rollouts}")
+    return errors
+
+
+def model_paths(args: argparse.Namespace) -> dict[str, str]:
+    """Which models exist *is* the method. All but the student are frozen."""
+    return {"student": args.student, "teacher": args.teacher[0]}
+
+
+def collect(
+    models: dict[str, CausalLM],
+    tokenizer: Any,
+    verifier: runs.Verifier,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    step: int,
+) -> tuple[Rollout, dict[str, float]]:
+    """Where trajectories come from (the student, after a prefix), and what to log of them."""
+    from opd_ops.rollouts import adopt_prefix
+
+    prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
+    uniform = uniforms(len(prompts), 2, step, args)
+    prefixes = teacher_prefixes(models["teacher"], tokenizer, prompts, args, step)
+    started = [
+        Prompt(each.ids + prefix, each.text, each.answer, each.domain, each.row)
+        for each, prefix in zip(prompts, prefixes)
+    ]
+    rollout = sample(
+        models["student"], started, uniform, args, args.temperature, args.top_p, args.top_k
+    )
+    lengths = [len(prefix) for prefix in prefixes]
+    rollout = adopt_prefix(rollout, prompts, lengths, args.max_completion_tokens)
+    coin = uniforms(len(prompts), 5, step, args)[:, : rollout.coin.shape[1]]
+    rollout.coin = coin.to(rollout.coin.device)
+    verify(rollout, tokenizer, verifier)
+    num_guided = sum(length > 0 for length in lengths)
+    return rollout, {
+        "prefix_length": sum(lengths) / max(1, num_guided),
+        "guided_share": num_guided / len(lengths),
+    }
+
+
+@torch.no_grad()
+def score(
+    models: dict[str, CausalLM], rollout: Rollout, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything that comes from frozen models."""
+    teacher, size = models["teacher"], min(args.outlier_support, args.valid_vocab)
+    if args.outlier != "forward_kl" or args.acceptance == "always":  # no Eq. (4)
+        return {"teacher_logp": token_logp(teacher, rollout, args)}
+    token_ids = rollout.completion_ids[rollout.trained_mask].to(teacher.device)
+
+    def read(rows: Tensor, head: Tensor | None) -> Tensor:
+        """[N, 2K + 1]: teacher_logp of the token and of the support, its ids (as floats, exact)."""
+        topk = opd_ops.linear_topk_logp(rows, head, size, token_ids=token_ids, **law(args))
+        ids, logp, _, _, teacher_logp, _ = topk
+        return torch.cat([teacher_logp[:, None], logp, ids.to(logp.dtype)], 1)
+
+    teacher_logp, logp, ids = read_tokens(teacher, rollout, read).split([1, size, size], -1)
+    if args.outlier_renormalise:
+        logp = logp.log_softmax(-1)
+    return {"teacher_logp": teacher_logp[..., 0], "support_logp": logp, "support_ids": ids.long()}
+
+
+def token_loss(
+    student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: argparse.Namespace
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
+    if "support_ids" in scores:
+        ids = torch.cat([rollout.completion_ids[..., None], scores["support_ids"]], -1)
+        ids = ids[rollout.trained_mask].to(student.device)  # [N, 1 + K]
+        logp = read_tokens(
+            student,
+            rollout,
+            lambda rows, head: opd_ops.linear_gather_logp(rows, head, ids, **law(args))[0],
+        )
+        student_logp, target = logp[..., 0], scores["support_logp"]
+        forward_kl = (target.exp() * (target - logp[..., 1:])).sum(-1)  # Eq. (4)
+    else:
+        student_logp = token_logp(student, rollout, args)
+        forward_kl = torch.zeros_like(student_logp)
+    log_ratio = student_logp.detach() - scores["teacher_logp"]  # Eq. (1)
+    advantage = -log_ratio
+    policy_log_ratio = student_logp.detach() - rollout.behaviour_logp
+    policy_log_ratio = policy_log_ratio * rollout.response_mask  # no one sampled the prefix here
+    weight = importance_weight(policy_log_ratio, args)
+    accepted = acceptance(advantage, rollout, args)
+    outlier = 1.0 - accepted
+    inside = torch.where(accepted > 0, accepted * advantage, 0.0)  # 0 * -inf is 0 here
+    trust_loss = -(weight * inside * student_logp) * rollout.response_mask
+    if args.outlier == "forward_kl" and args.outlier_form == "differentiable":
+        # DEVIATION: the official code makes it an advantage; then all outliers are pushed down.
+        outlier_loss = outlier * forward_kl
+    else:
+        instead = {"clip": args.outlier_threshold, "mask": 0.0}.get(args.outlier)  # Eq. (6)
+        instead = -forward_kl.detach() if instead is None else instead
+        outlier_loss = -(weight * outlier * instead * student_logp)
+    outlier_loss = outlier_loss * rollout.response_mask
+    guidance_loss = args.guidance_weight * (scores["teacher_logp"] - student_logp)
+    if args.guidance_form == "scalar":  # pushes down where the student likes the token less
+        guidance_loss = guidance_loss.detach() * student_logp
+    guidance_loss = guidance_loss * rollout.prefix_mask
+    loss_sum = (trust_loss + outlier_loss + guidance_loss).sum()  # Eq. (5)
+    logged = {"log_ratio": log_ratio, "advantage": advantage, "policy_log_ratio": policy_log_ratio}
+    logged |= {"accepted": accepted * rollout.response_mask}
+    logged |= {"outlier": outlier * rollout.response_mask}
+    parts = {"trust_loss": trust_loss, "outlier_loss": outlier_loss, "guidance_loss": guidance_loss}
+    return loss_sum, logged | {name: part.detach() for name, part in parts.items()}
+
+
+def acceptance(advantage: Tensor, rollout: Rollout, args: argparse.Namespace) -> Tensor:
+    """How much of each token is inside of the trust region, [B, T], 0 to 1; no gradient."""
+    if args.outlier != "forward_kl":
+        return (advantage >= args.outlier_threshold).float()  # Eq. (6)
+    if args.acceptance == "always":
+        return torch.ones_like(advantage)
+    probability = advantage.exp().clamp(max=1.0)
+    if args.acceptance == "expected":
+        return probability
+    return (rollout.coin < probability).float()  # Eq. (2)
+
+
+def teacher_prefixes(
+    teacher: CausalLM,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    step: int,
+) -> list[tuple[int, ...]]:
+    """What each rollout starts with: () but for --guided-rollouts of each prompt, Eq. (7)."""
+    prefixes: list[tuple[int, ...]] = [()] * len(prompts)
+    alpha = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+    if not args.guidance or alpha * args.max_completion_tokens < 1.0:
+        return prefixes
+    rows = [i for i in range(len(prompts)) if i % args.rollouts_per_prompt < args.guided_rollouts]
+    guided = [prompts[row] for row in rows]
+    for row, ids in zip(rows, teacher_completions(teacher, tokenizer, guided, args, step)):
+        ids = ids[: args.max_completion_tokens]
+        ends = [place for place, each in enumerate(ids) if each in args.eos_ids]
+        # One token stays for the student, whose sampler runs on for --max-completion-tokens.
+        room = args.num_positions - len(prompts[row].ids) - args.max_completion_tokens
+        most = min([args.max_completion_tokens - 1, max(0, room), *ends[:1]])
+        prefixes[row] = tuple(ids[: min(int(alpha * len(ids)), most)])
+    return prefixes
+
+
+def teacher_completions(
+    teacher: CausalLM,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    step: int,
+) -> list[list[int]]:
+    """One completion of the teacher for each prompt; empty where --teacher-rollouts has none."""
+    if args.teacher_rollouts is None:
+        uniform = uniforms(len(prompts), 4, step, args)
+        how = args.temperature, args.top_p, args.top_k
+        rollout = sample(teacher, prompts, uniform, args, *how)
+        grids = zip(rollout.completion_ids, rollout.completion_mask)
+        return [ids[mask].tolist() for ids, mask in grids]
+    from opd_ops.rollouts import completions_of
+
+    texts = completions_of(args.teacher_rollouts, args.prompt_field, "completion")
+    draws = np.random.default_rng([args.seed, 6, step]).random(len(prompts))
+    found = [texts.get(prompt.text, [""]) for prompt in prompts]
+    chosen = [every[int(draw * len(every))] for every, draw in zip(found, draws)]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in chosen]
+
+
+def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Tensor | float:
+    """1 while the weights that sampled are those that are trained."""
+    on_policy = args.updates_per_rollout == 1
+    return 1.0 if on_policy else policy_log_ratio.exp().clamp(max=args.importance_cap)  # Eq. (3)
+
+
+# ==== 5. Update, evaluation, checkpoints ==========================================================
+
+
+def micro_batches(rollout: Rollout, args: argparse.Namespace) -> Iterator[Rollout]:
+    """Pieces of like length, at most --micro-batch-tokens each (or one rollout)."""
+    lengths = rollout.attention_mask.sum(1)
+    order, start = lengths.argsort(descending=True, stable=True), 0
+    while start < len(order):
+        end = start + max(1, args.micro_batch_tokens // int(lengths[order[start]]))
+        yield rollout.select(order[start:end])
+        start = end
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then constant, or down to 0 at --steps."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    down = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return args.lr * down[args.lr_schedule]
+
+
+def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW over float32 weights; weight decay on matrices only."""
+    groups = [
+        {"params": [w for w in student.parameters() if w.dim() > 1]},
+        {"params": [w for w in student.parameters() if w.dim() <= 1], "weight_decay": 0.0},
+    ]
+    how = {"lr": args.lr, "betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
+    return torch.optim.AdamW(groups, **how)
+
+
+def train_step(
+    student: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: list[tuple[Rollout, dict[str, Any]]],
+    args: argparse.Namespace,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step; it is skipped where loss or gradient is not finite (`bad_step` 1)."""
+    num_trained_tokens = max(1, sum(int(rollout.trained_mask.sum()) for rollout, _ in batch))
+    student.train()
+    optimizer.zero_grad()
+    loss, tokens = 0.0, {}
+    for rollout, scores in batch:
+        loss_sum, logged = token_loss(student, rollout, scores, args)
+        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of the whole batch
+        loss += float(loss_sum.detach()) / num_trained_tokens
+        logged["decile"] = health.position_decile(rollout.trained_mask)
+        for name, values in logged.items():
+            tokens.setdefault(name, []).append(values[rollout.trained_mask])
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+    good = math.isfinite(loss) and math.isfinite(grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    if good:
+        optimizer.step()
+    metrics = health.token_metrics({name: torch.cat(parts) for name, parts in tokens.items()})
+    done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
+    return metrics | done | {"bad_step": float(not good)}
+
+
+def evaluate(
+    models: dict[str, CausalLM],
+    name: str,
+    tokenizer: Any,
+    verifier: runs.Verifier,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """avg@n, pass@k, lengths; the student's exact reverse KL on the first sample of each prompt."""
+    rows = [prompt for prompt in prompts for _ in range(args.eval_samples)]
+    uniform = uniforms(len(rows), 3, 0, args)  # the same numbers in every evaluation
+    rollout = sample(models[name], rows, uniform, args, args.eval_temperature, args.eval_top_p)
+    verify(rollout, tokenizer, verifier)
+    metrics = health.rollout_metrics(rollout)
+    metrics |= health.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
+    if name == "student":
+        first = rollout.select(torch.arange(0, len(rows), args.eval_samples))
+        exact = health.exact_divergences(models, micro_batches(first, args), read_tokens, law(args))
+        metrics["reverse_kl"] = exact["reverse_kl"]
+    return {f"eval/{name}/{key}": value for key, value in metrics.items()}
+
+
+def save_checkpoint(
+    folder: Path,
+    student: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Any,
+    state: dict[str, int],
+) -> None:
+    """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state."""
+    student.lm.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    weights, moments = get_state_dict(student, optimizer)
+    dcp.save({"student": weights, "optimizer": moments} | state, checkpoint_id=folder / "trainer")
+
+
+def load_checkpoint(
+    folder: Path, student: CausalLM, optimizer: torch.optim.Optimizer, state: dict[str, int]
+) -> dict[str, int]:
+    """Put weights and moments back; return the counters that were saved with them."""
+    weights, moments = get_state_dict(student, optimizer)
+    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | state
+    dcp.load(saved, checkpoint_id=folder / "trainer")
+    set_state_dict(
+        student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
+    )
+    return {key: saved[key] for key in state}
+
+
+# ==== 6. Main loop ================================================================================
+
+
+@runs.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sample, score, update; evaluate and save."""
+    args = parse_args(argv)
+    tokenizer = prepare(model_paths(args), args)
+    prompts = load_prompts(args.prompts, tokenizer, args)
+    test = load_prompts(args.test_prompts, tokenizer, args) if args.test_prompts else []
+    function = verifier_function(args.verifier)
+    runs.say_plan(args)
+    if args.dry_run:
+        return
+    run = runs.Run(args, __file__)
+    verifier = runs.Verifier(function, args.verifier_timeout_s)
+    models = load_models(model_paths(args), args)
+    student, state = models["student"], {"step": 0, "num_bad_steps": 0}
+    optimizer = make_optimizer(student, args)
+    if run.resume_from:
+        state = load_checkpoint(run.resume_from, student, optimizer, state)
+        run.rewind(state["step"])
+
+    for step in tqdm(range(state["step"], args.steps + 1), unit="step", disable=None):
+        state["step"] = step
+        save = partial(run.save, step, save_checkpoint, student, optimizer, tokenizer, state)
+        run.stop_if_asked(save)
+        last = step == args.steps
+        if test and args.eval_every and (last or step % args.eval_every == 0):
+            for name in ("teacher", "student") if step == 0 and args.eval_teacher else ("student",):
+                if not run.has(step, f"eval/{name}/avg@{args.eval_samples}"):
+                    with run.phase("eval"):
+                        metrics = evaluate(models, name, tokenizer, verifier, test, args)
+                    run.log(step, metrics)
+        if last or (args.save_every and step and step % args.save_every == 0):
+            save()
+        if last:
+            break
+        with run.phase("generate"):
+            chosen = prompts_of_step(prompts, step, args)
+            rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
+        with run.phase("teacher"):
+            batch = [(micro, score(models, micro, args)) for micro in micro_batches(rollout, args)]
+        metrics |= health.rollout_metrics(rollout)
+        if args.diagnostic_tokens:
+            with run.phase("diagnose"):
+                few = micro_batches(health.thin(rollout, args.diagnostic_tokens, step), args)
+                metrics |= health.exact_divergences(models, few, read_tokens, law(args))
+        with run.phase("student"):
+            for _ in range(args.updates_per_rollout):
+                metrics |= train_step(student, optimizer, batch, args, step)
+                state["num_bad_steps"] += int(metrics["bad_step"])
+        run.log_step(step + 1, metrics, health.samples(rollout, tokenizer))
+        if state["num_bad_steps"] > args.max_bad_steps:
+            raise run.bad_step(metrics, health.samples(rollout, tokenizer, len(rollout.prompts)))
+    verifier.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
