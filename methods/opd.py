@@ -437,8 +437,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW over float32 weights; weight decay on matrices only."""
     groups = [
-        {"params": [p for p in student.parameters() if p.dim() > 1]},
-        {"params": [p for p in student.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [w for w in student.parameters() if w.dim() > 1]},
+        {"params": [w for w in student.parameters() if w.dim() <= 1], "weight_decay": 0.0},
     ]
     how = {"lr": args.lr, "betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
     return torch.optim.AdamW(groups, **how)

@@ -44,8 +44,9 @@ def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
     found: set[int] = set()
     for owner in (tokenizer, config, generation_config):
         value = getattr(owner, "eos_token_id", None)
-        found |= set(value) if isinstance(value, (list, tuple)) else {value}
-    return {int(value) for value in found if value is not None}
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found |= {int(each) for each in values if each is not None}
+    return found
 
 
 def check_pair(

@@ -152,9 +152,12 @@ def exact_divergences(
     for micro in micro_batches:
         for teacher, part in by_teacher(models, micro):
             pair = models["student"], teacher
-            grids = [read_tokens(each, part, lambda rows, head: rows) for each in pair]
-            rows = [grid[part.trained_mask] for grid in grids]  # [N, D]
-            parts.append(divergences(*rows, *(each.head for each in pair), **law))
+            student_rows, teacher_rows = (
+                read_tokens(each, part, lambda rows, head: rows)[part.trained_mask]  # [N, D]
+                for each in pair
+            )
+            heads = models["student"].head, teacher.head
+            parts.append(divergences(student_rows, teacher_rows, *heads, **law))
     return {key: _mean(torch.cat([part[key] for part in parts])) for key in (parts or [{}])[0]}
 
 

@@ -32,7 +32,8 @@ class CausalLM(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.lm.parameters()).device
+        device: torch.device = next(self.lm.parameters()).device
+        return device
 
     @property
     def head(self) -> Tensor | None:

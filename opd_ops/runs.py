@@ -473,6 +473,17 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def ops_line(info: dict[str, Any], device: str) -> str:
+    """Which implementation of the ops runs on `device`; loud where it is not the compiled one."""
+    plain = sorted(name for name, kinds in info["ops"].items() if kinds[device] != "cpp")
+    if len(plain) == len(info["ops"]):
+        why = "by OPD_OPS_IMPL" if info["compiled"] else "the extension is not built: make install"
+        return f"! ops: plain PyTorch for all of them on {device} ({why})"
+    isa = f" ({info['isa']})" if device == "cpu" else ""
+    rest = f"; plain PyTorch: {', '.join(plain)}" if plain else ""
+    return f"ops: compiled for {device}{isa}{rest}"
+
+
 def say_plan(args: argparse.Namespace) -> None:
     """Print the op implementation and the token budget; with `--dry-run` the resolved flags too."""
     import opd_ops
@@ -482,7 +493,7 @@ def say_plan(args: argparse.Namespace) -> None:
     rollouts = args.prompts_per_step * args.rollouts_per_prompt
     budget = rollouts * args.max_completion_tokens
     say(
-        f"ops: {json.dumps(opd_ops.info(), default=str)}",
+        ops_line(opd_ops.info(), "cuda" if args.device.startswith("cuda") else "cpu"),
         f"budget: {args.steps} steps x {rollouts} rollouts x at most {args.max_completion_tokens} "
         f"tokens = {budget / 1e6:.3g} M tokens a step, {args.steps * budget / 1e6:.3g} M in all",
     )

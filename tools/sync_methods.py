@@ -54,8 +54,12 @@ def problems(reference: str, text: str, name: str) -> list[str]:
         if piece not in ("docstring", METHOD) and ours[piece] != theirs[piece]:
             found.append(f"{name}: section {piece!r} differs from opd.py (--fix rewrites it)")
     for node in ast.walk(ast.parse(text)):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        modules += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "."]
+        else:
+            continue
         found += [
             f"{name}:{node.lineno}: imports {module}: a method file stands alone"
             for module in modules
@@ -66,12 +70,11 @@ def problems(reference: str, text: str, name: str) -> list[str]:
 
 def diff(reference: str, text: str, name: str) -> str:
     """The unified diff against `opd.py`, without the docstrings."""
-    old, new = (split(each) for each in (reference, text))
-    lines = [
-        ("".join(piece for key, piece in each.items() if key != "docstring")).splitlines(True)
-        for each in (old, new)
-    ]
-    return "".join(difflib.unified_diff(*lines, "methods/opd.py", f"methods/{name}", n=2))
+    old, new = (
+        "".join(piece for key, piece in split(each).items() if key != "docstring").splitlines(True)
+        for each in (reference, text)
+    )
+    return "".join(difflib.unified_diff(old, new, "methods/opd.py", f"methods/{name}", n=2))
 
 
 def main(argv: list[str] | None = None) -> int:

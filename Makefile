@@ -1,0 +1,59 @@
+# The developer interface. Every target prints the command that it runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+THREADS ?= 2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test test-fast test-engines test-gpu lint type sync diffs docs bench toy clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+install: $(STAMP)  ## .venv with exact versions, and the compiled ops
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy ninja pybind11 setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[plot,math,tasks,test]'
+	@touch $(STAMP)
+
+demo: install     ## distil the embedded tiny pair on this CPU (about four minutes)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python methods/opd.py --run-dir runs/demo --overwrite \
+	    --steps 40 --eval-every 10 --eval-teacher --lr 1e-3 --lr-schedule linear
+
+test: install     ## all tests but those that need a GPU or an engine; fails without compiled ops
+	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+
+test-fast: install  ## without the slow ones
+	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "not slow"
+
+test-gpu: install  ## the tests that need a CUDA device
+	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu
+
+lint: install     ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: install     ## mypy, strict
+	$(BIN)/mypy
+
+sync: install     ## copy the shared sections of opd.py into the other methods; rewrite the diffs
+	$(BIN)/python tools/sync_methods.py --fix --diffs
+
+diffs: install    ## rewrite docs/diffs
+	$(BIN)/python tools/sync_methods.py --diffs
+
+docs: install     ## rewrite the generated parts of docs/ and README.md
+	$(BIN)/python tools/render_docs.py
+
+toy: install      ## the bias-variance study
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m toy.study
+
+bench: install    ## the ops against plain PyTorch
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/bench_ops.py
+
+clean:            ## remove the environment and everything that was built
+	rm -rf $(VENV) build *.egg-info opd_ops/*.so

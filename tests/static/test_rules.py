@@ -1,0 +1,194 @@
+"""The rules of the house: sync, sizes, names, equation tags, documented commands and flags."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import opd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import render_docs  # noqa: E402
+import sync_methods  # noqa: E402
+
+METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+REFERENCE = (ROOT / "methods/opd.py").read_text()
+MAX_LINES = 600  # of opd.py
+MAX_DIFF = {"exopd": 90, "sg_opd": 160, "topk_opd": 160, "tropd": 170}
+
+
+def source(method: str) -> str:
+    return (ROOT / f"methods/{method}.py").read_text()
+
+
+# ------------------------------------------------------------------------------------- in sync
+def test_method_files_are_in_sync_and_their_diffs_are_golden():
+    assert sync_methods.main(["--check"]) == 0
+
+
+def test_sync_sees_a_change_of_a_shared_section_and_mends_it():
+    changed = REFERENCE.replace("bar.close()", "bar.close()  # mine", 1)
+    (found,) = sync_methods.problems(REFERENCE, changed, "x.py")
+    assert "'3. Models and sampling' differs" in found
+    assert sync_methods.merged(REFERENCE, changed) == REFERENCE
+    own = REFERENCE.replace("def score(", "def score_mine(", 1)  # section 4 is the method's own
+    assert sync_methods.problems(REFERENCE, own, "x.py") == []
+    assert sync_methods.merged(REFERENCE, own) == own
+
+
+@pytest.mark.parametrize("line", ["from opd import main", "import utils", "from . import opd"])
+def test_a_method_file_imports_no_sibling(line):
+    text = REFERENCE.replace("def law(", f"{line}\n\n\ndef law(", 1)
+    assert any("stands alone" in found for found in sync_methods.problems(REFERENCE, text, "x.py"))
+
+
+# ---------------------------------------------------------------------------------------- sizes
+def test_opd_is_read_in_one_sitting():
+    assert len(REFERENCE.splitlines()) <= MAX_LINES
+
+
+def only_full(line: str) -> bool:
+    """Lines of opd.py that `--objective full` and `--discount` own: removing them is free."""
+    return line in full_objective_lines()
+
+
+def full_objective_lines() -> set[str]:
+    tree, lines = ast.parse(REFERENCE), REFERENCE.splitlines()
+    owned: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and 'args.objective == "full"' in lines[node.lineno - 1]:
+            owned |= set(lines[node.lineno - 1 : node.end_lineno])
+        if isinstance(node, ast.FunctionDef) and node.name == "discounted_sum":
+            owned |= set(lines[node.lineno - 1 : node.end_lineno])
+    flags = ("--objective", "--discount", "--divergence", "--jsd-beta", "discounted_sum(")
+    return owned | {line for line in lines if any(flag in line for flag in flags)}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "opd"])
+def test_the_diff_is_the_method(method):
+    lines = sync_methods.diff(REFERENCE, source(method), f"{method}.py").splitlines()[2:]
+    added = [line for line in lines if line.startswith("+") and line[1:].strip()]
+    removed = [line for line in lines if line.startswith("-") and line[1:].strip()]
+    removed = [line for line in removed if not only_full(line[1:])]
+    assert len(added) + len(removed) <= MAX_DIFF[method], (len(added), len(removed))
+
+
+# ---------------------------------------------------------------------------------------- names
+BANNED = {"ratio", "kl", "ref", "p", "q"}
+BANNED_PARTS = re.compile(r"logprob|log_prob|logps\b|kl_div$")
+
+
+def identifiers(text: str) -> list[tuple[int, str]]:
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        names = {
+            ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr", ast.FunctionDef: "name",
+        }  # fmt: skip
+        if type(node) in names:
+            found.append((node.lineno, getattr(node, names[type(node)])))
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_banned_names(method):
+    """One name for one thing: no bare ratio or kl, no `ref`, no mixed names of log-probs."""
+    found = [
+        (line, name)
+        for line, name in identifiers(source(method))
+        if name in BANNED or BANNED_PARTS.search(name)
+    ]
+    assert not found
+    assert not re.search(
+        r"\brewards?\b(?![-_])", re.sub(r'""".*?"""', "", source(method), flags=re.S)
+    )
+
+
+def test_banned_names_are_seen():
+    assert [name for _, name in identifiers("ratio = F.kl_div(p, q)") if name in BANNED] == [
+        "ratio", "p", "q",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_function_is_at_the_top_and_main_is_one_line(method):
+    body = ast.parse(source(method)).body
+    guard = body[-1]
+    assert isinstance(guard, ast.If) and len(guard.body) == 1
+    assert not [n for n in body if isinstance(n, (ast.For, ast.While, ast.With, ast.Try))]
+
+
+# ----------------------------------------------------------------------------- equations, pages
+@pytest.mark.parametrize("method", METHODS)
+def test_equations_of_the_docstring_are_in_the_code(method):
+    doc = ast.get_docstring(ast.parse(source(method))) or ""
+    defined = {
+        n
+        for line in re.findall(r"Eq\. (\(\d+\)(?:, \(\d+\))*)$", doc, re.M)
+        for n in render_docs.tags(line)
+    }
+    code = source(method).split('"""', 2)[2]
+    used = {n for line in re.findall(r"# Eq\.(.*)$", code, re.M) for n in render_docs.tags(line)}
+    assert defined and defined == used, (sorted(defined), sorted(used))
+    assert re.search(r"arXiv:\d{4}\.\d{5}", doc)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_page_has_every_flag_of_the_method_and_the_fixed_sections(method):
+    page = (ROOT / f"docs/methods/{method}.md").read_text()
+    section = source(method).split("# ==== 4. The method")[1].split("# ==== 5.")[0]
+    for flag in re.findall(r'"(--[a-z-]+)"', section.split("def check_method_args")[0]):
+        assert f"`{flag}" in page, flag
+    for title in ("Objective", "Pseudocode", "Hyper-parameters", "Deviations", "When it fails"):
+        assert re.search(rf"^## {title}", page, re.M), title
+
+
+def test_generated_parts_of_the_pages_are_fresh():
+    assert render_docs.main(["--check"]) == 0
+
+
+# -------------------------------------------------------------------------- documented commands
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                found.append((path.name, line.split(" #")[0].strip()))
+    return [pair for pair in found if pair[1]]
+
+
+def test_documented_commands_parse():
+    """Every `python methods/...` in the documents has flags that exist; every make target too."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    seen = set()
+    for page, line in commands():
+        words = shlex.split(line)
+        while words and ("=" in words[0] or words[0] in ("torchrun", "--nproc-per-node", "2", "8")):
+            words = words[1:]
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= targets, (page, line)
+            seen.add("make")
+        script = next((word for word in words[:2] if word.startswith("methods/")), None)
+        if script and "..." not in words:
+            module = importlib.import_module(Path(script).stem)
+            module.parse_args(words[words.index(script) + 1 :])
+            seen.add("method")
+    assert seen == {"make", "method"}
+
+
+def test_documents_name_files_that_exist():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / link).exists(), (path.name, link)
+
+
+def test_every_flag_has_help():
+    parser_text = REFERENCE.split("# ==== 2.")[0]
+    for name, text in re.findall(r'add\("(--[a-z0-9-]+)", [^"]*?"([^"]*)"', parser_text):
+        assert text, name
+    assert opd.parse_args([]).steps == 100

@@ -1,0 +1,73 @@
+"""Rewrite the generated parts of docs/methods/*.md: what stands between `<!-- NAME -->` markers.
+
+    python tools/render_docs.py            # rewrite
+    python tools/render_docs.py --check    # 1 if something would change
+
+`equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
+`diff` is the golden diff against opd.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def equation_table(source: str) -> str:
+    """Markdown rows: equation, the function that implements it, the line of code."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    rows = []
+    for number, line in enumerate(source.splitlines(), 1):
+        code, _, comment = line.partition("# Eq.")
+        inside = [f for f in functions if f.lineno <= number <= (f.end_lineno or 0)]
+        if comment and inside:
+            name = max(inside, key=lambda f: f.lineno).name
+            shown = code.strip().replace("|", "\\|") or "(the lines below)"
+            rows += [(int(n), f"| ({n}) | `{name}` | `{shown}` |") for n in tags(comment)]
+    body = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    return "\n".join(["| equation | function | code |", "|---|---|---|", *body])
+
+
+def tags(text: str) -> list[str]:
+    """The equation numbers in `Eq. (1), (2)`."""
+    return re.findall(r"\((\d+)\)", text)
+
+
+def render(page: str, parts: dict[str, str]) -> str:
+    """`page` with the text between each pair of markers replaced."""
+    for name, text in parts.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if start in page:
+            head, rest = page.split(start)
+            page = f"{head}{start}{text}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite or check every method page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    stale = []
+    for path in sorted((ROOT / "docs/methods").glob("*.md")):
+        source = (ROOT / f"methods/{path.stem}.py").read_text()
+        golden = ROOT / f"docs/diffs/opd-{path.stem}.diff"
+        parts = {"equations": equation_table(source)}
+        if golden.is_file():
+            parts["diff"] = f"```diff\n{golden.read_text()}```"
+        old, new = path.read_text(), render(path.read_text(), parts)
+        if old != new:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(new)
+    print(("stale: " if args.check else "rewritten: ") + (", ".join(stale) or "none"))
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
