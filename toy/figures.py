@@ -67,9 +67,12 @@ def draw_horizon(out: Path) -> None:
                 [r["horizon"] for r in sampled],
                 [r["sampled_trace_cov"] for r in sampled],
                 [2 * r["sampled_standard_error"] for r in sampled],
-                fmt="none",
-                ecolor=OKABE_ITO[3],
-                elinewidth=3,
+                fmt="o",
+                ms=11,
+                mfc="none",
+                color=OKABE_ITO[0],
+                mew=1.2,
+                elinewidth=1.2,
                 zorder=5,
                 label="sampled, 2 standard errors" if name == names[-1] else None,
             )
@@ -178,7 +181,10 @@ def draw_trap(out: Path) -> None:
                 steps, values, color=colour, marker=marker, markevery=8, label=f"gamma {gamma:g}"
             )
     axes[0].set(
-        xlabel="gradient step (exact expectation)", ylabel="sequence KL, nats", yscale="log"
+        xlabel="gradient step (exact expectation)",
+        ylabel="sequence KL, nats",
+        yscale="log",
+        ylim=(0.8, 300),
     )
     axes[1].set(
         xlabel="gradient step (exact expectation)",
@@ -259,11 +265,15 @@ def draw_control_visits(out: Path) -> None:
             )
             axis.axhline(-3.0 if task == "left" else 3.0, color="white", dashes=(3, 3), lw=1)
             axis.set_title(f"{policy}, {task} task")
+            outside = 1.0 - table[:, -1].sum()
+            if outside > 0.01:
+                note = f"{outside:.0%} end beyond ±8"
+                axis.text(0.97, 0.04, note, color="white", ha="right", transform=axis.transAxes)
             axis.grid(False)
         for axis in axes[-1]:
             axis.set_xlabel("time, steps")
         for axis in axes[:, 0]:
-            axis.set_ylabel("position (dashed: target)")
+            axis.set_ylabel("position, units (dashed: target)")
         bar = figure.colorbar(image, ax=axes, ticks=np.sqrt([0, 0.05, 0.25, 0.5, 1.0]))
         bar.ax.set_yticklabels(["0", "0.05", "0.25", "0.5", "1"])
         bar.set_label("share of trajectories in the cell (square-root scale)")
@@ -289,10 +299,10 @@ def draw_control_distance(out: Path) -> None:
                 -1 + 0.12 * (i - 1), own, ls="", marker=marker, ms=9, mfc="none", color=colour
             )
         axis.axhline(5.0, color="0.35", dashes=(4, 2), lw=1.2)
-        axis.annotate("a policy that stays at the start", (1.2, 5.4), color="0.25", fontsize=11)
+        axis.annotate("a policy that stays at the start", (-1.3, 5.5), color="0.25", fontsize=11)
         axis.set_xticks(range(-1, len(gammas)), ["teacher", *(f"{gamma:g}" for gamma in gammas)])
         axis.set(yscale="log", xlabel="gamma of the student", title=f"{task} task")
-    axes[0].set_ylabel("mean final distance to the target, positions")
+    axes[0].set_ylabel("mean final distance to the target, position units")
     axes[0].legend()
     save(figure, out / "control_distance.png")
 
