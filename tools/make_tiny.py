@@ -50,21 +50,21 @@ Dario Delia Dina Edda Edgar Elena Elias Emil Emma Enzo Erik Esra Eva Fatima Feli
 Gina Gita Greta Gustav Hana Hans Heidi Hugo Ida Igor Ines Ingrid Ira Isaac Ivan Jana Jaro Jonas Jun
 Juno Kai Kamal Karin Kenji Kira Klara Lars Laura Leif Lena Leo Lina Lola Lucas Luna Mara Marco Maya
 Mei Milo Mina Mira Nadia Nico Nina Noor Nora Odin Olga Omar Oscar Otto Pablo Paula Petra Pia Priya
-Quinn Rafa Ravi Rita Rosa Ruben Sami Sara Selma Sofia Sven Tara Theo Tim Tomas Uma Ursula Vera Viktor
-Vito Wanda Willa Xenia Yara Yuki Yusuf Zara Zeno Zoe""".split()
+Quinn Rafa Ravi Rita Rosa Ruben Sami Sara Selma Sofia Sven Tara Theo Tim Tomas Uma Ursula Vera
+Viktor Vito Wanda Willa Xenia Yara Yuki Yusuf Zara Zeno Zoe""".split()
 ADVERBS = """gently slowly calmly neatly boldly bravely briskly warmly kindly gladly firmly lightly
 quietly quickly smoothly softly tidily proudly wisely eagerly fondly freshly keenly mildly nicely
 openly plainly politely promptly readily safely simply soberly steadily sweetly swiftly tenderly
 truly patiently happily""".split()
-ADJECTIVES = """amber ancient azure bright broad bronze clever cosy crimson curious eager early faint
-fine fresh golden grand green happy hidden humble ivory jolly late lively lucky merry mighty modest
-noble pale placid polite proud quiet rare rosy round royal silent silver small snowy sunny tall tame
-tidy tiny violet warm wild wise young""".split()
+ADJECTIVES = """amber ancient azure bright broad bronze clever cosy crimson curious eager early
+faint fine fresh golden grand green happy hidden humble ivory jolly late lively lucky merry mighty
+modest noble pale placid polite proud quiet rare rosy round royal silent silver small snowy sunny
+tall tame tidy tiny violet warm wild wise young""".split()
 NOUNS = """anchor apron arrow badge barn beacon bell bridge brook candle canoe castle cedar cloud
 comet copper crane dawn drum eagle ember falcon feather fern field flute forest fox garden glove
-harbor hat hill horn island jar kite lake lamp lantern leaf maple meadow mill mirror moon oak orchard
-otter owl path pebble pine pond prairie raven reed ribbon river rope sail shell spoon star stone
-summit tower trail valley wagon whale willow window""".split()
+harbor hat hill horn island jar kite lake lamp lantern leaf maple meadow mill mirror moon oak
+orchard otter owl path pebble pine pond prairie raven reed ribbon river rope sail shell spoon star
+stone summit tower trail valley wagon whale willow window""".split()
 THINGS = """apples beads books buttons cards coins cups dolls eggs keys marbles nuts pens pins plums
 seeds shells stamps stones tiles""".split()
 VERBS = "writes lines sets puts places lays".split()
@@ -77,7 +77,9 @@ READS = "Read Reading Result Together".split()
 # ==== Problems ====
 def draw_problem(domain: str, rng: random.Random) -> tuple[int, int]:
     if domain == "mul":
-        return rng.randrange(*rng.choices([(10, 100), (100, 1000)], [2, 3])[0]), rng.randrange(2, 10)
+        return rng.randrange(*rng.choices([(10, 100), (100, 1000)], [2, 3])[0]), rng.randrange(
+            2, 10
+        )
     a = rng.randrange(*rng.choices([(100, 1000), (1000, 10000)], [7, 3])[0])
     b = rng.randrange(10, 10 ** len(str(a)))
     return (max(a, b), min(a, b)) if domain == "sub" else (a, b)
@@ -276,13 +278,16 @@ def save(model: Any, tokenizer: Any, name: str) -> None:
 def record(name: str, lines: list[dict[str, Any]]) -> None:
     """Put the lines of one model into log.jsonl, in place of its former ones."""
     path = TINY / "log.jsonl"
-    with open(TINY / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(TINY, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # two stages may end together
+    try:
         old = load_prompts(path) if path.exists() else []
         rows = [row for row in old if row["model"] != name] + [{"model": name} | x for x in lines]
         order = {model: i for i, model in enumerate(STAGES)}
         rows.sort(key=lambda row: order[row["model"]])
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finally:
+        os.close(folder)
 
 
 def rounded(numbers: dict[str, float]) -> dict[str, float]:
@@ -290,8 +295,15 @@ def rounded(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def train_supervised(
-    model: Any, tokenizer: Any, name: str, steps: int, lr: float, batch: int, stop_at: float,
-    weights: dict[str, float], seed: int,
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    steps: int,
+    lr: float,
+    batch: int,
+    stop_at: float,
+    weights: dict[str, float],
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Gold working of fresh problems; stops when the sampled accuracy on other fresh problems
     passes `stop_at`."""
@@ -315,10 +327,19 @@ def train_supervised(
 
 
 def train_grpo(
-    model: Any, tokenizer: Any, name: str, steps: int, lr: float, prompts: int, group: int,
-    domains: tuple[str, ...], seed: int,
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    steps: int,
+    lr: float,
+    prompts: int,
+    group: int,
+    domains: tuple[str, ...],
+    stop_at: float,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """GRPO on train.jsonl; learning rate linear to a tenth in the second half."""
+    """GRPO on train.jsonl; learning rate linear to a tenth in the second half; stops when the
+    share of right samples in the last five steps passes `stop_at`."""
     rows = [r for r in load_prompts(TINY / "prompts" / "train.jsonl") if r["domain"] in domains]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -334,9 +355,11 @@ def train_grpo(
         grpo_step(model, optimizer, rollout, verdict, group)
         right = (verdict > 0).float().mean().item()
         length = rollout.completion_mask.sum(-1).float().mean().item()
-        line = {"step": step} | rounded({"right": right, "length": length})
+        line: dict[str, Any] = {"step": step} | rounded({"right": right, "length": length})
         print(f"{name} {line} {time.perf_counter() - start:.0f} s", flush=True)
         curve.append(line)
+        if step >= 5 and sum(x["right"] for x in curve[-5:]) / 5 >= stop_at:
+            break
     return curve
 
 
@@ -344,31 +367,63 @@ def train_grpo(
 SUPERVISED: dict[str, dict[str, Any]] = {
     "student": {
         "shape": (128, 4, 480),
-        "steps": 1000, "lr": 3e-3, "batch": 64, "stop_at": 0.33, "seed": 1,
+        "steps": 1000,
+        "lr": 3e-3,
+        "batch": 64,
+        "stop_at": 0.33,
+        "seed": 1,
         "weights": {"add": 1.0, "sub": 1.0, "mul": 1.0},
     },
     "teacher_base": {
         "shape": (192, 4, 640),
-        "steps": 640, "lr": 2e-3, "batch": 64, "stop_at": 2.0, "seed": 2,
+        "steps": 640,
+        "lr": 2e-3,
+        "batch": 64,
+        "stop_at": 2.0,
+        "seed": 2,
         "weights": {"add": 1.0, "sub": 1.0, "mul": 1.0},
     },
 }
 GRPO: dict[str, dict[str, Any]] = {
     "teacher": {
         "parent": "teacher_base",
-        "steps": 40, "lr": 3e-4, "prompts": 32, "group": 8, "domains": DOMAINS, "seed": 3,
+        "steps": 36,
+        "lr": 6e-5,
+        "stop_at": 0.97,
+        "prompts": 32,
+        "group": 8,
+        "domains": DOMAINS,
+        "seed": 3,
     },
     "expert_add": {
         "parent": "student",
-        "steps": 100, "lr": 6e-4, "prompts": 32, "group": 8, "domains": ("add",), "seed": 4,
+        "steps": 90,
+        "lr": 4e-4,
+        "stop_at": 0.92,
+        "prompts": 32,
+        "group": 8,
+        "domains": ("add",),
+        "seed": 4,
     },
     "expert_sub": {
         "parent": "student",
-        "steps": 100, "lr": 6e-4, "prompts": 32, "group": 8, "domains": ("sub",), "seed": 5,
+        "steps": 90,
+        "lr": 4e-4,
+        "stop_at": 0.92,
+        "prompts": 32,
+        "group": 8,
+        "domains": ("sub",),
+        "seed": 5,
     },
     "expert_mul": {
         "parent": "student",
-        "steps": 100, "lr": 6e-4, "prompts": 32, "group": 8, "domains": ("mul",), "seed": 6,
+        "steps": 90,
+        "lr": 4e-4,
+        "stop_at": 0.92,
+        "prompts": 32,
+        "group": 8,
+        "domains": ("mul",),
+        "seed": 6,
     },
 }
 STAGES = [*SUPERVISED, *GRPO]
@@ -466,8 +521,14 @@ Gold working:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--force", action="append", default=[], metavar="NAME", choices=STAGES,
-                        help="make this model again (children of it are not made again)")
+    parser.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="NAME",
+        choices=STAGES,
+        help="make this model again (children of it are not made again)",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--stage", choices=STAGES, help="make only this model, in this process")
     args = parser.parse_args(argv)
@@ -497,7 +558,9 @@ def main(argv: list[str] | None = None) -> None:
                         other.terminate()
                     sys.exit(f"{name} failed with exit code {process.returncode}")
                 done = total - len(waiting) - len(running)
-                print(f"{done}/{total} made, {(time.perf_counter() - start) / 60:.0f} min", flush=True)
+                print(
+                    f"{done}/{total} made, {(time.perf_counter() - start) / 60:.0f} min", flush=True
+                )
     write_readme()
 
 

@@ -1,10 +1,9 @@
-"""GRPO with a verifier (Group Relative Policy Optimization, arXiv:2402.03300): a baseline without a teacher.
+"""GRPO with a verifier (arXiv:2402.03300): reinforcement learning, a baseline without a teacher.
 
-    advantage = (verdict - group mean) / (group standard deviation + 1e-6)      verdict +1 or -1
-    loss      = - sum over completion tokens of advantage * student_logp / number of completion tokens
+    advantage = (verdict - group mean) / (group standard deviation + 1e-6), verdict +1 or -1
+    loss      = - sum of advantage * student_logp over completion tokens / number of these tokens
 
-One update per rollout, so the importance weight is 1 and nothing is clipped; no penalty towards a
-reference; tokens are averaged over the whole batch, not per completion.
+One update per rollout (no importance weight, no clipping), no reference, tokens of the batch alike.
 
     python benchmarks/baselines/grpo.py --domain add --steps 50
 """
@@ -31,9 +30,8 @@ class Rollout(NamedTuple):
 
 
 def load_prompts(path: str | Path, domain: str | None = None) -> list[Row]:
-    """Rows of a jsonl file with `prompt`, `answer`, `domain`; all of them or those of one domain."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
+    """Rows of a jsonl file; all of them or those of one domain."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if domain in (None, row.get("domain"))]
 
 
@@ -62,18 +60,14 @@ def sample(
     max_completion_tokens: int = 128,
     temperature: float = 1.0,
 ) -> Rollout:
-    """Sample one completion per prompt, each token by the inverse CDF of one uniform number.
-
-    A row's uniforms do not depend on which other rows are still running: [B, T], drawn at once.
-    """
+    """One completion per prompt, each token by the inverse CDF of one uniform number of [B, T]."""
     model.eval()
     prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, left=True)
-    num_rows = len(prompts)
-    uniforms = torch.rand(num_rows, max_completion_tokens, generator=generator)
-    completion_ids = torch.full((num_rows, max_completion_tokens), tokenizer.pad_token_id)
+    uniforms = torch.rand(len(prompts), max_completion_tokens, generator=generator)
+    completion_ids = torch.full((len(prompts), max_completion_tokens), tokenizer.pad_token_id)
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
-    cache, live, mask = DynamicCache(config=model.config), torch.arange(num_rows), prompt_mask
-    done = torch.zeros(num_rows, dtype=torch.bool)  # [rows in the cache]
+    cache, live, mask = DynamicCache(config=model.config), torch.arange(len(prompts)), prompt_mask
+    done = torch.zeros(len(prompts), dtype=torch.bool)  # [rows in the cache]
     ids, positions = prompt_ids, (prompt_mask.cumsum(-1) - 1).clamp(min=0)
     for t in range(max_completion_tokens):
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
@@ -91,8 +85,7 @@ def sample(
         if done.sum() * 8 >= len(done):  # drop finished rows when it pays
             keep = (~done).nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            live, mask, ids = live[keep], mask[keep], ids[keep]
-            positions, done = positions[keep], done[keep]
+            live, mask, ids, positions, done = (x[keep] for x in (live, mask, ids, positions, done))
     return Rollout(prompt_ids, prompt_mask, completion_ids[:, : t + 1], completion_mask[:, : t + 1])
 
 
@@ -139,10 +132,13 @@ def completion_logp(model: Any, rollout: Rollout) -> torch.Tensor:
 
 # ==== GRPO ====
 def grpo_step(
-    model: Any, optimizer: torch.optim.Optimizer, rollout: Rollout, verdict: torch.Tensor, group: int
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    verdict: torch.Tensor,
+    group: int,
 ) -> None:
-    """One update; rows are ordered group by group. Groups without variance have no gradient and
-    are not computed, but their tokens count in the normaliser."""
+    """One update; rows lie group by group. Groups without variance only count in the normaliser."""
     groups = verdict.view(-1, group)
     centred = groups - groups.mean(-1, keepdim=True)
     advantage = (centred / (groups.std(-1, correction=0, keepdim=True) + 1e-6)).flatten()  # [B]
@@ -185,15 +181,14 @@ def main(argv: list[str] | None = None) -> None:
     limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
     for step in range(args.steps):
         start = time.perf_counter()
-        picks = torch.randint(len(rows), (args.prompts_per_step,), generator=generator)
-        batch = [rows[i] for i in picks.tolist() for _ in range(args.rollouts_per_prompt)]
+        picks = torch.randint(len(rows), (args.prompts_per_step,), generator=generator).tolist()
+        batch = [rows[i] for i in picks for _ in range(args.rollouts_per_prompt)]
         prompts = encode_prompts(tokenizer, [row["prompt"] for row in batch])
         rollout = sample(model, tokenizer, prompts, generator, **limits)
         verdict = verify(tokenizer, rollout, [row["answer"] for row in batch])
         grpo_step(model, optimizer, rollout, verdict, args.rollouts_per_prompt)
-        right, length = (verdict > 0).float().mean(), rollout.completion_mask.sum(-1).float().mean()
-        seconds = time.perf_counter() - start
-        print(f"step {step:4d}  right {right:.3f}  length {length:6.1f}  {seconds:5.1f} s")
+        right, seconds = (verdict > 0).float().mean(), time.perf_counter() - start
+        print(f"step {step:4d}  right {right:.3f}  {seconds:5.1f} s", flush=True)
     if args.eval_samples:
         print(evaluate(model, tokenizer, test, args.eval_samples, args.seed, **limits))
     if args.out:

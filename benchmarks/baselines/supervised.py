@@ -1,17 +1,14 @@
 """Supervised distillation: cross-entropy on completions that a teacher sampled, or on a file's.
 
-    loss = - sum over completion tokens of student_logp / number of completion tokens
+    loss = - sum of student_logp over completion tokens / number of these tokens
 
-Without a file the teacher answers the prompts of each step anew; with `--completions` a jsonl file
-with `prompt` and `completion` is gone through in random order. `--right-only` keeps only those
-teacher outputs that the verifier accepts.
+The teacher answers the prompts of each step anew, unless `--completions` names a file of answers.
 
     python benchmarks/baselines/supervised.py --steps 100
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +28,8 @@ class Rollout(NamedTuple):
 
 
 def load_prompts(path: str | Path, domain: str | None = None) -> list[Row]:
-    """Rows of a jsonl file with `prompt`, `answer`, `domain`; all of them or those of one domain."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
+    """Rows of a jsonl file; all of them or those of one domain."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if domain in (None, row.get("domain"))]
 
 
@@ -62,18 +58,14 @@ def sample(
     max_completion_tokens: int = 128,
     temperature: float = 1.0,
 ) -> Rollout:
-    """Sample one completion per prompt, each token by the inverse CDF of one uniform number.
-
-    A row's uniforms do not depend on which other rows are still running: [B, T], drawn at once.
-    """
+    """One completion per prompt, each token by the inverse CDF of one uniform number of [B, T]."""
     model.eval()
     prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, left=True)
-    num_rows = len(prompts)
-    uniforms = torch.rand(num_rows, max_completion_tokens, generator=generator)
-    completion_ids = torch.full((num_rows, max_completion_tokens), tokenizer.pad_token_id)
+    uniforms = torch.rand(len(prompts), max_completion_tokens, generator=generator)
+    completion_ids = torch.full((len(prompts), max_completion_tokens), tokenizer.pad_token_id)
     completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
-    cache, live, mask = DynamicCache(config=model.config), torch.arange(num_rows), prompt_mask
-    done = torch.zeros(num_rows, dtype=torch.bool)  # [rows in the cache]
+    cache, live, mask = DynamicCache(config=model.config), torch.arange(len(prompts)), prompt_mask
+    done = torch.zeros(len(prompts), dtype=torch.bool)  # [rows in the cache]
     ids, positions = prompt_ids, (prompt_mask.cumsum(-1) - 1).clamp(min=0)
     for t in range(max_completion_tokens):
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
@@ -91,8 +83,7 @@ def sample(
         if done.sum() * 8 >= len(done):  # drop finished rows when it pays
             keep = (~done).nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            live, mask, ids = live[keep], mask[keep], ids[keep]
-            positions, done = positions[keep], done[keep]
+            live, mask, ids, positions, done = (x[keep] for x in (live, mask, ids, positions, done))
     return Rollout(prompt_ids, prompt_mask, completion_ids[:, : t + 1], completion_mask[:, : t + 1])
 
 
@@ -142,9 +133,9 @@ def gold_rollout(tokenizer: Any, rows: list[Row]) -> Rollout:
     """Prompts with given completions, in the layout of the sampler; the end is trained too."""
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
     encoded = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
-    completions = [ids + [tokenizer.eos_token_id] for ids in encoded]
-    pad_id = tokenizer.pad_token_id
-    return Rollout(*pad(prompts, pad_id, left=True), *pad(completions, pad_id, left=False))
+    completions = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    fill = tokenizer.pad_token_id
+    return Rollout(*pad(prompts, fill, left=True), *pad(completions, fill, left=False))
 
 
 def supervised_step(model: Any, optimizer: torch.optim.Optimizer, rollout: Rollout) -> float:
@@ -177,18 +168,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="folder for the trained model")
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.student)
-    student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
-    teacher = None
-    if not args.completions:
-        teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+    load = AutoModelForCausalLM.from_pretrained
+    student = load(args.student, dtype=torch.float32)
+    teacher = None if args.completions else load(args.teacher, dtype=torch.float32).eval()
     rows = load_prompts(args.completions or args.prompts, args.domain)
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
     limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
     for step in range(args.steps):
-        start = time.perf_counter()
-        picks = torch.randint(len(rows), (args.batch,), generator=generator)
-        batch = [rows[i] for i in picks.tolist()]
+        batch = [rows[i] for i in torch.randint(len(rows), (args.batch,), generator=generator)]
         if teacher is None:
             rollout = gold_rollout(tokenizer, batch)
         else:
@@ -198,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
                 right = verify(tokenizer, rollout, [row["answer"] for row in batch]) > 0
                 rollout = Rollout(*(field[right] for field in rollout))
         loss = supervised_step(student, optimizer, rollout)
-        print(f"step {step:4d}  loss {loss:.4f}  {time.perf_counter() - start:5.1f} s")
+        print(f"step {step:4d}  loss {loss:.4f}", flush=True)
     if args.eval_samples:
         test = load_prompts(args.test_prompts)
         print(evaluate(student, tokenizer, test, args.eval_samples, args.seed, **limits))
