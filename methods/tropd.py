@@ -453,10 +453,10 @@ def token_loss(
         instead = -forward_kl.detach() if instead is None else instead
         outlier_loss = -(weight * outlier * instead * student_logp)
     outlier_loss = outlier_loss * rollout.response_mask
-    guidance_loss = args.guidance_weight * (scores["teacher_logp"] - student_logp)
+    gap = torch.where(rollout.prefix_mask, scores["teacher_logp"] - student_logp, 0.0)
     if args.guidance_form == "scalar":  # pushes down where the student likes the token less
-        guidance_loss = guidance_loss.detach() * student_logp
-    guidance_loss = guidance_loss * rollout.prefix_mask
+        gap = gap.detach() * student_logp
+    guidance_loss = args.guidance_weight * gap
     loss_sum = (trust_loss + outlier_loss + guidance_loss).sum()  # Eq. (5)
     logged = {"log_ratio": log_ratio, "advantage": advantage, "policy_log_ratio": policy_log_ratio}
     logged |= {"accepted": accepted * rollout.response_mask}
@@ -497,7 +497,7 @@ def teacher_prefixes(
         # One token stays for the student, whose sampler runs on for --max-completion-tokens.
         room = args.num_positions - len(prompts[row].ids) - args.max_completion_tokens
         most = min([args.max_completion_tokens - 1, max(0, room), *ends[:1]])
-        prefixes[row] = tuple(ids[: min(int(alpha * len(ids)), most)])
+        prefixes[row] = tuple(ids[: min(int(alpha * len(ids)), most)])  # Eq. (7)
     return prefixes
 
 
