@@ -7,17 +7,26 @@
 STABLE_TORCH_LIBRARY(opd_ops, m) {
   m.def(
       "gather_logp(Tensor logits, Tensor ids, int valid_vocab, float temperature, "
-      "bool with_entropy) -> (Tensor logp, Tensor lse, Tensor entropy, Tensor stats)");
+      "bool with_entropy, bool with_tail) -> (Tensor logp, Tensor lse, Tensor entropy, "
+      "Tensor tail_logp, Tensor stats, Tensor tail_stats)");
   m.def(
-      "outside_stats(Tensor logits, Tensor ids, Tensor? mask, int valid_vocab, "
-      "float temperature) -> Tensor");
+      "topk_logp(Tensor logits, int k, Tensor? token_ids, int valid_vocab, float temperature) -> "
+      "(Tensor ids, Tensor logp, Tensor lse, Tensor tail_logp, Tensor token_logp, "
+      "Tensor token_rank)");
+  m.def("gather_linear(Tensor hidden, Tensor head, Tensor ids, float scale) -> Tensor");
+  m.def(
+      "gather_linear_backward_hidden(Tensor hidden, Tensor head, Tensor ids, Tensor grad) -> "
+      "Tensor");
+  m.def(
+      "gather_linear_backward_head_(Tensor(a!) buffer, Tensor hidden, Tensor ids, Tensor grad) -> "
+      "()");
   m.def(
       "gather_logp_backward(Tensor logits, Tensor ids, Tensor grad, Tensor stats, Tensor dense, "
-      "Tensor? slope, Tensor? outside_stats, Tensor? outside_dense, int valid_vocab, "
+      "Tensor? slope, Tensor? tail_stats, Tensor? tail_dense, int valid_vocab, "
       "float temperature) -> Tensor");
   m.def(
       "gather_logp_backward_(Tensor(a!) logits, Tensor ids, Tensor grad, Tensor stats, "
-      "Tensor dense, Tensor? slope, Tensor? outside_stats, Tensor? outside_dense, "
+      "Tensor dense, Tensor? slope, Tensor? tail_stats, Tensor? tail_dense, "
       "int valid_vocab, float temperature) -> ()");
   m.def(
       "full_kl(Tensor student_logits, Tensor teacher_logits, int valid_vocab, float temperature, "
@@ -32,7 +41,10 @@ STABLE_TORCH_LIBRARY(opd_ops, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) {
   m.impl("gather_logp", TORCH_BOX(&opd::gather_logp_cpu));
-  m.impl("outside_stats", TORCH_BOX(&opd::outside_stats_cpu));
+  m.impl("topk_logp", TORCH_BOX(&opd::topk_logp_cpu));
+  m.impl("gather_linear", TORCH_BOX(&opd::gather_linear_cpu));
+  m.impl("gather_linear_backward_hidden", TORCH_BOX(&opd::gather_linear_backward_hidden_cpu));
+  m.impl("gather_linear_backward_head_", TORCH_BOX(&opd::gather_linear_backward_head_cpu));
   m.impl("gather_logp_backward", TORCH_BOX(&opd::gather_logp_backward_cpu));
   m.impl("gather_logp_backward_", TORCH_BOX(&opd::gather_logp_backward_inplace_cpu));
   m.impl("full_kl", TORCH_BOX(&opd::full_kl_cpu));

@@ -12,7 +12,7 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ _COMPILED_FOR = {
     "linear_gated_kl": ("cpu",),
     "full_kl": ("cpu",),
     "linear_full_kl": ("cpu",),
+    "topk_logp": ("cpu",),
+    "linear_topk_logp": ("cpu",),
+    "linear_gather_logits": ("cpu",),
+    "support_kl": ("cpu",),
+    "linear_support_kl": ("cpu",),
 }
 
 
@@ -150,30 +155,81 @@ def _documented(function: _F) -> _F:
 # ==== row ops: shapes, gradients ====
 
 
+class _Rows(NamedTuple):
+    """What gather_logp returns (empty tensors for what was not asked for), or its gradients."""
+
+    logp: Tensor | None  # [N, K]; -inf where the id is -1
+    lse: Tensor | None  # [N]
+    entropy: Tensor | None  # [N] or [0]
+    tail: Tensor | None  # [N] or [0]: log of the mass outside the ids
+    stats: Tensor | None  # [N, 2]: shift and log_sum of the row
+    tail_stats: Tensor | None  # [N, 2] or [0, 2]: the same of the complement of the ids
+
+
+_Gradient = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _empty_rows(ids: Tensor, dtype: torch.dtype, with_entropy: bool, with_tail: bool) -> _Rows:
+    rows, like = ids.shape[0], functools.partial(ids.new_empty, dtype=dtype)
+    tails = rows if with_tail else 0
+    return _Rows(
+        like(ids.shape),
+        like(rows),
+        like(rows if with_entropy else 0),
+        like(tails),
+        like(rows, 2),
+        like(tails, 2),
+    )
+
+
+def _wanted(grads: tuple[Any, ...], with_entropy: bool, with_tail: bool) -> _Rows:
+    """Gradients of outputs that were not asked for do not count."""
+    logp, lse, entropy, tail, *_ = grads
+    return _Rows(
+        logp, lse, entropy if with_entropy else None, tail if with_tail else None, None, None
+    )
+
+
 def _row_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _logp_gradient(
-    stats: Tensor,
-    entropy: Tensor,
-    ids: Tensor,
-    grad_logp: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`grad`, `dense` and `slope` of csrc/cpu/kernels.h: ScatterRow.
+def _logp_gradient(ids: Tensor, outputs: _Rows, grads: _Rows) -> _Gradient | None:
+    """The arguments of gather_logp_backward (csrc/cpu/kernels.h: ScatterRow) from the gradients of
 
-    logp_k = z_k - lse gives scatter(g) - (sum of g) p; lse gives g p; the entropy
-    -sum p logp gives -g p (logp + entropy).
+    logp_k = z_k - lse   scatter(g) - (sum of g) p
+    lse                  g p
+    entropy              -g p (logp + entropy)
+    tail_logp            g (p given the complement of the ids) - g p
     """
-    grad = stats.new_zeros(ids.shape) if grad_logp is None else grad_logp
-    dense = -grad.sum(-1)
-    if grad_lse is not None:
-        dense = dense + grad_lse
-    if grad_entropy is None:
-        return grad, dense, None
-    return grad, dense - grad_entropy * entropy, -grad_entropy
+    if grads.logp is None and grads.lse is None and grads.entropy is None and grads.tail is None:
+        return None
+    stats, entropy, tail = outputs.stats, outputs.entropy, outputs.tail
+    assert stats is not None and entropy is not None and tail is not None
+    grad = stats.new_zeros(ids.shape) if grads.logp is None else grads.logp
+    dense, slope, tail_stats, tail_dense = -grad.sum(-1), None, None, None
+    if grads.lse is not None:
+        dense = dense + grads.lse
+    if grads.entropy is not None:
+        dense, slope = dense - grads.entropy * entropy, -grads.entropy
+    if grads.tail is not None:
+        grad_tail = grads.tail.masked_fill(tail == -torch.inf, 0.0)
+        dense = dense - grad_tail
+        tail_stats, tail_dense = outputs.tail_stats, grad_tail + dense * tail.exp()
+    return grad, stats, dense, slope, tail_stats, tail_dense
+
+
+def _empty_topk(like: Tensor, k: int, token_ids: Tensor | None) -> tuple[Tensor, ...]:
+    rows, dtype = like.shape[0], _row_dtype(like)
+    tokens = 0 if token_ids is None else rows
+    return (
+        like.new_empty(rows, k, dtype=torch.int64),
+        like.new_empty(rows, k, dtype=dtype),
+        like.new_empty(rows, dtype=dtype),
+        like.new_empty(rows, dtype=dtype),
+        like.new_empty(tokens, dtype=dtype),
+        like.new_empty(tokens, dtype=torch.int64),
+    )
 
 
 def _no_double_backward(name: str) -> None:
@@ -195,41 +251,49 @@ def _fake(name: str) -> Callable[[_F], _F]:
 def _register() -> None:
 
     @_fake("opd_ops::gather_logp")
-    def _(logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool) -> Any:
-        rows, dtype = logits.shape[0], _row_dtype(logits)
-        return (
-            logits.new_empty(ids.shape, dtype=dtype),
-            logits.new_empty(rows, dtype=dtype),
-            logits.new_empty(rows if with_entropy else 0, dtype=dtype),
-            logits.new_empty(rows, 2, dtype=dtype),
-        )
+    def _(
+        logits: Tensor,
+        ids: Tensor,
+        valid: int,
+        temperature: float,
+        with_entropy: bool,
+        with_tail: bool,
+    ) -> Any:
+        return tuple(_empty_rows(ids, _row_dtype(logits), with_entropy, with_tail))
 
     def gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
-        logits, ids, ctx.valid, ctx.temperature, ctx.with_entropy = inputs
-        _, _, entropy, stats = output
+        logits, ids, *ctx.settings = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, ids, entropy, stats)
+        ctx.save_for_backward(logits, ids, *output)
 
-    def gather_backward(ctx: Any, logp: Any, lse: Any, entropy: Any, stats: Any) -> Any:
-        logits, ids, entropies, row_stats = ctx.saved_tensors
-        grads = (logp, lse, entropy if ctx.with_entropy else None)
-        if all(grad is None for grad in grads):
-            return None, None, None, None, None
-        grad, dense, slope = _logp_gradient(row_stats, entropies, ids, *grads)
-        result = torch.ops.opd_ops.gather_logp_backward(
-            logits, ids, grad, row_stats, dense, slope, None, None, ctx.valid, ctx.temperature
-        )
-        return result, None, None, None, None
+    def gather_backward(ctx: Any, *grads: Any) -> Any:
+        logits, ids, *outputs = ctx.saved_tensors
+        valid, temperature, *asked = ctx.settings
+        gradient = _logp_gradient(ids, _Rows(*outputs), _wanted(grads, *asked))
+        if gradient is None:
+            return (None,) * 6
+        result = torch.ops.opd_ops.gather_logp_backward(logits, ids, *gradient, valid, temperature)
+        return result, None, None, None, None, None
 
     torch.library.register_autograd(
         "opd_ops::gather_logp", gather_backward, setup_context=gather_setup
     )
 
-    @_fake("opd_ops::outside_stats")
-    def _(
-        logits: Tensor, ids: Tensor, mask: Tensor | None, valid: int, temperature: float
-    ) -> Tensor:
-        return logits.new_empty(logits.shape[0], 2, dtype=_row_dtype(logits))
+    @_fake("opd_ops::topk_logp")
+    def _(logits: Tensor, k: int, token_ids: Tensor | None, valid: int, temperature: float) -> Any:
+        return _empty_topk(logits, k, token_ids)
+
+    @_fake("opd_ops::gather_linear")
+    def _(hidden: Tensor, head: Tensor, ids: Tensor, scale: float) -> Tensor:
+        return hidden.new_empty(ids.shape, dtype=_row_dtype(hidden))
+
+    @_fake("opd_ops::gather_linear_backward_hidden")
+    def _(hidden: Tensor, head: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+        return hidden.new_empty(hidden.shape)
+
+    @_fake("opd_ops::gather_linear_backward_head_")
+    def _(buffer: Tensor, hidden: Tensor, ids: Tensor, grad: Tensor) -> None:
+        return None
 
     @_fake("opd_ops::gather_logp_backward")
     def _(logits: Tensor, *args: Any) -> Tensor:
@@ -289,34 +353,102 @@ class _GatherInplace(torch.autograd.Function):
     """gather_logp, whose backward leaves the gradient in the memory of the logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool
-    ) -> Any:
-        logp, lse, entropy, stats = torch.ops.opd_ops.gather_logp(
-            logits, ids, valid, temperature, with_entropy
-        )
-        ctx.settings, ctx.with_entropy, ctx.used = (valid, temperature), with_entropy, False
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, *settings: Any) -> Any:
+        outputs = torch.ops.opd_ops.gather_logp(logits, ids, *settings)
+        ctx.settings, ctx.used = settings, False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(logits, ids, entropy, stats)
-        return logp, lse, entropy, stats
+        ctx.mark_non_differentiable(*outputs[4:])
+        ctx.save_for_backward(logits, ids, *outputs)
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, logp: Any, lse: Any, entropy: Any, stats: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.used:
             raise RuntimeError(_SECOND_BACKWARD)
-        grads = (logp, lse, entropy if ctx.with_entropy else None)
-        if all(grad is None for grad in grads):
-            return None, None, None, None, None
-        logits, ids, entropies, row_stats = ctx.saved_tensors
+        valid, temperature, *asked = ctx.settings
+        wanted = _wanted(grads, *asked)
+        if all(grad is None for grad in wanted):
+            return (None,) * 6
+        logits, ids, *outputs = ctx.saved_tensors
         ctx.used = True
-        grad, dense, slope = _logp_gradient(row_stats, entropies, ids, *grads)
-        torch.ops.opd_ops.gather_logp_backward_(
-            logits, ids, grad, row_stats, dense, slope, None, None, *ctx.settings
-        )
+        gradient = _logp_gradient(ids, _Rows(*outputs), wanted)
+        assert gradient is not None
+        torch.ops.opd_ops.gather_logp_backward_(logits, ids, *gradient, valid, temperature)
         _mark_written(logits)
-        return logits.detach(), None, None, None, None
+        return logits.detach(), None, None, None, None, None
+
+
+def _logits_gradient(ids: Tensor, grad: Tensor) -> _Gradient:
+    """The gradient of logits[n, ids] / temperature: zero but for the ids."""
+    return grad, grad.new_zeros(ids.shape[0], 2), grad.new_zeros(ids.shape[0]), None, None, None
+
+
+class _GatherLogits(torch.autograd.Function):
+    """logits.gather(1, ids) / temperature in full precision; ids of -1 give 0.
+
+    The gradient is rounded once, after repeated ids have added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float, inplace: bool) -> Tensor:
+        ctx.settings, ctx.used = (temperature, inplace), False
+        ctx.save_for_backward(logits, ids)
+        values = logits.gather(1, ids.clamp_min(0)).to(_row_dtype(logits)) / temperature
+        return values.masked_fill_(ids < 0, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.used:
+            raise RuntimeError(_SECOND_BACKWARD)
+        logits, ids = ctx.saved_tensors
+        temperature, inplace = ctx.settings
+        arguments = (ids, *_logits_gradient(ids, grad), logits.shape[1], temperature)
+        if not inplace:
+            result = torch.ops.opd_ops.gather_logp_backward(logits, *arguments)
+            return result, None, None, None
+        ctx.used = True
+        torch.ops.opd_ops.gather_logp_backward_(logits, *arguments)
+        _mark_written(logits)
+        return logits.detach(), None, None, None
+
+
+class _GatherLinear(torch.autograd.Function):
+    """<hidden[n], head[ids[n, k]]> * scale, and the three forms of the head's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, scale: float, form: str, buffer: Any
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, head, ids)
+        ctx.settings = scale, form, buffer
+        logits: Tensor = torch.ops.opd_ops.gather_linear(hidden, head, ids, scale)
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        hidden, head, ids = ctx.saved_tensors
+        scale, form, buffer = ctx.settings
+        grad, ops = grad * scale, torch.ops.opd_ops
+        grad_hidden = grad_head = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = ops.gather_linear_backward_hidden(hidden, head, ids, grad)
+        if ctx.needs_input_grad[1]:
+            if form == "buffer":
+                ops.gather_linear_backward_head_(buffer, hidden, ids, grad)
+            elif form == "rows":
+                unique, position = ids.unique(return_inverse=True)
+                rows = head.new_zeros(unique.shape[0], head.shape[1])
+                ops.gather_linear_backward_head_(rows, hidden, position, grad)
+                grad_head = torch.sparse_coo_tensor(
+                    unique[None], rows, head.shape, check_invariants=False, is_coalesced=True
+                )
+            else:
+                grad_head = torch.zeros_like(head)
+                ops.gather_linear_backward_head_(grad_head, hidden, ids, grad)
+        return grad_hidden, grad_head, None, None, None, None
 
 
 class _FullInplace(torch.autograd.Function):
@@ -342,15 +474,19 @@ class _FullInplace(torch.autograd.Function):
 
 
 def _gather(
-    logits: Tensor, ids: Tensor, valid: int, temperature: float, with_entropy: bool, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [N, K], lse [N], entropy [N] or [0]."""
-    settings = (logits, ids, valid, float(temperature), with_entropy)
+    logits: Tensor,
+    ids: Tensor,
+    valid: int,
+    temperature: float,
+    *,
+    entropy: bool = False,
+    tail: bool = False,
+    inplace: bool = False,
+) -> _Rows:
+    settings = (logits, ids, valid, float(temperature), entropy, tail)
     if inplace and not torch.compiler.is_compiling():
-        logp, lse, entropy, _ = _GatherInplace.apply(*settings)  # type: ignore[no-untyped-call]
-    else:
-        logp, lse, entropy, _ = torch.ops.opd_ops.gather_logp(*settings)
-    return logp, lse, entropy
+        return _Rows(*_GatherInplace.apply(*settings))  # type: ignore[no-untyped-call]
+    return _Rows(*torch.ops.opd_ops.gather_logp(*settings))
 
 
 _KINDS = {"reverse": 0, "forward": 1, "jsd": 2}
@@ -440,22 +576,23 @@ def _register_linear() -> None:
         valid: int,
         temperature: float,
         with_entropy: bool,
+        with_tail: bool,
         dtype: torch.dtype,
         workspace_mib: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         step = _rows_per_chunk(valid, dtype, workspace_mib)
         product = _Workspace(hidden, head, valid, dtype, step)
         chunks = [
             torch.ops.opd_ops.gather_logp(
-                product.rows(piece), ids[piece], valid, temperature, with_entropy
+                product.rows(piece), ids[piece], valid, temperature, with_entropy, with_tail
             )
             for piece in _pieces(hidden.shape[0], step) or [slice(0, 0)]
         ]
         if len(chunks) == 1:
-            logp, lse, entropy, stats = chunks[0]
+            a, b, c, d, e, f = chunks[0]
         else:
-            logp, lse, entropy, stats = (torch.cat(part) for part in zip(*chunks))
-        return logp, lse, entropy, stats
+            a, b, c, d, e, f = (torch.cat(part) for part in zip(*chunks))
+        return a, b, c, d, e, f
 
     @linear_gather_logp.register_fake
     def _(
@@ -465,16 +602,11 @@ def _register_linear() -> None:
         valid: int,
         temperature: float,
         with_entropy: bool,
+        with_tail: bool,
         dtype: torch.dtype,
         workspace_mib: float,
     ) -> Any:
-        rows, result = hidden.shape[0], _row_dtype(hidden)
-        return (
-            hidden.new_empty(ids.shape, dtype=result),
-            hidden.new_empty(rows, dtype=result),
-            hidden.new_empty(rows if with_entropy else 0, dtype=result),
-            hidden.new_empty(rows, 2, dtype=result),
-        )
+        return tuple(_empty_rows(ids, _row_dtype(hidden), with_entropy, with_tail))
 
     @op("opd_ops::linear_gather_logp_backward")
     def linear_gather_logp_backward(
@@ -485,6 +617,8 @@ def _register_linear() -> None:
         stats: Tensor,
         dense: Tensor,
         slope: Tensor | None,
+        tail_stats: Tensor | None,
+        tail_dense: Tensor | None,
         valid: int,
         temperature: float,
         dtype: torch.dtype,
@@ -497,20 +631,11 @@ def _register_linear() -> None:
         product = _Workspace(hidden, head, valid, dtype, step)
         wanted = (need_hidden, need_head)
         grad_hidden, grad_head = _new_gradients(hidden, head, dtype, len(pieces), wanted)
+        arguments = (ids, grad, stats, dense, slope, tail_stats, tail_dense)
         for piece in pieces:
             logits = product.rows(piece)
-            torch.ops.opd_ops.gather_logp_backward_(
-                logits,
-                ids[piece],
-                grad[piece],
-                stats[piece],
-                dense[piece],
-                None if slope is None else slope[piece],
-                None,
-                None,
-                valid,
-                temperature,
-            )
+            parts = (None if argument is None else argument[piece] for argument in arguments)
+            torch.ops.opd_ops.gather_logp_backward_(logits, *parts, valid, temperature)
             product.add_gradients(piece, logits, grad_hidden, grad_head)
         return grad_hidden, grad_head.to(head.dtype)
 
@@ -523,6 +648,8 @@ def _register_linear() -> None:
         stats: Tensor,
         dense: Tensor,
         slope: Tensor | None,
+        tail_stats: Tensor | None,
+        tail_dense: Tensor | None,
         valid: int,
         temperature: float,
         dtype: torch.dtype,
@@ -536,25 +663,62 @@ def _register_linear() -> None:
         )
 
     def gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
-        hidden, head, ids, valid, temperature, ctx.with_entropy, dtype, workspace_mib = inputs
-        _, _, entropy, stats = output
+        hidden, head, ids, valid, temperature, *ctx.asked, dtype, workspace_mib = inputs
         ctx.settings = (valid, temperature, dtype, workspace_mib)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, head, ids, entropy, stats)
+        ctx.save_for_backward(hidden, head, ids, *output)
 
-    def gather_backward(ctx: Any, logp: Any, lse: Any, entropy: Any, stats: Any) -> Any:
-        hidden, head, ids, entropies, row_stats = ctx.saved_tensors
-        grads = (logp, lse, entropy if ctx.with_entropy else None)
+    def gather_backward(ctx: Any, *grads: Any) -> Any:
+        hidden, head, ids, *outputs = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
-        if all(grad is None for grad in grads) or not any(need):
-            return (None,) * 8
-        grad, dense, slope = _logp_gradient(row_stats, entropies, ids, *grads)
+        gradient = _logp_gradient(ids, _Rows(*outputs), _wanted(grads, *ctx.asked))
+        if gradient is None or not any(need):
+            return (None,) * 9
         grad_hidden, grad_head = torch.ops.opd_ops.linear_gather_logp_backward(
-            hidden, head, ids, grad, row_stats, dense, slope, *ctx.settings, *need
+            hidden, head, ids, *gradient, *ctx.settings, *need
         )
-        return (grad_hidden if need[0] else None, grad_head if need[1] else None, *(None,) * 6)
+        return (grad_hidden if need[0] else None, grad_head if need[1] else None, *(None,) * 7)
 
     linear_gather_logp.register_autograd(gather_backward, setup_context=gather_setup)
+
+    @op("opd_ops::linear_topk_logp")
+    def linear_topk_logp(
+        hidden: Tensor,
+        head: Tensor,
+        k: int,
+        token_ids: Tensor | None,
+        valid: int,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        step = _rows_per_chunk(valid, dtype, workspace_mib)
+        product = _Workspace(hidden, head, valid, dtype, step)
+        chunks = [
+            torch.ops.opd_ops.topk_logp(
+                product.rows(piece),
+                k,
+                None if token_ids is None else token_ids[piece],
+                valid,
+                temperature,
+            )
+            for piece in _pieces(hidden.shape[0], step) or [slice(0, 0)]
+        ]
+        a, b, c, d, e, f = (torch.cat(part) for part in zip(*chunks))
+        return a, b, c, d, e, f
+
+    @linear_topk_logp.register_fake
+    def _(
+        hidden: Tensor,
+        head: Tensor,
+        k: int,
+        token_ids: Tensor | None,
+        valid: int,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> Any:
+        return _empty_topk(hidden, k, token_ids)
 
     def full_products(
         student_hidden: Tensor,
@@ -757,8 +921,14 @@ def token_logp(
     reference._check_ids("token_ids", token_ids, (logits.shape[0],), logits, valid)
     reference._check_inplace("logits", logits, inplace)
     ids = token_ids[:, None]
-    logp, lse, entropy = _gather(logits, ids, valid, temperature, with_entropy, inplace)
-    return (logp[:, 0], lse, entropy) if with_entropy else (logp[:, 0], lse)
+    rows = _gather(logits, ids, valid, temperature, entropy=with_entropy, inplace=inplace)
+    return _one_token(rows, with_entropy)
+
+
+def _one_token(rows: _Rows, with_entropy: bool) -> tuple[Tensor, ...]:
+    assert rows.logp is not None and rows.lse is not None and rows.entropy is not None
+    logp = rows.logp[:, 0]
+    return (logp, rows.lse, rows.entropy) if with_entropy else (logp, rows.lse)
 
 
 @_documented
@@ -785,10 +955,10 @@ def linear_token_logp(
     valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
     reference._check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, valid)
     ids = token_ids[:, None]
-    logp, lse, entropy = _linear_gather(
-        hidden, head, ids, valid, temperature, with_entropy, workspace_mib
+    rows = _linear_gather(
+        hidden, head, ids, valid, temperature, workspace_mib, entropy=with_entropy
     )
-    return (logp[:, 0], lse, entropy) if with_entropy else (logp[:, 0], lse)
+    return _one_token(rows, with_entropy)
 
 
 def _linear_gather(
@@ -797,23 +967,17 @@ def _linear_gather(
     ids: Tensor,
     valid: int,
     temperature: float,
-    with_entropy: bool,
     workspace_mib: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    entropy: bool = False,
+    tail: bool = False,
+) -> _Rows:
     reference._check_workspace(workspace_mib)
     if head is None:
-        return _gather(hidden, ids, valid, temperature, with_entropy, False)
-    logp, lse, entropy, _ = torch.ops.opd_ops.linear_gather_logp(
-        hidden,
-        head,
-        ids,
-        valid,
-        float(temperature),
-        with_entropy,
-        _product_dtype(hidden),
-        float(workspace_mib),
-    )
-    return logp, lse, entropy
+        return _gather(hidden, ids, valid, temperature, entropy=entropy, tail=tail)
+    dtype = _product_dtype(hidden)
+    settings = (valid, float(temperature), entropy, tail, dtype, float(workspace_mib))
+    return _Rows(*torch.ops.opd_ops.linear_gather_logp(hidden, head, ids, *settings))
 
 
 @_documented
@@ -825,9 +989,19 @@ def topk_logp(
     valid_vocab: int | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    return reference.topk_logp(
-        logits, k, token_ids=token_ids, valid_vocab=valid_vocab, temperature=temperature
+    if not _compiled("topk_logp", logits):
+        return reference.topk_logp(
+            logits, k, token_ids=token_ids, valid_vocab=valid_vocab, temperature=temperature
+        )
+    reference._check_logits("logits", logits)
+    valid = reference._check_vocab(valid_vocab, logits.shape[1], temperature)
+    reference._check_k(k, valid)
+    if token_ids is not None:
+        reference._check_ids("token_ids", token_ids, (logits.shape[0],), logits, valid)
+    outputs: tuple[Tensor, ...] = torch.ops.opd_ops.topk_logp(
+        logits.detach(), k, token_ids, valid, float(temperature)
     )
+    return outputs if token_ids is not None else outputs[:4]
 
 
 @_documented
@@ -841,15 +1015,30 @@ def linear_topk_logp(
     temperature: float = 1.0,
     workspace_mib: float = 256,
 ) -> tuple[Tensor, ...]:
-    return reference.linear_topk_logp(
-        hidden,
-        head,
-        k,
-        token_ids=token_ids,
-        valid_vocab=valid_vocab,
-        temperature=temperature,
-        workspace_mib=workspace_mib,
-    )
+    if not _compiled("linear_topk_logp", hidden):
+        return reference.linear_topk_logp(
+            hidden,
+            head,
+            k,
+            token_ids=token_ids,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+    valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
+    reference._check_k(k, valid)
+    reference._check_workspace(workspace_mib)
+    if token_ids is not None:
+        reference._check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, valid)
+    outputs: tuple[Tensor, ...]
+    hidden, settings = hidden.detach(), (k, token_ids, valid, float(temperature))
+    if head is None:
+        outputs = torch.ops.opd_ops.topk_logp(hidden, *settings)
+    else:
+        outputs = torch.ops.opd_ops.linear_topk_logp(
+            hidden, head.detach(), *settings, _product_dtype(hidden), float(workspace_mib)
+        )
+    return outputs if token_ids is not None else outputs[:4]
 
 
 @_documented
@@ -869,8 +1058,9 @@ def gather_logp(
     valid = reference._check_vocab(valid_vocab, logits.shape[1], temperature)
     reference._check_id_rows("ids", ids, logits, valid)
     reference._check_inplace("logits", logits, inplace)
-    logp, lse, _ = _gather(logits, ids, valid, temperature, False, inplace)
-    return logp, lse
+    rows = _gather(logits, ids, valid, temperature, inplace=inplace)
+    assert rows.logp is not None and rows.lse is not None
+    return rows.logp, rows.lse
 
 
 @_documented
@@ -894,8 +1084,9 @@ def linear_gather_logp(
         )
     valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
     reference._check_id_rows("ids", ids, hidden, valid)
-    logp, lse, _ = _linear_gather(hidden, head, ids, valid, temperature, False, workspace_mib)
-    return logp, lse
+    rows = _linear_gather(hidden, head, ids, valid, temperature, workspace_mib)
+    assert rows.logp is not None and rows.lse is not None
+    return rows.logp, rows.lse
 
 
 @_documented
@@ -909,15 +1100,40 @@ def linear_gather_logits(
     temperature: float = 1.0,
     workspace_mib: float = 256,
 ) -> Tensor:
-    return reference.linear_gather_logits(
-        hidden,
-        head,
-        ids,
-        grad_head=grad_head,
-        valid_vocab=valid_vocab,
-        temperature=temperature,
-        workspace_mib=workspace_mib,
-    )
+    if not _compiled("linear_gather_logits", hidden):
+        return reference.linear_gather_logits(
+            hidden,
+            head,
+            ids,
+            grad_head=grad_head,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+    valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
+    reference._check_id_rows("ids", ids, hidden, valid)
+    if head is not None:
+        reference._check_grad_head(grad_head, head)
+    return _some_logits(hidden, head, ids, grad_head, temperature)
+
+
+def _some_logits(
+    hidden: Tensor,
+    head: Tensor | None,
+    ids: Tensor,
+    grad_head: GradHead,
+    temperature: float,
+    inplace: bool = False,
+) -> Tensor:
+    """Logits / temperature at ids [N, K], of K rows of the head or of given logits."""
+    result: Tensor
+    if head is None:
+        result = _GatherLogits.apply(hidden, ids, float(temperature), inplace)  # type: ignore[no-untyped-call]
+        return result
+    form, buffer = ("buffer", grad_head) if isinstance(grad_head, Tensor) else (grad_head, None)
+    ids = ids.clamp_min(0)
+    result = _GatherLinear.apply(hidden, head, ids, 1.0 / temperature, form, buffer)  # type: ignore[no-untyped-call]
+    return result
 
 
 @_documented
@@ -937,21 +1153,63 @@ def support_kl(
     temperature: float = 1.0,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    return reference.support_kl(
-        student_logits,
-        support_ids,
-        teacher_logp,
+    settings = dict(
         divergence=divergence,
         beta=beta,
         renormalise=renormalise,
         tail=tail,
         teacher_tail_logp=teacher_tail_logp,
         support_mask=support_mask,
-        with_student_mass=with_student_mass,
-        valid_vocab=valid_vocab,
-        temperature=temperature,
-        inplace=inplace,
     )
+    if not _compiled("support_kl", student_logits):
+        return reference.support_kl(
+            student_logits,
+            support_ids,
+            teacher_logp,
+            with_student_mass=with_student_mass,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            inplace=inplace,
+            **settings,  # type: ignore[arg-type]
+        )
+    reference._check_logits("student_logits", student_logits)
+    valid = reference._check_vocab(valid_vocab, student_logits.shape[1], temperature)
+    arguments = (support_ids, teacher_logp, student_logits, valid, *settings.values())
+    ids = _masked(reference._check_support(*arguments), support_mask)  # type: ignore[arg-type]
+    reference._check_inplace("student_logits", student_logits, inplace)
+    mass = None
+    if renormalise:
+        if with_student_mass:
+            mass = _mass(_gather(student_logits.detach(), ids, valid, temperature))
+        values = _some_logits(student_logits, None, ids, "dense", temperature, inplace)
+        rows = None
+    else:
+        bucket = tail == "bucket"
+        rows = _gather(student_logits, ids, valid, temperature, tail=bucket, inplace=inplace)
+        assert rows.logp is not None
+        values = rows.logp
+        mass = _mass(rows) if with_student_mass else None
+    result = reference._support_divergence(
+        values,
+        teacher_logp,
+        support_mask,
+        renormalise,
+        rows.tail if rows is not None and tail == "bucket" else None,
+        teacher_tail_logp,
+        divergence,
+        beta,
+    )
+    return result, mass
+
+
+def _masked(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """-1 for entries that do not exist."""
+    return ids if mask is None else ids.masked_fill(~mask, -1)
+
+
+def _mass(rows: _Rows) -> Tensor:
+    assert rows.logp is not None
+    return rows.logp.detach().exp().sum(-1)
 
 
 @_documented
@@ -973,23 +1231,59 @@ def linear_support_kl(
     temperature: float = 1.0,
     workspace_mib: float = 256,
 ) -> tuple[Tensor, Tensor | None]:
-    return reference.linear_support_kl(
-        hidden,
-        head,
-        support_ids,
-        teacher_logp,
+    settings = dict(
         divergence=divergence,
         beta=beta,
         renormalise=renormalise,
         tail=tail,
         teacher_tail_logp=teacher_tail_logp,
         support_mask=support_mask,
-        with_student_mass=with_student_mass,
-        grad_head=grad_head,
-        valid_vocab=valid_vocab,
-        temperature=temperature,
-        workspace_mib=workspace_mib,
     )
+    if not _compiled("linear_support_kl", hidden):
+        return reference.linear_support_kl(
+            hidden,
+            head,
+            support_ids,
+            teacher_logp,
+            with_student_mass=with_student_mass,
+            grad_head=grad_head,
+            valid_vocab=valid_vocab,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+            **settings,  # type: ignore[arg-type]
+        )
+    valid = reference._check_product("hidden", hidden, "head", head, valid_vocab, temperature)
+    arguments = (support_ids, teacher_logp, hidden, valid, *settings.values())
+    ids = _masked(reference._check_support(*arguments), support_mask)  # type: ignore[arg-type]
+    if head is not None:
+        reference._check_support_grad_head(grad_head, head, renormalise)
+    full = (valid, temperature, workspace_mib)
+    reference._check_workspace(workspace_mib)
+    mass = None
+    if renormalise:
+        if with_student_mass:
+            frozen = None if head is None else head.detach()
+            mass = _mass(_linear_gather(hidden.detach(), frozen, ids, *full))
+        values = _some_logits(hidden, head, ids, grad_head, temperature)
+        rows = None
+    else:
+        if head is not None and isinstance(grad_head, Tensor):
+            head = reference._IntoBuffer.apply(head, grad_head)  # type: ignore[no-untyped-call]
+        rows = _linear_gather(hidden, head, ids, *full, tail=tail == "bucket")
+        assert rows.logp is not None
+        values = rows.logp
+        mass = _mass(rows) if with_student_mass else None
+    result = reference._support_divergence(
+        values,
+        teacher_logp,
+        support_mask,
+        renormalise,
+        rows.tail if rows is not None and tail == "bucket" else None,
+        teacher_tail_logp,
+        divergence,
+        beta,
+    )
+    return result, mass
 
 
 @_documented

@@ -253,8 +253,14 @@ def _check_gated(
 def _check_grad_head(grad_head: object, head: Tensor) -> None:
     if isinstance(grad_head, Tensor):
         _check_float("grad_head", grad_head, tuple(head.shape), head)
-    elif grad_head not in ("dense", "rows"):
+    elif not isinstance(grad_head, str) or grad_head not in ("dense", "rows"):
         raise ValueError(f"grad_head: expected 'dense', 'rows' or a buffer, got {grad_head!r}")
+
+
+def _check_support_grad_head(grad_head: object, head: Tensor, renormalise: bool) -> None:
+    _check_grad_head(grad_head, head)
+    if not renormalise and isinstance(grad_head, str) and grad_head == "rows":
+        raise ValueError("grad_head: 'rows' needs renormalise=True, else every row has a gradient")
 
 
 def _common_vocab(
@@ -828,7 +834,8 @@ def linear_gather_logits(
 
     Returns:
         [N, K] float32 (float64 for float64), summed over D in float32: for low-precision operands
-        closer to the exact product than the full matrix product, whose output they round.
+        closer to the exact product than the full matrix product, whose output is rounded. Autocast
+        does not lower it: the operands are taken as they are.
 
     Gradient: to `hidden` and `head`; rows of repeated ids are added in float32, in the order of
     (row, column), so the compiled op is bitwise reproducible. Cost: N * K * D instead of
@@ -843,8 +850,7 @@ def linear_gather_logits(
     if head is None:
         return _work(hidden.gather(1, ids)) / temperature
     _check_grad_head(grad_head, head)
-    rows_dtype = _autocast(hidden[:0], head[:0])[0].dtype
-    hidden = _work(hidden.to(rows_dtype))
+    hidden = _work(hidden)
     if head.requires_grad and isinstance(grad_head, str) and grad_head == "dense":
         head = _work(head)  # repeated ids add up in float32
 
@@ -855,7 +861,7 @@ def linear_gather_logits(
         else:
             buffer = grad_head if isinstance(grad_head, Tensor) else None
             rows = _HeadRows.apply(head, ids[piece], buffer)  # type: ignore[no-untyped-call]
-        rows = _work(rows.to(rows_dtype))
+        rows = _work(rows)
         return ((hidden[piece, None, :] * rows).sum(-1) / temperature,)
 
     bytes_per_row = 4 * 4 * ids.shape[1] * head.shape[1]
@@ -1016,9 +1022,7 @@ def linear_support_kl(
         support_mask,
     )
     if head is not None:
-        _check_grad_head(grad_head, head)
-        if not renormalise and grad_head == "rows":
-            raise ValueError("grad_head: 'rows' needs renormalise=True, else every row has one")
+        _check_support_grad_head(grad_head, head, renormalise)
 
     def part(tensor: Tensor | None, piece: slice) -> Tensor | None:
         return None if tensor is None else tensor[piece]

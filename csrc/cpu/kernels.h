@@ -63,12 +63,13 @@ struct DivergenceValue {
   double center;
 };
 
-struct TopkRow {
-  Row row;
-  int64_t k;
-  int64_t* ids;       // [k]
-  float* peaks;       // scratch [ceil(valid / kChunk)]
-  double inv_temperature;
+// What a pass over a row leaves behind for the selection: the largest logit of each chunk, and the
+// chunk's sum of exp((z - maxima[c]) / temperature), where maxima[c] is the running maximum.
+template <class A>
+struct ChunkSums {
+  A* peaks;
+  A* sums;
+  A* maxima;
 };
 
 template <class A>
@@ -80,6 +81,23 @@ struct Kernels {
   DivergenceValue (*divergence)(const DivergenceRow& args);
   void (*divergence_grad)(const DivergenceRow& args, double center, double grad, void* out,
                           int64_t size);
+  // Top-K: one pass; then the candidates, as (value, id) in ascending order of id: all logits above
+  // the threshold, and the first k equal to it (NaN counts as -inf). Returns how many.
+  void (*chunks)(const Row& row, double inv_temperature, const ChunkSums<A>& out, RowStats* stats);
+  int64_t (*candidates)(const Row& row, const A* peaks, A threshold, int64_t k, A* values,
+                        int64_t* ids);
+  // Sum of exp((z - stats.shift) / temperature) outside ascending ids, from the chunks' sums.
+  double (*outside_sum)(const Row& row, double inv_temperature, const ChunkSums<A>& chunks,
+                        const RowStats& stats, const int64_t* sorted_ids, int64_t num_ids);
+  int64_t (*rank)(const Row& row, int64_t id);  // of a token, ties by the lower id, from 0
+  // Rows of a matrix by index. dots: out[k] = scale * <vector, row ids[k]>;
+  // combine: out = sum of weights[k] * row ids[k]. `vector` and `out` are padded to kChunk.
+  void (*dots)(const A* vector, const Row& first, int64_t stride, const int64_t* ids, int64_t k,
+               double scale, A* out);
+  void (*combine)(const A* weights, const Row& first, int64_t stride, const int64_t* ids,
+                  int64_t k, A* out);
+  void (*load)(const Row& row, A* out);  // padded to kChunk with 0
+  void (*store)(const A* values, void* out, DType dtype, int64_t n, bool add);
 };
 
 const Kernels<float>& kernels_portable();

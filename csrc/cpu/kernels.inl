@@ -20,11 +20,13 @@ struct Accumulator {
 
   explicit Accumulator(double inv_t) : inv_temperature(inv_t), exp(inv_t) {}
 
+  // Returns the chunk's maximum (NaN ignored); `last` is its sum.
+  double last = 0.0;
   template <bool with_entropy>
-  void add(const A* z) {
-    V peak = vload(z);
+  A add(const A* z) {
+    V peak = L::set(-INFINITY);
 #pragma GCC unroll 8
-    for (int64_t i = L::width; i < kChunk; i += L::width) peak = vmax(vload(z + i), peak);
+    for (int64_t i = 0; i < kChunk; i += L::width) peak = vmax(vload(z + i), peak);
     const A chunk_max = vhmax(peak);
     if (chunk_max > max) {
       if (sum != 0.0) {
@@ -46,8 +48,10 @@ struct Accumulator {
         if (with_entropy) product[j] = vfma(e, vmax(exp.lowest, x), product[j]);
       }
     }
-    sum += vhsum(total[0] + total[1]);
+    last = vhsum(total[0] + total[1]);
+    sum += last;
     if (with_entropy) weighted += vhsum(product[0] + product[1]) * inv_temperature;
+    return chunk_max;
   }
 
   RowStats stats() const {
@@ -280,9 +284,181 @@ void divergence_grad(const DivergenceRow& a, double center, double grad, void* o
   memset(static_cast<char*>(out) + a.student.valid * item, 0, (size - a.student.valid) * item);
 }
 
+// ==== top-K ====
+
+template <class L>
+void chunks(const Row& row, double inv_temperature, const ChunkSums<typename L::A>& out,
+            RowStats* stats) {
+  using A = typename L::A;
+  alignas(64) A buffer[kChunk];
+  Accumulator<L> rows(inv_temperature);
+  for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
+    out.peaks[i] = rows.template add<false>(fetch(row, c, buffer));
+    out.sums[i] = static_cast<A>(rows.last);
+    out.maxima[i] = rows.max;
+  }
+  *stats = rows.stats();
+}
+
+template <class L>
+int64_t candidates(const Row& row, const typename L::A* peaks, typename L::A threshold, int64_t k,
+                   typename L::A* values, int64_t* ids) {
+  using A = typename L::A;
+  using V = typename L::V;
+  alignas(64) A buffer[kChunk];
+  const V bound = L::set(threshold);
+  const bool everything = threshold == -INFINITY;
+  int64_t count = 0, equal = 0;
+  for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
+    if (!(peaks[i] >= threshold) && !everything) continue;
+    if (peaks[i] == threshold && equal >= k) continue;
+    const A* z = fetch(row, c, buffer);
+    const int64_t n = row.valid - c;
+    for (int64_t j = 0; j < kChunk; j += L::width) {
+      uint32_t bits = vge_bits(vload(z + j), bound);
+      if (everything) bits = static_cast<uint32_t>((uint64_t(1) << L::width) - 1);
+      for (; bits != 0; bits &= bits - 1) {
+        const int64_t at = j + __builtin_ctz(bits);
+        if (at >= n) break;
+        const A value = z[at] > threshold ? z[at] : threshold;
+        if (value == threshold && equal++ >= k) continue;
+        values[count] = value;
+        ids[count++] = c + at;
+      }
+    }
+  }
+  return count;
+}
+
+template <class L>
+double outside_sum(const Row& row, double inv_temperature, const ChunkSums<typename L::A>& chunks,
+                   const RowStats& stats, const int64_t* ids, int64_t num_ids) {
+  using A = typename L::A;
+  using V = typename L::V;
+  alignas(64) A buffer[kChunk];
+  const typename L::Exp exp(inv_temperature);
+  const V m = L::set(stats.shift);
+  double sum = 0.0;
+  for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
+    if (num_ids == 0 || *ids >= c + kChunk) {
+      const double gap = static_cast<double>(chunks.maxima[i]) - stats.shift;
+      sum += gap == 0.0 ? chunks.sums[i] : chunks.sums[i] * ::exp(gap * inv_temperature);
+      continue;
+    }
+    const A* z = fetch(row, c, buffer);
+    if (z != buffer) memcpy(buffer, z, sizeof buffer);
+    for (; num_ids > 0 && *ids < c + kChunk; ++ids, --num_ids) buffer[*ids - c] = -INFINITY;
+    V total = L::set(0.0);
+    for (int64_t j = 0; j < kChunk; j += L::width) total = total + exp(vload(buffer + j) - m);
+    sum += vhsum(total);
+  }
+  return sum;
+}
+
+template <class L>
+int64_t rank(const Row& row, int64_t id) {
+  using A = typename L::A;
+  using V = typename L::V;
+  alignas(64) A buffer[kChunk];
+  const A value = load_at(row, id, A());
+  int64_t before = 0;
+  if (!(value > -INFINITY)) {  // NaN counts as -inf, on either side
+    for (int64_t i = 0; i < row.valid; ++i)
+      before += load_at(row, i, A()) > -INFINITY || i < id;
+    return before;
+  }
+  const V bound = L::set(value);
+  for (int64_t c = 0; c < row.valid; c += kChunk) {
+    const A* z = fetch(row, c, buffer);
+    if (c + kChunk <= id) {
+      for (int64_t j = 0; j < kChunk; j += L::width)
+        before += __builtin_popcount(vge_bits(vload(z + j), bound));
+    } else if (c > id) {
+      int64_t at_most = 0;
+      for (int64_t j = 0; j < kChunk; j += L::width)
+        at_most += __builtin_popcount(vge_bits(bound, vload(z + j)));
+      int64_t numbers = 0;
+      for (int64_t j = 0; j < kChunk; ++j) numbers += z[j] == z[j];
+      before += numbers - at_most;
+    } else {
+      for (int64_t j = 0; j < kChunk; ++j) before += c + j < id ? z[j] >= value : z[j] > value;
+    }
+  }
+  return before;
+}
+
+// ==== rows of a matrix by index ====
+
+template <class L>
+void dots(const typename L::A* vector, const Row& first, int64_t stride, const int64_t* ids,
+          int64_t k, double scale, typename L::A* out) {
+  using A = typename L::A;
+  using V = typename L::V;
+  alignas(64) A buffer[kChunk];
+  for (int64_t i = 0; i < k; ++i) {
+    const Row row{static_cast<const char*>(first.data) + ids[i] * stride, first.dtype, first.valid};
+    double sum = 0.0;
+    for (int64_t c = 0; c < row.valid; c += kChunk) {
+      const A* w = fetch(row, c, buffer, A(0));
+      V total[2] = {L::set(0.0), L::set(0.0)};
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kChunk; j += 2 * L::width)
+        for (int h = 0; h < 2; ++h)
+          total[h] = vfma(vload(w + j + h * L::width), vload(vector + c + j + h * L::width), total[h]);
+      sum += vhsum(total[0] + total[1]);
+    }
+    out[i] = static_cast<A>(sum * scale);
+  }
+}
+
+template <class L>
+void combine(const typename L::A* weights, const Row& first, int64_t stride, const int64_t* ids,
+             int64_t k, typename L::A* out) {
+  using A = typename L::A;
+  using V = typename L::V;
+  alignas(64) A buffer[kChunk];
+  for (int64_t c = 0; c < first.valid; c += kChunk) memset(out + c, 0, kChunk * sizeof(A));
+  for (int64_t i = 0; i < k; ++i) {
+    const Row row{static_cast<const char*>(first.data) + ids[i] * stride, first.dtype, first.valid};
+    const V weight = L::set(weights[i]);
+    for (int64_t c = 0; c < row.valid; c += kChunk) {
+      const A* w = fetch(row, c, buffer, A(0));
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kChunk; j += L::width)
+        vstore(out + c + j, vfma(weight, vload(w + j), vload(out + c + j)));
+    }
+  }
+}
+
+template <class L>
+void load(const Row& row, typename L::A* out) {
+  using A = typename L::A;
+  alignas(64) A buffer[kChunk];
+  for (int64_t c = 0; c < row.valid; c += kChunk)
+    memcpy(out + c, fetch(row, c, buffer, A(0)), kChunk * sizeof(A));
+}
+
+template <class L>
+void store(const typename L::A* values, void* out, DType dtype, int64_t n, bool add) {
+  using A = typename L::A;
+  alignas(64) A buffer[kChunk];
+  const Row old{out, dtype, n};
+  for (int64_t c = 0; c < n; c += kChunk) {
+    const A* result = values + c;
+    if (add) {
+      const A* before = fetch(old, c, buffer, A(0));
+      for (int64_t j = 0; j < kChunk; ++j) buffer[j] = before[j] + values[c + j];
+      result = buffer;
+    }
+    commit(out, dtype, c, n - c, result);
+  }
+}
+
 template <class L>
 constexpr Kernels<typename L::A> table() {
-  return {stats<L>, outside<L>, scatter<L>, divergence<L>, divergence_grad<L>};
+  return {stats<L>,      outside<L>,     scatter<L>, divergence<L>, divergence_grad<L>, chunks<L>,
+          candidates<L>, outside_sum<L>, rank<L>,    dots<L>,       combine<L>,         load<L>,
+          store<L>};
 }
 
 }  // namespace

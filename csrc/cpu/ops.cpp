@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -43,8 +45,10 @@ const Kernels<double>& kernels<double>() {
 
 // ==== checks ====
 
-#define OPD_CHECK(condition, ...) \
-  if (!(condition)) throw std::runtime_error(message(__VA_ARGS__))
+#define OPD_CHECK(condition, ...)                                      \
+  do {                                                                 \
+    if (!(condition)) throw std::runtime_error(message(__VA_ARGS__)); \
+  } while (false)
 
 template <class... Parts>
 std::string message(const Parts&... parts) {
@@ -103,12 +107,14 @@ void check_vocab(const Tensor& logits, int64_t valid_vocab, double temperature) 
             "temperature: expected a finite number > 0, got ", temperature);
 }
 
-Tensor checked_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t valid_vocab) {
+// With `or_none`, -1 stands for no id.
+Tensor checked_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t valid_vocab,
+                   bool or_none = false) {
   OPD_CHECK(ids.dim() == 2, name, ": expected [N, K], got shape ", shape(ids));
   Tensor dense = small(name, ids, {num_rows, ids.size(1)}, ScalarType::Long);
   const int64_t* p = static_cast<const int64_t*>(dense.const_data_ptr());
   for (int64_t i = 0; i < dense.numel(); ++i)
-    OPD_CHECK(p[i] >= 0 && p[i] < valid_vocab, name, ": expected ids in [0, ", valid_vocab,
+    OPD_CHECK(p[i] >= (or_none ? -1 : 0) && p[i] < valid_vocab, name, ": expected ids in [0, ", valid_vocab,
               "), got ", p[i]);
   return dense;
 }
@@ -168,6 +174,12 @@ double logp_of(double z, const RowStats& s, double inv_temperature) {
   return (z - s.shift) * inv_temperature - s.log_sum;
 }
 
+// Log of the mass outside a set, from the statistics of the complement and of the row.
+double tail_of(const RowStats& outside, const RowStats& row, double inv_temperature) {
+  if (outside.shift == -INFINITY) return -INFINITY;
+  return (outside.shift - row.shift) * inv_temperature + outside.log_sum - row.log_sum;
+}
+
 double lse_of(const RowStats& s, double inv_temperature) {
   return s.shift == -INFINITY ? -INFINITY : s.shift * inv_temperature + s.log_sum;
 }
@@ -176,13 +188,14 @@ double lse_of(const RowStats& s, double inv_temperature) {
 template <class A>
 int64_t merge(const int64_t* ids, const A* grad, int64_t k, std::vector<std::pair<int64_t, int64_t>>& order,
               int64_t* unique, A* sum) {
-  if (k == 1) {
+  if (k == 1 && ids[0] >= 0) {
     unique[0] = ids[0];
     sum[0] = grad[0];
     return 1;
   }
   order.clear();
-  for (int64_t i = 0; i < k; ++i) order.emplace_back(ids[i], i);
+  for (int64_t i = 0; i < k; ++i)
+    if (ids[i] >= 0) order.emplace_back(ids[i], i);
   std::sort(order.begin(), order.end());
   int64_t count = 0;
   for (const auto& [id, i] : order) {
@@ -204,19 +217,22 @@ void check_inplace(const char* name, const Tensor& t) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(const Tensor& logits, const Tensor& ids,
-                                                           int64_t valid_vocab, double temperature,
-                                                           bool with_entropy) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(
+    const Tensor& logits, const Tensor& ids, int64_t valid_vocab, double temperature,
+    bool with_entropy, bool with_tail) {
   const Tensor z = with_dense_rows("logits", logits);
   check_vocab(z, valid_vocab, temperature);
   const int64_t num_rows = z.size(0);
-  const Tensor wanted = checked_ids("ids", ids, num_rows, valid_vocab);
-  const int64_t k = wanted.size(1);
+  const Tensor wanted = checked_ids("ids", ids, num_rows, valid_vocab, true);
+  OPD_CHECK(!(with_entropy && with_tail), "with_tail: not together with with_entropy");
+  const int64_t k = wanted.size(1), tails = with_tail ? num_rows : 0;
   const ScalarType type = result_type(z);
   Tensor logp = torch::stable::new_empty(z, {num_rows, k}, type);
   Tensor lse = torch::stable::new_empty(z, {num_rows}, type);
   Tensor entropy = torch::stable::new_empty(z, {with_entropy ? num_rows : 0}, type);
+  Tensor tail = torch::stable::new_empty(z, {tails}, type);
   Tensor stats = torch::stable::new_empty(z, {num_rows, 2}, type);
+  Tensor tail_stats = torch::stable::new_empty(z, {tails, 2}, type);
   const double inv_t = 1.0 / temperature;
   with_type(z, [&](auto zero) {
     using A = decltype(zero);
@@ -224,7 +240,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(const Tensor& logits,
     const auto& table = kernels<A>();
     const int64_t* id = data<const int64_t>(wanted);
     A *out = data<A>(logp), *log_total = data<A>(lse), *h = data<A>(entropy), *s = data<A>(stats);
+    A *log_tail = data<A>(tail), *ts = data<A>(tail_stats);
     for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> sorted;
       for (int64_t n = begin; n < end; ++n) {
         const Row row = rows[n];
         RowStats r;
@@ -233,73 +251,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(const Tensor& logits,
         s[2 * n + 1] = static_cast<A>(r.log_sum);
         log_total[n] = static_cast<A>(lse_of(r, inv_t));
         if (with_entropy) h[n] = static_cast<A>(r.entropy);
-        for (int64_t j = n * k; j < (n + 1) * k; ++j)
-          out[j] = static_cast<A>(logp_of(load(row, id[j]), r, inv_t));
-      }
-    });
-  });
-  return {logp, lse, entropy, stats};
-}
-
-Tensor outside_stats_cpu(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& mask,
-                         int64_t valid_vocab, double temperature) {
-  const Tensor z = with_dense_rows("logits", logits);
-  check_vocab(z, valid_vocab, temperature);
-  const int64_t num_rows = z.size(0);
-  const Tensor members = checked_ids("ids", ids, num_rows, valid_vocab);
-  const int64_t k = members.size(1);
-  std::optional<Tensor> kept;
-  if (mask.has_value()) kept = small("mask", *mask, {num_rows, k}, ScalarType::Bool);
-  Tensor stats = torch::stable::new_empty(z, {num_rows, 2}, result_type(z));
-  const double inv_t = 1.0 / temperature;
-  with_type(z, [&](auto zero) {
-    using A = decltype(zero);
-    const Rows rows(z, valid_vocab);
-    const auto& table = kernels<A>();
-    const int64_t* id = data<const int64_t>(members);
-    const bool* keep = kept ? data<const bool>(*kept) : nullptr;
-    A* s = data<A>(stats);
-    for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> sorted;
-      for (int64_t n = begin; n < end; ++n) {
         sorted.clear();
-        for (int64_t j = n * k; j < (n + 1) * k; ++j)
-          if (keep == nullptr || keep[j]) sorted.push_back(id[j]);
+        for (int64_t j = n * k; j < (n + 1) * k; ++j) {
+          const bool none = id[j] < 0;
+          out[j] = static_cast<A>(none ? -INFINITY : logp_of(load(row, id[j]), r, inv_t));
+          if (with_tail && !none) sorted.push_back(id[j]);
+        }
+        if (!with_tail) continue;
         std::sort(sorted.begin(), sorted.end());
-        RowStats r;
-        table.outside(rows[n], inv_t, sorted.data(), static_cast<int64_t>(sorted.size()), &r);
-        s[2 * n] = static_cast<A>(r.shift);
-        s[2 * n + 1] = static_cast<A>(r.log_sum);
+        RowStats o;
+        table.outside(row, inv_t, sorted.data(), static_cast<int64_t>(sorted.size()), &o);
+        ts[2 * n] = static_cast<A>(o.shift);
+        ts[2 * n + 1] = static_cast<A>(o.log_sum);
+        log_tail[n] = static_cast<A>(tail_of(o, r, inv_t));
       }
     });
   });
-  return stats;
+  return {logp, lse, entropy, tail, stats, tail_stats};
 }
 
 namespace {
 
 void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const Tensor& grad,
                   const Tensor& stats, const Tensor& dense, const std::optional<Tensor>& slope,
-                  const std::optional<Tensor>& outside_stats,
-                  const std::optional<Tensor>& outside_dense, int64_t valid_vocab,
+                  const std::optional<Tensor>& tail_stats,
+                  const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
                   double temperature) {
   check_vocab(z, valid_vocab, temperature);
   const int64_t num_rows = z.size(0);
-  const Tensor members = checked_ids("ids", ids, num_rows, valid_vocab);
+  const Tensor members = checked_ids("ids", ids, num_rows, valid_vocab, true);
   const int64_t k = members.size(1);
   const ScalarType type = result_type(z);
   const Tensor g = small("grad", grad, {num_rows, k}, type);
   const Tensor s = small("stats", stats, {num_rows, 2}, type);
   const Tensor a = small("dense", dense, {num_rows}, type);
-  OPD_CHECK(outside_stats.has_value() == outside_dense.has_value(),
-            "outside_dense: expected together with outside_stats");
-  OPD_CHECK(!(slope.has_value() && outside_stats.has_value()),
-            "slope: not together with outside_stats");
+  OPD_CHECK(tail_stats.has_value() == tail_dense.has_value(),
+            "tail_dense: expected together with tail_stats");
+  OPD_CHECK(!(slope.has_value() && tail_stats.has_value()),
+            "slope: not together with tail_stats");
   std::optional<Tensor> b, os, od;
   if (slope.has_value()) b = small("slope", *slope, {num_rows}, type);
-  if (outside_stats.has_value()) {
-    os = small("outside_stats", *outside_stats, {num_rows, 2}, type);
-    od = small("outside_dense", *outside_dense, {num_rows}, type);
+  if (tail_stats.has_value()) {
+    os = small("tail_stats", *tail_stats, {num_rows, 2}, type);
+    od = small("tail_dense", *tail_dense, {num_rows}, type);
   }
   with_type(z, [&](auto zero) {
     using A = decltype(zero);
@@ -343,12 +337,12 @@ void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const T
 Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                                 const Tensor& stats, const Tensor& dense,
                                 const std::optional<Tensor>& slope,
-                                const std::optional<Tensor>& outside_stats,
-                                const std::optional<Tensor>& outside_dense, int64_t valid_vocab,
+                                const std::optional<Tensor>& tail_stats,
+                                const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
                                 double temperature) {
   const Tensor z = with_dense_rows("logits", logits);
   Tensor out = torch::stable::new_empty(z, {z.size(0), z.size(1)}, z.scalar_type());
-  scatter_rows(z, out, ids, grad, stats, dense, slope, outside_stats, outside_dense, valid_vocab,
+  scatter_rows(z, out, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
                temperature);
   return out;
 }
@@ -356,12 +350,12 @@ Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const T
 void gather_logp_backward_inplace_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                                       const Tensor& stats, const Tensor& dense,
                                       const std::optional<Tensor>& slope,
-                                      const std::optional<Tensor>& outside_stats,
-                                      const std::optional<Tensor>& outside_dense,
+                                      const std::optional<Tensor>& tail_stats,
+                                      const std::optional<Tensor>& tail_dense,
                                       int64_t valid_vocab, double temperature) {
   const Tensor z = with_dense_rows("logits", logits);
   check_inplace("logits", logits);
-  scatter_rows(z, z, ids, grad, stats, dense, slope, outside_stats, outside_dense, valid_vocab,
+  scatter_rows(z, z, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
                temperature);
 }
 
@@ -465,6 +459,250 @@ void full_kl_backward_inplace_cpu(const Tensor& student_logits, const Tensor& te
   check_inplace("student_logits", student_logits);
   divergence_grad_rows(student, teacher, student, stats, grad, valid_vocab, temperature,
                        divergence, beta);
+}
+
+namespace {
+
+// The k-th largest of n numbers (NaN is absent).
+double kth_largest(const double* values, int64_t n, int64_t k, std::vector<double>& copy,
+                   std::vector<uint32_t>&) {
+  copy.assign(values, values + n);
+  std::nth_element(copy.begin(), copy.begin() + (k - 1), copy.end(), std::greater<double>());
+  return copy[k - 1];
+}
+
+// By bisection over the bits of keys that are ordered like the numbers: no branch on the data.
+float kth_largest(const float* values, int64_t n, int64_t k, std::vector<float>&,
+                  std::vector<uint32_t>& keys) {
+  keys.resize(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = values[i] + 0.0f;  // -0 is equal to 0
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    keys[i] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+  uint32_t best = 0;  // largest t with at least k keys >= t
+  for (int shift = 31; shift >= 0; --shift) {
+    const uint32_t t = best | (uint32_t(1) << shift);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= t;
+    if (count >= k) best = t;
+  }
+  const uint32_t bits = best & 0x80000000u ? best & 0x7fffffffu : ~best;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
+    const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
+    double temperature) {
+  const Tensor z = with_dense_rows("logits", logits);
+  check_vocab(z, valid_vocab, temperature);
+  OPD_CHECK(k >= 1 && k <= valid_vocab, "k: expected 1 to ", valid_vocab, ", got ", k);
+  const int64_t num_rows = z.size(0);
+  const bool with_token = token_ids.has_value();
+  std::optional<Tensor> token;
+  if (with_token) {
+    token = small("token_ids", *token_ids, {num_rows}, ScalarType::Long);
+    for (int64_t n = 0; n < num_rows; ++n) {
+      const int64_t id = data<const int64_t>(*token)[n];
+      OPD_CHECK(id >= 0 && id < valid_vocab, "token_ids: expected ids in [0, ", valid_vocab,
+                "), got ", id);
+    }
+  }
+  const ScalarType type = result_type(z);
+  Tensor ids = torch::stable::new_empty(z, {num_rows, k}, ScalarType::Long);
+  Tensor logp = torch::stable::new_empty(z, {num_rows, k}, type);
+  Tensor lse = torch::stable::new_empty(z, {num_rows}, type);
+  Tensor tail = torch::stable::new_empty(z, {num_rows}, type);
+  Tensor token_logp = torch::stable::new_empty(z, {with_token ? num_rows : 0}, type);
+  Tensor token_rank =
+      torch::stable::new_empty(z, {with_token ? num_rows : 0}, ScalarType::Long);
+  const double inv_t = 1.0 / temperature;
+  with_type(z, [&](auto zero) {
+    using A = decltype(zero);
+    const Rows rows(z, valid_vocab);
+    const auto& table = kernels<A>();
+    const int64_t num_chunks = (valid_vocab + kChunk - 1) / kChunk;
+    const int64_t most = std::min(valid_vocab, (kChunk + 1) * k);
+    const int64_t* wanted = with_token ? data<const int64_t>(*token) : nullptr;
+    int64_t *out_ids = data<int64_t>(ids), *out_rank = data<int64_t>(token_rank);
+    A *out_logp = data<A>(logp), *out_lse = data<A>(lse), *out_tail = data<A>(tail);
+    A* out_token = data<A>(token_logp);
+    for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
+      std::vector<A> space(3 * num_chunks), values(most), copy;
+      std::vector<uint32_t> keys;
+      std::vector<int64_t> found(most), order(most), sorted(k);
+      const ChunkSums<A> sums{space.data(), space.data() + num_chunks,
+                              space.data() + 2 * num_chunks};
+      for (int64_t n = begin; n < end; ++n) {
+        const Row row = rows[n];
+        RowStats r;
+        table.chunks(row, inv_t, sums, &r);
+        // The k-th largest chunk maximum is a lower bound of the k-th largest logit.
+        const A threshold =
+            num_chunks < k ? -INFINITY : kth_largest(sums.peaks, num_chunks, k, copy, keys);
+        const int64_t count =
+            table.candidates(row, sums.peaks, threshold, k, values.data(), found.data());
+        for (int64_t i = 0; i < count; ++i) order[i] = i;
+        const auto better = [&](int64_t a, int64_t b) {  // candidates are in order of their ids
+          return values[a] != values[b] ? values[a] > values[b] : a < b;
+        };
+        if (count > k)
+          std::nth_element(order.begin(), order.begin() + (k - 1), order.begin() + count, better);
+        std::sort(order.begin(), order.begin() + k, better);
+        for (int64_t i = 0; i < k; ++i) {
+          sorted[i] = out_ids[n * k + i] = found[order[i]];
+          out_logp[n * k + i] = static_cast<A>(logp_of(load(row, sorted[i]), r, inv_t));
+        }
+        std::sort(sorted.begin(), sorted.end());
+        out_lse[n] = static_cast<A>(lse_of(r, inv_t));
+        double rest = k == valid_vocab || r.shift == -INFINITY
+                          ? 0.0
+                          : table.outside_sum(row, inv_t, sums, r, sorted.data(), k);
+        if (rest > 1e-25) {
+          out_tail[n] = static_cast<A>(std::log(rest) - r.log_sum);
+        } else if (std::isnan(r.log_sum)) {
+          out_tail[n] = static_cast<A>(r.log_sum);
+        } else {  // too small against the row's maximum: sum against its own
+          RowStats o;
+          table.outside(row, inv_t, sorted.data(), k, &o);
+          out_tail[n] = static_cast<A>(tail_of(o, r, inv_t));
+        }
+        if (with_token) {
+          out_token[n] = static_cast<A>(logp_of(load(row, wanted[n]), r, inv_t));
+          out_rank[n] = table.rank(row, wanted[n]);
+        }
+      }
+    });
+  });
+  return {ids, logp, lse, tail, token_logp, token_rank};
+}
+
+namespace {
+
+struct Matrix {
+  Row first;
+  int64_t stride;
+};
+
+Matrix matrix(const char* name, const Tensor& t) {
+  return {{t.const_data_ptr(), dtype_of(name, t), t.size(1)},
+          t.stride(0) * static_cast<int64_t>(t.element_size())};
+}
+
+int64_t padded(int64_t n) { return (n + kChunk - 1) / kChunk * kChunk; }
+
+}  // namespace
+
+Tensor gather_linear_cpu(const Tensor& hidden, const Tensor& head, const Tensor& ids,
+                         double scale) {
+  const Tensor h = with_dense_rows("hidden", hidden), w = with_dense_rows("head", head);
+  OPD_CHECK(h.size(1) == w.size(1), "head: expected [V, ", h.size(1), "], got ", shape(w));
+  OPD_CHECK(result_type(h) == result_type(w), "head: float64 only together with float64 hidden");
+  const int64_t num_rows = h.size(0), width = h.size(1);
+  const Tensor wanted = checked_ids("ids", ids, num_rows, w.size(0));
+  const int64_t k = wanted.size(1);
+  Tensor out = torch::stable::new_empty(h, {num_rows, k}, result_type(h));
+  with_type(h, [&](auto zero) {
+    using A = decltype(zero);
+    const Matrix from = matrix("hidden", h), by = matrix("head", w);
+    const auto& table = kernels<A>();
+    for_rows(num_rows, k * width, [&](int64_t begin, int64_t end) {
+      std::vector<A> vector(padded(width));
+      for (int64_t n = begin; n < end; ++n) {
+        table.load({static_cast<const char*>(from.first.data) + n * from.stride, from.first.dtype,
+                    width},
+                   vector.data());
+        table.dots(vector.data(), by.first, by.stride, data<const int64_t>(wanted) + n * k, k, scale,
+                   data<A>(out) + n * k);
+      }
+    });
+  });
+  return out;
+}
+
+Tensor gather_linear_backward_hidden_cpu(const Tensor& hidden, const Tensor& head,
+                                         const Tensor& ids, const Tensor& grad) {
+  const Tensor w = with_dense_rows("head", head);
+  OPD_CHECK(hidden.dim() == 2 && hidden.size(1) == w.size(1), "hidden: expected [N, ", w.size(1),
+            "], got ", shape(hidden));
+  const int64_t num_rows = hidden.size(0), width = w.size(1);
+  const Tensor wanted = checked_ids("ids", ids, num_rows, w.size(0));
+  const int64_t k = wanted.size(1);
+  const Tensor g = small("grad", grad, {num_rows, k}, result_type(w));
+  Tensor out = torch::stable::new_empty(hidden, {num_rows, width}, hidden.scalar_type());
+  with_type(w, [&](auto zero) {
+    using A = decltype(zero);
+    const Matrix by = matrix("head", w);
+    const auto& table = kernels<A>();
+    const DType type = dtype_of("hidden", hidden);
+    char* target = static_cast<char*>(out.data_ptr());
+    for_rows(num_rows, k * width, [&](int64_t begin, int64_t end) {
+      std::vector<A> sum(padded(width));
+      for (int64_t n = begin; n < end; ++n) {
+        table.combine(data<const A>(g) + n * k, by.first, by.stride,
+                      data<const int64_t>(wanted) + n * k, k, sum.data());
+        table.store(sum.data(), target + n * out.stride(0) * out.element_size(), type, width,
+                    false);
+      }
+    });
+  });
+  return out;
+}
+
+// buffer[id] += sum of grad[n, k] * hidden[n] over ids[n, k] == id. The terms of an id are added
+// in the order of (n, k) in full precision, by one thread, and rounded once.
+void gather_linear_backward_head_cpu(const Tensor& buffer, const Tensor& hidden, const Tensor& ids,
+                                     const Tensor& grad) {
+  const Tensor h = with_dense_rows("hidden", hidden);
+  OPD_CHECK(buffer.is_cpu() && buffer.dim() == 2 && buffer.size(1) == h.size(1),
+            "buffer: expected [V, ", h.size(1), "] on cpu, got ", shape(buffer));
+  check_inplace("buffer", buffer);
+  const int64_t num_rows = h.size(0), width = h.size(1);
+  const Tensor wanted = checked_ids("ids", ids, num_rows, buffer.size(0));
+  const int64_t k = wanted.size(1), total = num_rows * k;
+  const Tensor g = small("grad", grad, {num_rows, k}, result_type(h));
+  OPD_CHECK(result_type(buffer) == result_type(h),
+            "buffer: float64 only together with float64 hidden");
+  const int64_t* id = data<const int64_t>(wanted);
+  std::vector<std::pair<int64_t, int64_t>> order(total);
+  for (int64_t i = 0; i < total; ++i) order[i] = {id[i], i};
+  std::sort(order.begin(), order.end());
+  std::vector<int64_t> starts;
+  for (int64_t i = 0; i < total; ++i)
+    if (i == 0 || order[i].first != order[i - 1].first) starts.push_back(i);
+  const int64_t groups = static_cast<int64_t>(starts.size());
+  starts.push_back(total);
+  with_type(h, [&](auto zero) {
+    using A = decltype(zero);
+    const Matrix from = matrix("hidden", h);
+    const auto& table = kernels<A>();
+    const DType type = dtype_of("buffer", buffer);
+    const A* weight = data<const A>(g);
+    char* target = static_cast<char*>(buffer.data_ptr());
+    const int64_t stride = buffer.stride(0) * buffer.element_size();
+    for_rows(groups, width * std::max<int64_t>(1, total / std::max<int64_t>(1, groups)),
+             [&](int64_t begin, int64_t end) {
+               std::vector<A> sum(padded(width)), weights;
+               std::vector<int64_t> rows;
+               for (int64_t i = begin; i < end; ++i) {
+                 weights.clear();
+                 rows.clear();
+                 for (int64_t j = starts[i]; j < starts[i + 1]; ++j) {
+                   weights.push_back(weight[order[j].second]);
+                   rows.push_back(order[j].second / k);
+                 }
+                 table.combine(weights.data(), from.first, from.stride, rows.data(),
+                               static_cast<int64_t>(rows.size()), sum.data());
+                 table.store(sum.data(), target + order[starts[i]].first * stride, type, width,
+                             true);
+               }
+             });
+  });
 }
 
 }  // namespace opd

@@ -11,23 +11,28 @@ namespace opd {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(const Tensor& logits, const Tensor& ids,
-                                                           int64_t valid_vocab, double temperature,
-                                                           bool with_entropy);
-Tensor outside_stats_cpu(const Tensor& logits, const Tensor& ids,
-                         const std::optional<Tensor>& mask, int64_t valid_vocab,
-                         double temperature);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(
+    const Tensor& logits, const Tensor& ids, int64_t valid_vocab, double temperature,
+    bool with_entropy, bool with_tail);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
+    const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
+    double temperature);
+Tensor gather_linear_cpu(const Tensor& hidden, const Tensor& head, const Tensor& ids, double scale);
+Tensor gather_linear_backward_hidden_cpu(const Tensor& hidden, const Tensor& head,
+                                         const Tensor& ids, const Tensor& grad);
+void gather_linear_backward_head_cpu(const Tensor& buffer, const Tensor& hidden, const Tensor& ids,
+                                     const Tensor& grad);
 Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                                 const Tensor& stats, const Tensor& dense,
                                 const std::optional<Tensor>& slope,
-                                const std::optional<Tensor>& outside_stats,
-                                const std::optional<Tensor>& outside_dense, int64_t valid_vocab,
+                                const std::optional<Tensor>& tail_stats,
+                                const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
                                 double temperature);
 void gather_logp_backward_inplace_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                                       const Tensor& stats, const Tensor& dense,
                                       const std::optional<Tensor>& slope,
-                                      const std::optional<Tensor>& outside_stats,
-                                      const std::optional<Tensor>& outside_dense,
+                                      const std::optional<Tensor>& tail_stats,
+                                      const std::optional<Tensor>& tail_dense,
                                       int64_t valid_vocab, double temperature);
 std::tuple<Tensor, Tensor> full_kl_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
                                        int64_t valid_vocab, double temperature,

@@ -132,19 +132,18 @@ struct ExpF {
   }
   vf operator()(vf x) const {
     x = vmax(lowest, x);
-    const vf n = vround(x * scale);
+    const vf t = x * scale, n = vround(t);
 #if defined(OPD_AVX512) || defined(OPD_AVX2)
-    const vf f = vfma(x, scale, vset(0.0f) - n);  // the product is not rounded
+    const vf f = t - n;
 #else
     const vf y = x * factor;  // ln 2 in two parts, because a * b + c rounds twice here
     const vf f = ((y - n * vset(0.693359375f)) - n * vset(-2.12194440e-4f)) * vset(1.44269504f);
 #endif
-    vf q = vset(0.00015353361959569156f);
-    q = vfma(q, f, vset(0.0013398875016719103f));
-    q = vfma(q, f, vset(0.00961843691766262f));
-    q = vfma(q, f, vset(0.055503323674201965f));
-    q = vfma(q, f, vset(0.24022647738456726f));
-    q = vfma(q, f, vset(0.6931471824645996f));
+    vf q = vset(0.001326472731307149f);
+    q = vfma(q, f, vset(0.009671512991189957f));
+    q = vfma(q, f, vset(0.05550733581185341f));
+    q = vfma(q, f, vset(0.24022242426872253f));
+    q = vfma(q, f, vset(0.6931470036506653f));
     return vpow2(vfma(q, f, vset(1.0f)), n);
   }
 };
@@ -187,6 +186,7 @@ inline double vmax(double a, double b) { return a > b ? a : b; }
 inline double vmin(double a, double b) { return a < b ? a : b; }
 inline double vfma(double a, double b, double c) { return a * b + c; }
 inline double vif_gt(double a, double b, double yes, double no) { return a > b ? yes : no; }
+inline uint32_t vge_bits(double a, double b) { return a >= b; }
 inline double vhmax(double a) { return a; }
 inline double vhsum(double a) { return a; }
 inline double vlog(double x) { return ::log(x); }
@@ -255,20 +255,21 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
-// The logits [begin, begin + kChunk) as float32: where they lie, or converted into `buffer`.
-inline const float* fetch(const Row& row, int64_t begin, float* buffer) {
+// The logits [begin, begin + kChunk) as float32: where they lie, or converted into `buffer`;
+// beyond the end of the row, `fill`.
+inline const float* fetch(const Row& row, int64_t begin, float* buffer, float fill = -INFINITY) {
   const int64_t n = row.valid - begin;
   if (row.dtype == DType::f32) {
     const float* p = static_cast<const float*>(row.data) + begin;
     if (n >= kChunk) return p;
-    for (int64_t i = 0; i < kChunk; ++i) buffer[i] = i < n ? p[i] : -INFINITY;
+    for (int64_t i = 0; i < kChunk; ++i) buffer[i] = i < n ? p[i] : fill;
     return buffer;
   }
   const uint16_t* p = static_cast<const uint16_t*>(row.data) + begin;
   if (n < kChunk) {
     const bool bf16 = row.dtype == DType::bf16;
     for (int64_t i = 0; i < kChunk; ++i)
-      buffer[i] = i >= n ? -INFINITY : bf16 ? from_bf16(p[i]) : from_f16(p[i]);
+      buffer[i] = i >= n ? fill : bf16 ? from_bf16(p[i]) : from_f16(p[i]);
   } else if (row.dtype == DType::bf16) {
     for (int64_t i = 0; i < kChunk; ++i) buffer[i] = from_bf16(p[i]);
   } else {
@@ -285,11 +286,12 @@ inline const float* fetch(const Row& row, int64_t begin, float* buffer) {
   return buffer;
 }
 
-inline const double* fetch(const Row& row, int64_t begin, double* buffer) {
+inline const double* fetch(const Row& row, int64_t begin, double* buffer,
+                           double fill = -INFINITY) {
   const int64_t n = row.valid - begin;
   const double* p = static_cast<const double*>(row.data) + begin;
   if (n >= kChunk) return p;
-  for (int64_t i = 0; i < kChunk; ++i) buffer[i] = i < n ? p[i] : -INFINITY;
+  for (int64_t i = 0; i < kChunk; ++i) buffer[i] = i < n ? p[i] : fill;
   return buffer;
 }
 

@@ -76,13 +76,17 @@ def test_compiled_ops_check_for_themselves():
     ids = IDS[:, None]
     one = torch.zeros(3)
     for text, call in {
-        "ids: expected ids in [0, 8), got 8": lambda: ops.gather_logp(Z, ids + 6, 8, 1.0, False),
-        "ids: expected shape": lambda: ops.gather_logp(Z, ids[:2], 8, 1.0, False),
-        "ids: expected dtype": lambda: ops.gather_logp(Z, ids.int(), 8, 1.0, False),
-        "valid_vocab: expected 1 to 8, got 9": lambda: ops.gather_logp(Z, ids, 9, 1.0, False),
-        "temperature: expected": lambda: ops.gather_logp(Z, ids, 8, 0.0, False),
-        "logits: expected float32": lambda: ops.gather_logp(Z.long(), ids, 8, 1.0, False),
-        "logits: expected [N, V]": lambda: ops.gather_logp(Z[0], ids, 8, 1.0, False),
+        "ids: expected ids in [0, 8), got 8": lambda: ops.gather_logp(
+            Z, ids + 6, 8, 1.0, False, False
+        ),
+        "ids: expected shape": lambda: ops.gather_logp(Z, ids[:2], 8, 1.0, False, False),
+        "ids: expected dtype": lambda: ops.gather_logp(Z, ids.int(), 8, 1.0, False, False),
+        "valid_vocab: expected 1 to 8, got 9": lambda: ops.gather_logp(
+            Z, ids, 9, 1.0, False, False
+        ),
+        "temperature: expected": lambda: ops.gather_logp(Z, ids, 8, 0.0, False, False),
+        "logits: expected float32": lambda: ops.gather_logp(Z.long(), ids, 8, 1.0, False, False),
+        "logits: expected [N, V]": lambda: ops.gather_logp(Z[0], ids, 8, 1.0, False, False),
         "stats: expected shape [3, 2]": lambda: ops.gather_logp_backward(
             *(Z, ids, one[:, None], stats[:2], one, None, None, None, 8, 1.0)
         ),
