@@ -181,7 +181,6 @@ class Optimiser:
         correction_2 = 1 - 0.999**self.step_count
         with torch.no_grad():
             for p, g, m, v in zip(self.params, gradients, self.first, self.second):
-                g = torch.where(on, g, 0.0)
                 update = g
                 if self.kind == "adam":
                     m.mul_(0.9).add_(g, alpha=0.1)

@@ -86,9 +86,9 @@ def draw_horizon(out: Path) -> None:
             axis.plot(horizon, size * horizon**power, color="0.35", dashes=dashes, lw=1.4)
             axis.annotate(
                 f"$B_r^2B_s^2T^{power}$",
-                (horizon[-2], (size * horizon**power)[-2]),
+                (32, 32.0**power * size[0]),
                 textcoords="offset points",
-                xytext=(-34, 8),
+                xytext=(-38, 8),
                 color="0.25",
             )
         axis.set(xscale="log", yscale="log", title=case)

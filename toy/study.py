@@ -306,7 +306,7 @@ def part_a(out: Path, quick: bool) -> None:
     write_csv(out / "error.csv", [row for p in processes for row in error_rows(p, counts)])
     write_csv(out / "crossover.csv", crossover_rows(processes))
     write_csv(out / "descent.csv", descent_rows(40 if quick else 400))
-    write_csv(out / "cosine.csv", cosine_rows(5 if quick else 200))
+    write_csv(out / "cosine.csv", cosine_rows(2 if quick else 200))
     write_csv(out / "proxy.csv", proxy_rows(20 if quick else 400))
     write_csv(
         out / "cost.csv", cost_rows(horizons, (10, 100, 1_000) if quick else (100, 1_000, 10_000))
@@ -320,7 +320,7 @@ def control_settings(quick: bool) -> Any:
     """The settings of part B; `quick` is a smoke run."""
     from toy.control import Settings
 
-    return Settings(iterations=60, teacher_iterations=60) if quick else Settings()
+    return Settings(iterations=20, teacher_iterations=20) if quick else Settings()
 
 
 def control_run_rows(result: Any, label: dict[str, Any]) -> Rows:

@@ -65,6 +65,56 @@ def test_a_batch_of_runs_is_each_run_alone() -> None:
             torch.testing.assert_close(a[i], b[0])
 
 
+def test_an_update_descends_the_discounted_cost() -> None:
+    """One step of gradient descent, against torch.distributions and plain loops."""
+    settings = replace(
+        TINY, iterations=1, optimiser="sgd", learning_rate=1e-3, discounts=(0.5,), seeds=(42,)
+    )
+    teachers = control.train_teachers(settings, progress=False)
+    result = control.distil(settings, teachers, progress=False)
+    params = [p.requires_grad_() for p in control.init_params([42], settings.hidden)]
+    noise = torch.randn(
+        settings.batch,
+        settings.horizon,
+        generator=torch.Generator().manual_seed(9_042),
+        dtype=torch.float64,
+    )
+    left = torch.tensor([0])
+    positions, actions = control.sample(params, left, noise[None], settings)
+
+    def log_prob(network: control.Params) -> torch.Tensor:
+        _, _, raw = control.scored(network, left, positions, actions, settings)
+        mean, scale = raw.view(settings.batch, settings.horizon, 2).unbind(-1)
+        law = torch.distributions.Normal(mean, scale.exp() + settings.std_floor)
+        return law.log_prob(actions[0])
+
+    student_logp = log_prob(params)
+    log_ratio = (student_logp - log_prob([p[:1] for p in teachers])).detach()
+    loss = torch.tensor(0.0, dtype=torch.float64)
+    for t in range(settings.horizon):
+        future = sum(0.5 ** (u - t) * log_ratio[:, u] for u in range(t, settings.horizon))
+        loss = loss + (future * student_logp[:, t]).mean()
+    gradients = torch.autograd.grad(loss, params)
+    for new, old, gradient in zip(result.params, params, gradients):
+        torch.testing.assert_close(new, (old - 1e-3 * gradient).detach())
+    torch.testing.assert_close(result.sequence[0, 0], log_ratio.sum(1).mean())
+
+
+def test_tasks_alternate_left_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = control.train_teachers(TINY, progress=False)
+    seen: list[int] = []
+    original = control.sample
+
+    def spy(params: Any, task: torch.Tensor, noise: torch.Tensor, settings: Settings) -> Any:
+        assert len(task.unique()) == 1
+        seen.append(int(task[0]))
+        return original(params, task, noise, settings)
+
+    monkeypatch.setattr(control, "sample", spy)
+    control.distil(TINY, teachers, progress=False)
+    assert seen == [0, 1, 0, 1]
+
+
 def test_the_proxy_is_the_variance_of_micro_batch_gradients() -> None:
     """1/M sum_m |g_m - mean|^2 with every g_m by its own backward pass."""
     torch.manual_seed(0)
@@ -157,3 +207,40 @@ def test_all_fifteen_runs_are_committed() -> None:
         (g, s) for g in Settings().discounts for s in Settings().seeds
     }
     assert all(np.isfinite(r["log10_variance_max"]) for r in rows)
+    assert all(r["finished"] == 1 for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("seed", "three_quarters", "one"), [(42, 5.3, 5.1), (43, 0.5, 2.5), (2026, 5.5, 5.5)]
+)
+def test_orders_of_magnitude_of_the_control_task(
+    seed: int, three_quarters: float, one: float
+) -> None:
+    """log10 of the variance over that of gamma 0, median of the last fifth of training."""
+    late = {gamma: row["log10_variance_last_fifth"] for gamma, row in runs_of(seed).items()}
+    assert late[0.5] - late[0.0] < 0.3
+    assert late[0.75] - late[0.0] == pytest.approx(three_quarters, abs=0.05)
+    assert late[1.0] - late[0.0] == pytest.approx(one, abs=0.05)
+
+
+def test_small_gammas_spike_early_and_the_axes_of_the_paper_are_not_reached() -> None:
+    curves = read_csv(RESULTS / "control_curves.csv")
+    left = [row for row in curves if row["task"] == "left"]
+    for seed in Settings().seeds:
+        for gamma in (0.0, 0.25, 0.5):
+            curve = [row[f"log10_variance gamma {gamma:g} seed {seed}"] for row in left]
+            assert int(np.argmax(curve)) < 10 and max(curve) - curve[-1] > 4
+    rows = read_csv(RESULTS / "control_runs.csv")
+    largest = max(row["log10_variance_max"] for row in rows)
+    assert round(largest, 1) == 15.1  # far from the 24 of the paper's seed 43
+    assert min(row["log10_variance_last_fifth"] for row in rows) > 6  # and from its 10^-2
+
+
+def test_who_reaches_the_targets_of_the_control_task() -> None:
+    teachers = read_csv(RESULTS / "control_teachers.csv")
+    assert max(row["distance"] for row in teachers) < 0.024
+    for seed in Settings().seeds:
+        worst = {g: max(r["distance_left"], r["distance_right"]) for g, r in runs_of(seed).items()}
+        assert max(worst[g] for g in (0.0, 0.25, 0.5)) < 0.023
+        assert worst[1.0] > 4.8
+        assert (worst[0.75] > 5) == (seed in (42, 2026))

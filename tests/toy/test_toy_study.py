@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +190,7 @@ def test_no_random_mdp_of_the_study_has_a_negative_cosine() -> None:
 
 def test_the_proxy_underestimates_by_one_part_in_m_and_scatters() -> None:
     rows = read_csv(study.RESULTS / "proxy.csv")
-    for row in rows:
+    for row in [*rows, *study.proxy_rows(40)]:
         assert abs(row["mean_over_expected"] - 1) < 4.5 * row["standard_error"]
     widest = max(rows, key=lambda row: row["quantile_95_over_expected"])
     assert (widest["process"], widest["gamma"]) == ("persistent, shared", 1.0)
@@ -277,10 +277,11 @@ def test_without_matplotlib_the_tables_are_written_and_it_says_so(
 def test_the_quick_study_writes_every_table_and_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "toy.study", "--quick", "--out", str(tmp_path)]
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 60
+    # processor time: the wall clock of a busy machine proves nothing
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
     committed = {path.name for path in study.RESULTS.iterdir()} - {"control_sweep.csv"}
     assert {path.name for path in tmp_path.iterdir()} == committed
 
