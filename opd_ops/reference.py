@@ -372,7 +372,7 @@ class _Rows:
         rest = _Rows(self.logits.masked_fill(inside, -INF), self.logits.shape[1], self.temperature)
         gap = (rest.shift - self.shift) / self.temperature
         tail = gap + rest.log_sum - self.log_sum
-        return tail.masked_fill(rest.dead, -INF).squeeze(-1)
+        return tail.masked_fill(rest.dead & ~self.log_sum.isnan(), -INF).squeeze(-1)
 
 
 def _log_softmax(logp: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ double logp_of(double z, const RowStats& s, double inv_temperature) {
 
 // Log of the mass outside a set, from the statistics of the complement and of the row.
 double tail_of(const RowStats& outside, const RowStats& row, double inv_temperature) {
-  if (outside.shift == -INFINITY) return -INFINITY;
+  if (outside.shift == -INFINITY) return std::isnan(row.log_sum) ? row.log_sum : -INFINITY;
   return (outside.shift - row.shift) * inv_temperature + outside.log_sum - row.log_sum;
 }
 
@@ -565,8 +565,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
                           : table.outside_sum(row, inv_t, sums, r, sorted.data(), k);
         if (rest > 1e-25) {
           out_tail[n] = static_cast<A>(std::log(rest) - r.log_sum);
-        } else if (std::isnan(r.log_sum)) {
-          out_tail[n] = static_cast<A>(r.log_sum);
         } else {  // too small against the row's maximum: sum against its own
           RowStats o;
           table.outside(row, inv_t, sorted.data(), k, &o);

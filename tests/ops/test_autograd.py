@@ -25,7 +25,18 @@ def test_gradcheck_of_every_output(temperature):
     assert check(lambda z: opd_ops.token_logp(z, ids[:, 0], with_entropy=True, **options), (z,))
     assert check(lambda z: opd_ops.gather_logp(z, ids, **options), (z,))
     teacher = double(3, 10, seed=1).detach()
+    distinct = random_ids(2, 3, 4, 9, distinct=True)
+    teacher_logp = (teacher[:, :9] / temperature).log_softmax(-1).gather(1, distinct)
+    tail = torch.log1p(-teacher_logp.exp().sum(-1))
+    bucket = {"renormalise": False, "tail": "bucket", "teacher_tail_logp": tail}
     for divergence, beta in KINDS:
+        for form in ({}, {"renormalise": False}, bucket):
+            assert check(
+                lambda z, d=divergence, b=beta, f=form: opd_ops.support_kl(
+                    z, distinct, teacher_logp, divergence=d, beta=b, **f, **options
+                )[0],
+                (z,),
+            )
         assert check(
             lambda z, d=divergence, b=beta: opd_ops.full_kl(
                 z, teacher, divergence=d, beta=b, **options
@@ -44,6 +55,17 @@ def test_gradcheck_of_linear_ops(workspace_mib):
         (hidden, head),
     )
     assert check(lambda h, w: opd_ops.linear_gather_logp(h, w, ids, **options), (hidden, head))
+    assert check(lambda h, w: opd_ops.linear_gather_logits(h, w, ids, **options), (hidden, head))
+    distinct, teacher_logp = random_ids(2, 5, 3, 9, distinct=True), -1 - double(5, 3).detach() ** 2
+    for form in ({}, {"renormalise": False}, {"renormalise": False, "tail": "bucket"}):
+        if "tail" in form:
+            form["teacher_tail_logp"] = torch.full((5,), -2.0, dtype=torch.float64)
+        assert check(
+            lambda h, w, f=form: opd_ops.linear_support_kl(
+                h, w, distinct, teacher_logp, divergence="jsd", **f, **options
+            )[0],
+            (hidden, head),
+        )
     teacher_hidden, teacher_head = double(5, 2, seed=2).detach(), double(10, 2, seed=3).detach()
     logits, teacher_logits = double(5, 12, seed=4), double(5, 9, seed=5).detach()
     for divergence, beta in KINDS:
@@ -108,7 +130,13 @@ def test_every_registered_op_is_opchecked():
 
 def inplace_ops():
     ids, teacher = random_ids(0, 4, 3, 50), torch.randn(4, 50)
+    distinct, teacher_logp = random_ids(0, 4, 3, 50, distinct=True), -2 - torch.rand(4, 3)
+    bucket = {"tail": "bucket", "teacher_tail_logp": torch.full((4,), -1.0)}
     return {
+        "support_kl": lambda z, **kw: opd_ops.support_kl(z, distinct, teacher_logp, **kw)[0],
+        "support_kl bucket": lambda z, **kw: opd_ops.support_kl(
+            z, distinct, teacher_logp, renormalise=False, with_student_mass=True, **bucket, **kw
+        )[0],
         "token_logp": lambda z, **kw: opd_ops.token_logp(z, ids[:, 0], with_entropy=True, **kw)[0],
         "gather_logp": lambda z, **kw: opd_ops.gather_logp(z, ids, **kw)[0],
         "full_kl": lambda z, **kw: opd_ops.full_kl(z, teacher, **kw),
@@ -217,6 +245,7 @@ def test_compile_fullgraph():
     hidden = torch.randn(4, 6, requires_grad=True)
     head = torch.randn(50, 6, requires_grad=True)
     expected = torch.autograd.grad(loss(hidden, head), (hidden, head))
+    torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(hidden, head), (hidden, head))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected))

@@ -41,6 +41,26 @@ def call(module, name, seed, hidden, head, valid, temperature, **kwargs):
             *(hidden, head, ids[:, 0], teacher_logp.float(), verdict.float()),
             **{"extrapolation": 1.8, "interpolation": 0.5, **kwargs},
         )[:1]
+    if name == "linear_gather_logits":
+        return (module.linear_gather_logits(hidden, head, ids, **kwargs),)
+    if name.startswith("support"):
+        generator = torch.Generator().manual_seed(seed)
+        ids = random_ids(seed, rows, 2, valid, distinct=True)
+        teacher_logp = -1 - torch.rand(rows, 2, generator=generator, dtype=torch.float64)
+        mask = torch.rand(rows, 2, generator=generator) > 0.2
+        tail = torch.log1p(-teacher_logp.exp().sum(-1)).to(teacher_logp.dtype)
+        kwargs |= {
+            "support": {},
+            "support-truncated": {"renormalise": False},
+            "support-bucket": {"renormalise": False, "tail": "bucket", "teacher_tail_logp": tail},
+        }[name]
+        return module.linear_support_kl(
+            hidden, head, ids, teacher_logp, support_mask=mask, with_student_mass=True, **kwargs
+        )
+    if name == "linear_topk_logp":
+        return module.linear_topk_logp(hidden, head, min(3, valid), token_ids=ids[:, 0], **kwargs)[
+            1:5
+        ]
     divergence, beta = KINDS[int(name[-1])]
     teacher_hidden, teacher_head = operands(seed + 1, rows, valid + 3, 5, hidden.dtype)
     return (
@@ -51,10 +71,13 @@ def call(module, name, seed, hidden, head, valid, temperature, **kwargs):
     )
 
 
-NAMES = ["linear_token_logp", "linear_gather_logp", "linear_gated_kl", "full0", "full1", "full2"]
+NAMES = [
+    *("linear_token_logp", "linear_gather_logp", "linear_gated_kl", "full0", "full1", "full2"),
+    *("linear_gather_logits", "support", "support-truncated", "support-bucket"),
+]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "linear_topk_logp"])
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(0, 9),
@@ -75,8 +98,9 @@ def test_against_the_reference(
         hidden, head = (t.detach().to(kind).requires_grad_() for t in (hidden, head))
         mib = workspace_mib if module is opd_ops else 256
         out = call(module, name, seed, hidden, head, vocab, temperature, workspace_mib=mib)
-        loss = sum(o.double().sum() for o in out)
-        results.append((out, torch.autograd.grad(loss, (hidden, head))))
+        loss = sum((o.double().sum() for o in out if o.requires_grad), 0.0)
+        grads = torch.autograd.grad(loss, (hidden, head)) if name != "linear_topk_logp" else ()
+        results.append((out, grads))
     (op, op_grads), (rough, rough_grads), (truth, true_grads) = results
     scale = 1 + float(max([t.abs().max() for t in true_grads if t.numel()] or [0.0]))
     for got, near, exact in zip((*op, *op_grads), (*rough, *rough_grads), (*truth, *true_grads)):
@@ -88,7 +112,10 @@ def test_against_the_reference(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast(name):
-    """hidden and head are cast for the product, and get their gradients in their own dtype."""
+    """hidden and head are cast for the product, and get their gradients in their own dtype.
+
+    The K-row product is not lowered: it gains no speed from it, and loses digits.
+    """
     results = []
     for module in (opd_ops, reference):
         hidden, head = operands(0, 6, 50, 8, torch.float32)
@@ -98,7 +125,8 @@ def test_autocast(name):
         assert {t.dtype for t in (*out, *grads)} == {torch.float32}
         results.append((*out, *grads))
         plain = call(module, name, 0, hidden, head, 45, 1.0)
-        assert any(not torch.equal(a, b) for a, b in zip(plain, out))
+        lowered = any(not torch.equal(a, b) for a, b in zip(plain, out))
+        assert lowered == (name != "linear_gather_logits")
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=2e-2)
 
@@ -140,6 +168,83 @@ def test_only_wanted_gradients(frozen):
             loss.backward()
         assert (hidden.grad is not None) == (frozen == "head")
         assert (head.grad is not None) == (frozen == "hidden")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_forms_of_the_heads_gradient(dtype):
+    """Dense, sparse rows and a buffer agree bit for bit, for any number of threads."""
+    hidden, head = operands(0, 40, 30, 200, dtype)
+    ids = random_ids(0, 40, 7, 25)
+    weight = torch.randn(40, 7)
+
+    def gradients(form):
+        logits = opd_ops.linear_gather_logits(hidden, head, ids, grad_head=form)
+        hidden.grad = head.grad = None
+        (logits * weight.to(logits.dtype)).sum().backward()
+        return hidden.grad, head.grad
+
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            buffer = torch.zeros_like(head.detach())
+            grad_hidden, dense = gradients("dense")
+            _, rows = gradients("rows")
+            assert rows.is_sparse
+            assert rows._indices()[0].tolist() == sorted(set(ids.flatten().tolist()))
+            assert gradients(buffer)[1] is None
+            seen += [(grad_hidden, dense), (grad_hidden, rows.to_dense()), (grad_hidden, buffer)]
+            accumulated = torch.full_like(buffer, 1.0)
+            gradients(accumulated)
+            torch.testing.assert_close(accumulated - 1, dense, rtol=2e-2, atol=4e-2)
+    finally:
+        torch.set_num_threads(before)
+    for grad_hidden, grad_head in seen[1:]:
+        assert torch.equal(grad_hidden, seen[0][0]) and torch.equal(grad_head, seen[0][1])
+    exact = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    logits = (exact[0] @ exact[1].T).gather(1, ids)
+    truth = torch.autograd.grad((logits * weight).sum(), exact)
+    rounding = {
+        torch.float32: 0.0,
+        torch.float64: 0.0,
+        torch.bfloat16: 2.0**-8,
+        torch.float16: 2.0**-10,
+    }
+    for got, expected in zip(seen[0], truth):
+        assert got.dtype == dtype
+        assert_budget(got, expected, expected, floor=2e-5, relative=rounding[dtype])
+
+
+def test_some_rows_of_the_head_are_enough():
+    """The other rows may hold anything."""
+    hidden, head = operands(0, 4, 30, 8, torch.float32)
+    poisoned = head.detach().clone()
+    poisoned[10:] = float("nan")
+    poisoned.requires_grad_()
+    ids = random_ids(1, 4, 3, 10, distinct=True)
+    teacher_logp = -1 - torch.rand(4, 3)
+    values = []
+    for weights in (head, poisoned):
+        value, _ = opd_ops.linear_support_kl(hidden, weights, ids, teacher_logp, grad_head="rows")
+        values.append((value, *torch.autograd.grad(value.sum(), (hidden, weights))))
+    assert torch.equal(values[0][0], values[1][0]) and torch.equal(values[0][1], values[1][1])
+    assert torch.equal(values[0][2].to_dense(), values[1][2].to_dense())
+
+
+def test_buffer_collects_the_heads_gradient_without_renormalisation():
+    hidden, head = operands(0, 4, 30, 8, torch.float32)
+    ids, teacher_logp = random_ids(1, 4, 3, 30, distinct=True), -1 - torch.rand(4, 3)
+    gradients = []
+    for form in ("dense", torch.ones(30, 8)):
+        value, _ = opd_ops.linear_support_kl(
+            hidden, head, ids, teacher_logp, renormalise=False, grad_head=form
+        )
+        hidden.grad = head.grad = None
+        value.sum().backward()
+        dense = isinstance(form, str)
+        gradients.append(head.grad if dense else form - 1)
+        assert (head.grad is not None) == dense
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
 MEMORY = """

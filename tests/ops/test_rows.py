@@ -1,5 +1,7 @@
 """Compiled row ops against float64, with the float32 reference as the measure of what is fair."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -138,6 +140,150 @@ def test_full_kl(z, seed, scale, kind, temperature, data):
     )
 
 
+@given(
+    z=logits(max_vocab=2000),
+    k=st.sampled_from([1, 2, 5, 8, 32]),
+    seed=st.integers(0, 2**31),
+    temperature=temperatures,
+    data=st.data(),
+)
+def test_topk_logp(z, k, seed, temperature, data):
+    """Ids and ranks are those of the reference exactly: they depend on values, not on sums."""
+    valid = data.draw(valid_vocabs(z.shape[1]))
+    k = data.draw(st.sampled_from([min(k, valid or z.shape[1]), valid or z.shape[1]]))
+    ids = random_ids(seed, z.shape[0], 1, valid or z.shape[1])[:, 0]
+    settings = {"token_ids": ids, "valid_vocab": valid, "temperature": temperature}
+    op = opd_ops.topk_logp(z, k, **settings)
+    rough = reference.topk_logp(z.float(), k, **settings)
+    truth = reference.topk_logp(z.double(), k, **settings)
+    assert torch.equal(op[0], truth[0]) and torch.equal(op[5], truth[5])
+    for i in (1, 2, 3, 4):
+        assert op[i].dtype == torch.float32
+        assert_budget(op[i], rough[i], truth[i])
+    without = opd_ops.topk_logp(z, k, valid_vocab=valid, temperature=temperature)
+    assert len(without) == 4 and all(torch.equal(a, b) for a, b in zip(without[:1], op))
+
+
+@pytest.mark.parametrize("pattern", ["ascending", "descending", "constant", "steps", "nan"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("vocab", [37, 128, 3000])
+def test_topk_of_adversarial_rows(pattern, dtype, vocab):
+    """Rows that defeat a running threshold, or that have more ties than any buffer."""
+    z = torch.arange(vocab, dtype=torch.float64).repeat(3, 1)
+    z = {
+        "ascending": z,
+        "descending": -z,
+        "constant": 0 * z,
+        "steps": (z / 1000).floor(),
+        "nan": torch.where(z % 3 == 0, float("nan"), -z),
+    }[pattern].to(dtype)
+    z[1, ::2] = -INF
+    z[2, : vocab // 2] = -0.0  # equal to 0
+    for k in (1, 7, 33, vocab):
+        if k > vocab:
+            continue
+        token = torch.tensor([0, vocab - 1, vocab // 2])
+        op = opd_ops.topk_logp(z, k, token_ids=token)
+        spec = reference.topk_logp(z, k, token_ids=token)
+        assert torch.equal(op[0], spec[0]) and torch.equal(op[5], spec[5])
+        for a, b in zip(op[1:5], spec[1:5]):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+def test_small_tails_keep_their_digits():
+    """Trap 7, and masses too small to be seen beside the row's maximum."""
+    for gap in (10.0, 25.0, 60.0, 95.0, 1e4):
+        for first in (0, 700):
+            z = torch.full((1, 1001), -gap)
+            z[0, first] = 0.0
+            truth = math.log(1000.0) - gap - math.log1p(1000 * math.exp(-gap))
+            tail = opd_ops.topk_logp(z, 1)[3]
+            assert abs(tail.item() - truth) < 2e-6 * gap
+            value, _ = opd_ops.support_kl(
+                z, torch.tensor([[first]]), torch.tensor([[-INF]]), divergence="forward",
+                renormalise=False, tail="bucket", teacher_tail_logp=torch.zeros(1),
+            )  # fmt: skip
+            assert abs(value.item() + truth) < 2e-6 * gap
+
+
+SUPPORT_FORMS = ["renormalised", "truncated", "bucket"]
+
+
+@pytest.mark.parametrize("form", SUPPORT_FORMS)
+@given(
+    z=logits(patterns=["normal", "ties", "offset", "peaked", "masked"]),
+    k=st.sampled_from([2, 3, 8]),
+    kind=st.sampled_from(DIVERGENCES),
+    seed=st.integers(0, 2**31),
+    temperature=temperatures,
+    data=st.data(),
+)
+def test_support_kl(form, z, k, kind, seed, temperature, data):
+    valid = data.draw(valid_vocabs(z.shape[1]))
+    n, columns = z.shape[0], valid or z.shape[1]
+    k = min(k, columns)
+    if form == "renormalised" and k == 1:
+        return
+    ids = random_ids(seed, n, k, columns, distinct=True)
+    teacher = make_logits(seed + 1, n, columns, torch.float64, "normal") / temperature
+    teacher_logp = teacher.log_softmax(-1)
+    mask = None
+    if data.draw(st.booleans()):
+        mask = torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) > 0.3
+        ids = ids.masked_fill(~mask, 10**9)
+    inside = ids.masked_fill(ids == 10**9, 0)
+    outside = torch.ones(n, columns, dtype=torch.bool)
+    for row in range(n):
+        outside[row, ids[row][ids[row] < columns]] = False
+    tail = teacher_logp.masked_fill(~outside, -INF).logsumexp(-1)
+    extra = {
+        "renormalised": {},
+        "truncated": {"renormalise": False},
+        "bucket": {"renormalise": False, "tail": "bucket", "teacher_tail_logp": tail},
+    }[form]
+    divergence, beta = kind
+    results = []
+    for module, dtype in (
+        (opd_ops, z.dtype),
+        (reference, torch.float32),
+        (reference, torch.float64),
+    ):
+        leaf = z.detach() if module is opd_ops else z.detach().to(dtype)
+        leaf.requires_grad_()
+        value, mass = module.support_kl(
+            leaf, ids, teacher_logp.gather(1, inside), support_mask=mask, with_student_mass=True,
+            divergence=divergence, beta=beta, valid_vocab=valid, temperature=temperature, **extra,
+        )  # fmt: skip
+        finite = value.masked_fill(~value.detach().isfinite(), 0.0)
+        results.append((value, mass, torch.autograd.grad(finite.sum(), leaf)[0]))
+    op, rough, truth = results
+    size = max(
+        1.0,
+        float(truth[0].detach()[truth[0].isfinite()].abs().max())
+        if n and truth[0].isfinite().any()
+        else 1.0,
+    )
+    assert_budget(op[0], rough[0], truth[0], floor=4e-6 * size)
+    assert_budget(op[1], rough[1], truth[1], floor=2e-6)
+    finite = truth[0].isfinite()
+    assert_gradient(op[2][finite], rough[2][finite], truth[2][finite], z.dtype, floor=2e-5 * size)
+    if form == "renormalised" and n:  # nothing but the support moves
+        touched = torch.zeros_like(z, dtype=torch.bool)
+        for row in range(n):
+            touched[row, ids[row][ids[row] < columns]] = True
+        assert (op[2][~touched] == 0).all()
+
+
+def test_renormalised_support_does_not_read_the_rest_of_the_row():
+    z = torch.full((2, 400), float("nan"))
+    ids = torch.tensor([[5, 300, 7], [0, 1, 399]])
+    z.scatter_(1, ids, torch.randn(2, 3))
+    z.requires_grad_()
+    value, _ = opd_ops.support_kl(z, ids, -torch.rand(2, 3))
+    value.sum().backward()
+    assert value.isfinite().all() and z.grad.isfinite().all() and (z.grad != 0).sum() == 6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_full_vocabulary(dtype):
     """The size of a real vocabulary, with an odd number of columns beside it."""
@@ -150,6 +296,10 @@ def test_full_vocabulary(dtype):
         for got, rough, exact in zip(op[0], fp32[0], truth[0]):
             assert_budget(got, rough, exact)
         assert_gradient(op[1], fp32[1], truth[1], dtype)
+        top = opd_ops.topk_logp(z, 64, token_ids=ids[:, 0])
+        spec = reference.topk_logp(z.double(), 64, token_ids=ids[:, 0])
+        assert torch.equal(top[0], spec[0]) and torch.equal(top[5], spec[5])
+        torch.testing.assert_close(top[3].double(), spec[3], rtol=0, atol=2e-6)
         teacher = z + make_logits(4, 3, vocab, dtype, "normal") / 10
         op, fp32, truth = three_ways(
             "full_kl", (z, teacher), dtype=dtype, grad_weights=weights(5, 3), divergence="jsd"
