@@ -110,7 +110,7 @@ def mean_and_log_std(raw: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     return mean, torch.log(std + settings.std_floor)
 
 
-def log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def action_logp(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log density of N(mean, std) at action, nats."""
     return -0.5 * ((action - mean) * torch.exp(-log_std)) ** 2 - log_std - LOG_2PI_HALF
 
@@ -143,7 +143,7 @@ def scored(
     inputs = features(code[:, None, None], positions[:, :, :-1], time)
     hidden, raw = forward(params, inputs.reshape(runs, batch * horizon, 3))
     mean, log_std = mean_and_log_std(raw.view(runs, batch, horizon, 2), settings)
-    return log_prob(actions, mean, log_std), hidden.view(runs, batch, horizon, -1), raw
+    return action_logp(actions, mean, log_std), hidden.view(runs, batch, horizon, -1), raw
 
 
 def returns(cost: Tensor, discount: Tensor) -> Tensor:
@@ -167,8 +167,8 @@ class Optimiser:
 
     def __init__(self, params: Params, learning_rate: float, kind: str) -> None:
         self.params, self.learning_rate, self.kind, self.step_count = params, learning_rate, kind, 0
-        self.first = [torch.zeros_like(p) for p in params]
-        self.second = [torch.zeros_like(p) for p in params]
+        self.first = [torch.zeros_like(tensor) for tensor in params]
+        self.second = [torch.zeros_like(tensor) for tensor in params]
         self.alive = torch.ones(len(params[0]), dtype=torch.bool)
 
     def step(self, gradients: list[Tensor]) -> None:
@@ -180,13 +180,13 @@ class Optimiser:
         correction_1 = 1 - 0.9**self.step_count
         correction_2 = 1 - 0.999**self.step_count
         with torch.no_grad():
-            for p, g, m, v in zip(self.params, gradients, self.first, self.second):
+            for tensor, g, m, v in zip(self.params, gradients, self.first, self.second):
                 update = g
                 if self.kind == "adam":
                     m.mul_(0.9).add_(g, alpha=0.1)
                     v.mul_(0.999).addcmul_(g, g, value=0.001)
                     update = (m / correction_1) / ((v / correction_2).sqrt() + 1e-8)
-                p.sub_(torch.where(on, self.learning_rate * update, 0.0))
+                tensor.sub_(torch.where(on, self.learning_rate * update, 0.0))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -226,12 +226,12 @@ def train_teachers(settings: Settings, progress: bool = True) -> Params:
         future = returns(reward, one)
         advantage = future - future.mean(dim=1, keepdim=True)
         advantage = advantage / (advantage.flatten(1).std(dim=1)[:, None, None] + 1e-8)
-        leaves = [p.requires_grad_() for p in params]
+        leaves = [tensor.requires_grad_() for tensor in params]
         student_logp, _, _ = scored(leaves, task, positions, actions, settings)
         loss = -(advantage * student_logp).sum() / settings.batch
         gradients = torch.autograd.grad(loss, leaves)
-        for p in params:
-            p.requires_grad_(False)
+        for tensor in params:
+            tensor.requires_grad_(False)
         optimiser.step(list(gradients))
     if not optimiser.alive.all():
         raise RuntimeError(
@@ -282,7 +282,10 @@ def distil(settings: Settings, teachers: Params, progress: bool = True) -> Disti
     generators = [torch.Generator().manual_seed(9_000 + seed) for seed in seeds]
     optimiser = Optimiser(params, settings.learning_rate, settings.optimiser)
     of_task = [  # the teacher of each run, by task
-        [p[task * num_seeds : (task + 1) * num_seeds].repeat(copies, 1, 1) for p in teachers]
+        [
+            tensor[task * num_seeds : (task + 1) * num_seeds].repeat(copies, 1, 1)
+            for tensor in teachers
+        ]
         for task in (0, 1)
     ]
     variance = torch.full((settings.iterations, len(runs)), float("nan"), dtype=torch.float64)
@@ -295,13 +298,13 @@ def distil(settings: Settings, teachers: Params, progress: bool = True) -> Disti
         positions, actions = sample(params, task, noise, settings)
         with torch.no_grad():
             teacher_logp, _, _ = scored(of_task[which], task, positions, actions, settings)
-        leaves = [p.requires_grad_() for p in params]
+        leaves = [tensor.requires_grad_() for tensor in params]
         student_logp, hidden, raw = scored(leaves, task, positions, actions, settings)
         log_ratio = student_logp.detach() - teacher_logp
         loss = (returns(log_ratio, discount) * student_logp).sum() / settings.batch
         *gradients, raw_gradient = torch.autograd.grad(loss, [*leaves, raw])
-        for p in params:
-            p.requires_grad_(False)
+        for tensor in params:
+            tensor.requires_grad_(False)
         optimiser.step(gradients)
         raw_gradient = raw_gradient.view(*actions.shape, 2)
         spread = output_layer_variance(hidden.detach(), raw_gradient, settings.micro_batches)

@@ -249,7 +249,9 @@ def draw_control_visits(out: Path) -> None:
     for seed in unique(rows, "seed"):
         shape = (len(tasks), len(policies))
         figure, axes = plt.subplots(*shape, figsize=(15, 7.4), sharex=True, sharey=True)
-        for axis, (task, policy) in zip(axes.flat, ((t, p) for t in tasks for p in policies)):
+        for axis, (task, policy) in zip(
+            axes.flat, ((task, policy) for task in tasks for policy in policies)
+        ):
             table = np.zeros((64, steps))
             for r in rows:
                 if (r["task"], r["policy"], r["seed"]) == (task, policy, seed):

@@ -263,7 +263,7 @@ def cost_rows(horizons: Sequence[int], counts: Sequence[int]) -> Rows:
     for horizon in horizons:
         process = mdp.random_mdp(horizon, num_states=16, num_actions=4)
         kind = es.causal_sequence_level(process)
-        seconds = best(lambda p=process, k=kind: exact.moments(p, k))  # type: ignore[misc]
+        seconds = best(lambda x=process, k=kind: exact.moments(x, k))  # type: ignore[misc]
         rows.append({"method": "exact", "horizon": horizon, "rollouts": 0, "seconds": seconds})
     process = mdp.random_mdp(64, num_states=16, num_actions=4)
     kind = es.causal_sequence_level(process)
@@ -301,9 +301,13 @@ def part_a(out: Path, quick: bool) -> None:
     write_csv(out / "horizon.csv", growth)
     write_csv(out / "slopes.csv", slope_rows(growth))
     processes = [mdp.random_mdp(32), mdp.trap(32)]
-    write_csv(out / "frontier.csv", [row for p in processes for row in frontier_rows(p)])
+    write_csv(
+        out / "frontier.csv", [row for process in processes for row in frontier_rows(process)]
+    )
     counts = [int(10 ** (i / 2)) for i in range(13)]
-    write_csv(out / "error.csv", [row for p in processes for row in error_rows(p, counts)])
+    write_csv(
+        out / "error.csv", [row for process in processes for row in error_rows(process, counts)]
+    )
     write_csv(out / "crossover.csv", crossover_rows(processes))
     write_csv(out / "descent.csv", descent_rows(40 if quick else 400))
     write_csv(out / "cosine.csv", cosine_rows(2 if quick else 200))
@@ -362,7 +366,7 @@ def teacher_rows(settings: Any, teachers: Any) -> Rows:
     seeds = list(settings.seeds)
     rows: Rows = []
     for task, name in enumerate(("left", "right")):
-        mine = [p[task * len(seeds) : (task + 1) * len(seeds)] for p in teachers]
+        mine = [tensor[task * len(seeds) : (task + 1) * len(seeds)] for tensor in teachers]
         distance = control.final_distance(control.evaluate(mine, seeds, task, settings), task)
         for seed, value in zip(seeds, distance.tolist()):
             rows.append({"task": name, "seed": seed, "distance": value})
@@ -378,7 +382,9 @@ def visit_rows(result: Any) -> Rows:
     edges = np.linspace(-8.0, 8.0, 65)
     rows: Rows = []
     for task, task_name in enumerate(("left", "right")):
-        teacher = [p[task * len(seeds) : (task + 1) * len(seeds)] for p in result.teachers]
+        teacher = [
+            tensor[task * len(seeds) : (task + 1) * len(seeds)] for tensor in result.teachers
+        ]
         groups = {"teacher": control.evaluate(teacher, seeds, task, settings)}
         every = control.evaluate(result.params, [s for _, s in result.runs], task, settings)
         for gamma in (0.0, 0.5, 1.0):

@@ -80,9 +80,9 @@ def summary(out: Path) -> str:
                             case,
                             f"{at[case, 'gamma 0']['trace_cov']:.4g}",
                             f"{at[case, 'gamma 1']['trace_cov']:.4g}",
-                            ratio(at, case, "gamma 1"),
+                            variance_ratio(at, case, "gamma 1"),
                             f"{at[case, 'sequence-level']['trace_cov']:.4g}",
-                            ratio(at, case, "sequence-level"),
+                            variance_ratio(at, case, "sequence-level"),
                         ]
                         for case in cases
                     ],
@@ -144,14 +144,16 @@ def summary(out: Path) -> str:
         )
     if (out / "control_sweep.csv").exists():
         parts.append(
-            "Sweep over what the paper leaves open, ranges over seeds "
-            "(orders: log10 of the variance ratio of gamma 1 to gamma 0, last fifth)\n\n"
-            + sweep_table(read_csv(out / "control_sweep.csv"))
+            "Sweep over what the paper leaves open, 500 iterations, cells are ranges over seeds: "
+            "log10 of the largest variance on the left task; orders, the log10 of the variance "
+            "of gamma 1 over that of gamma 0 in the last fifth; mean final distance on the worse "
+            "of the two tasks; the last three of finished runs only, a run stops where its "
+            "gradient overflows\n\n" + sweep_table(read_csv(out / "control_sweep.csv"))
         )
     return "\n\n".join(parts) + "\n"
 
 
-def ratio(at: dict[tuple[str, str], dict[str, Any]], case: str, name: str) -> str:
+def variance_ratio(at: dict[tuple[str, str], dict[str, Any]], case: str, name: str) -> str:
     """Variance of an estimator over that of gamma 0."""
     return f"{at[case, name]['trace_cov'] / at[case, 'gamma 0']['trace_cov']:.4g}"
 
@@ -195,7 +197,13 @@ def sweep_table(rows: Rows) -> str:
         low = {r["seed"]: r for r in mine if r["gamma"] == 0}
         high = {r["seed"]: r for r in mine if r["gamma"] == 1}
         orders = [
-            high[s]["log10_variance_last_fifth"] - low[s]["log10_variance_last_fifth"] for s in low
+            high[s]["log10_variance_last_fifth"] - low[s]["log10_variance_last_fifth"]
+            for s in low
+            if low[s]["finished"] and high[s]["finished"]
+        ]
+        ends = [
+            [max(r["distance_left"], r["distance_right"]) for r in group.values() if r["finished"]]
+            for group in (low, high)
         ]
         lines.append(
             [
@@ -204,13 +212,13 @@ def sweep_table(rows: Rows) -> str:
                 span([r["log10_variance_max"] for r in low.values()], ".1f"),
                 span([r["log10_variance_max"] for r in high.values()], ".1f"),
                 span(orders, ".1f"),
-                span([max(r["distance_left"], r["distance_right"]) for r in low.values()], ".2g"),
-                span([max(r["distance_left"], r["distance_right"]) for r in high.values()], ".2g"),
+                span(ends[0], ".2g"),
+                span(ends[1], ".2g"),
                 f"{sum(int(r['finished']) for r in mine)} of {len(mine)}",
             ]
         )
     header = ["variant", "teacher distance", "max, gamma 0", "max, gamma 1", "orders"]
-    header += ["distance, gamma 0", "distance, gamma 1", "runs finished"]
+    header += ["worse task, gamma 0", "worse task, gamma 1", "runs finished"]
     return markdown(header, lines)
 
 

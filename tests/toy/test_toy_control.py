@@ -20,13 +20,13 @@ TINY = Settings(iterations=4, teacher_iterations=3, horizon=5, hidden=6, batch=8
 
 def test_the_network_has_about_four_thousand_parameters() -> None:
     params = control.init_params([1], Settings().hidden)
-    assert sum(p[0].numel() for p in params) == 4_022
+    assert sum(x[0].numel() for x in params) == 4_022
 
 
 def test_log_prob_is_the_normal_density() -> None:
     mean, log_std, action = torch.randn(3, 50, dtype=torch.float64).unbind(0)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(action)
-    torch.testing.assert_close(control.log_prob(action, mean, log_std), expected)
+    torch.testing.assert_close(control.action_logp(action, mean, log_std), expected)
 
 
 def test_returns_are_discounted_sums_of_the_future() -> None:
@@ -72,7 +72,7 @@ def test_an_update_descends_the_discounted_cost() -> None:
     )
     teachers = control.train_teachers(settings, progress=False)
     result = control.distil(settings, teachers, progress=False)
-    params = [p.requires_grad_() for p in control.init_params([42], settings.hidden)]
+    params = [x.requires_grad_() for x in control.init_params([42], settings.hidden)]
     noise = torch.randn(
         settings.batch,
         settings.horizon,
@@ -82,14 +82,14 @@ def test_an_update_descends_the_discounted_cost() -> None:
     left = torch.tensor([0])
     positions, actions = control.sample(params, left, noise[None], settings)
 
-    def log_prob(network: control.Params) -> torch.Tensor:
+    def logp_of(network: control.Params) -> torch.Tensor:
         _, _, raw = control.scored(network, left, positions, actions, settings)
         mean, scale = raw.view(settings.batch, settings.horizon, 2).unbind(-1)
         law = torch.distributions.Normal(mean, scale.exp() + settings.std_floor)
         return law.log_prob(actions[0])
 
-    student_logp = log_prob(params)
-    log_ratio = (student_logp - log_prob([p[:1] for p in teachers])).detach()
+    student_logp = logp_of(params)
+    log_ratio = (student_logp - logp_of([x[:1] for x in teachers])).detach()
     loss = torch.tensor(0.0, dtype=torch.float64)
     for t in range(settings.horizon):
         future = sum(0.5 ** (u - t) * log_ratio[:, u] for u in range(t, settings.horizon))
@@ -122,7 +122,7 @@ def test_the_proxy_is_the_variance_of_micro_batch_gradients() -> None:
     task = torch.tensor([0, 1])
     positions, actions = control.sample(params, task, torch.randn(2, 8, 5).double(), TINY)
     weight = torch.randn(2, 8, 5, dtype=torch.float64)
-    leaves = [p.requires_grad_() for p in params]
+    leaves = [x.requires_grad_() for x in params]
     logp, hidden, raw = control.scored(leaves, task, positions, actions, TINY)
     (raw_gradient,) = torch.autograd.grad((weight * logp).sum() / 8, raw)
     got = control.output_layer_variance(hidden.detach(), raw_gradient.view(2, 8, 5, 2), 4)
@@ -141,9 +141,9 @@ def test_the_proxy_is_the_variance_of_micro_batch_gradients() -> None:
 
 def test_a_run_that_is_not_finite_stops_and_leaves_the_others_alone() -> None:
     params = control.init_params([1, 2], 4)
-    before = [p.clone() for p in params]
+    before = [x.clone() for x in params]
     optimiser = control.Optimiser(params, 0.1, "adam")
-    gradients = [torch.ones_like(p) for p in params]
+    gradients = [torch.ones_like(x) for x in params]
     gradients[2][0] = math.nan
     optimiser.step(gradients)
     assert optimiser.alive.tolist() == [False, True]
@@ -154,17 +154,17 @@ def test_a_run_that_is_not_finite_stops_and_leaves_the_others_alone() -> None:
 
 def test_adam_is_torch_adam() -> None:
     params = control.init_params([1], 4)
-    copies = [p.clone().requires_grad_() for p in params]
+    copies = [x.clone().requires_grad_() for x in params]
     ours = control.Optimiser(params, 1e-2, "adam")
     theirs = torch.optim.Adam(copies, lr=1e-2)
     for _ in range(5):
-        gradients = [torch.randn_like(p) for p in params]
+        gradients = [torch.randn_like(x) for x in params]
         ours.step(gradients)
         for copy, gradient in zip(copies, gradients):
             copy.grad = gradient.clone()
         theirs.step()
-    for p, copy in zip(params, copies):
-        torch.testing.assert_close(p, copy.detach())
+    for x, copy in zip(params, copies):
+        torch.testing.assert_close(x, copy.detach())
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,38 @@ def test_small_gammas_spike_early_and_the_axes_of_the_paper_are_not_reached() ->
     largest = max(row["log10_variance_max"] for row in rows)
     assert round(largest, 1) == 15.1  # far from the 24 of the paper's seed 43
     assert min(row["log10_variance_last_fifth"] for row in rows) > 6  # and from its 10^-2
+
+
+def test_the_std_floor_decides_the_control_task() -> None:
+    rows = read_csv(RESULTS / "control_sweep.csv")
+
+    def worst(variant: str, gamma: float) -> list[float]:
+        mine = [r for r in rows if (r["variant"], r["gamma"]) == (variant, gamma)]
+        assert len(mine) == 3
+        return [max(r["distance_left"], r["distance_right"]) for r in mine]
+
+    def late(variant: str, gamma: float) -> list[float]:
+        mine = [r for r in rows if (r["variant"], r["gamma"]) == (variant, gamma)]
+        return [r["log10_variance_last_fifth"] for r in mine]
+
+    for floor in ("std floor 0.05", "std floor 0.2"):
+        assert max(worst(floor, 1.0)) < 0.25
+        orders = [high - low for high, low in zip(late(floor, 1.0), late(floor, 0.0))]
+        assert 1.0 < min(orders) and max(orders) < 2.0
+    for floor in ("default", "std floor 0"):
+        assert min(worst(floor, 1.0)) > 4.9 and max(worst(floor, 0.0)) < 0.36
+    gap = np.subtract(late("std floor 0", 0.0), late("std floor 0.2", 0.0))
+    assert gap.min() > 9
+    sampled = [r["sequence_kl_last_fifth"] for r in rows if r["variant"] == "std floor 0"]
+    assert 1e8 < max(sampled) < 1e9
+
+
+def test_plain_gradient_descent_passes_the_largest_axis_of_the_paper() -> None:
+    rows = read_csv(RESULTS / "control_sweep.csv")
+    mine = [row for row in rows if row["variant"] == "gradient descent 1e-5"]
+    assert len(mine) == 9 and sum(row["finished"] for row in mine) == 3
+    assert max(row["log10_variance_max"] for row in mine) > 24
+    assert all(row["finished"] for row in rows if row["variant"] != "gradient descent 1e-5")
 
 
 def test_who_reaches_the_targets_of_the_control_task() -> None:
