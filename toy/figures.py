@@ -85,14 +85,15 @@ def draw_horizon(out: Path) -> None:
         for power, dashes in ((2, (1, 1.5)), (3, (5, 2)), (4, (8, 2, 1, 2))):
             axis.plot(horizon, size * horizon**power, color="0.35", dashes=dashes, lw=1.4)
             axis.annotate(
-                f"$B_r^2B_s^2T^{power}$",
-                (32, 32.0**power * size[0]),
+                f"$B^2T^{power}$",
+                (horizon[-1], size[-1] * horizon[-1] ** power),
                 textcoords="offset points",
-                xytext=(-38, 8),
+                xytext=(8, -5),
                 color="0.25",
             )
         axis.set(xscale="log", yscale="log", title=case)
         axis.set_xscale("log", base=2)
+        axis.set_xlim(3.2, 3 * horizon[-1])
     for axis in grid[-1]:
         axis.set_xlabel("horizon T, steps")
     for axis in grid[:, 0]:
