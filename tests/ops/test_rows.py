@@ -102,15 +102,15 @@ def test_gather_logp(z, k, seed, temperature, data):
     assert_gradient(op[1], fp32[1], truth[1], z.dtype, floor=1e-5)
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @given(
     z=logits(),
     seed=st.integers(0, 2**31),
-    scale=st.sampled_from([0.0, 1e-3, 1.0, 10.0]),
-    kind=st.sampled_from(DIVERGENCES),
+    scale=st.sampled_from([1.0, 0.0, 1e-3, 10.0]),
     temperature=temperatures,
     data=st.data(),
 )
-def test_full_kl(z, seed, scale, kind, temperature, data):
+def test_full_kl(kind, z, seed, scale, temperature, data):
     valid = data.draw(valid_vocabs(z.shape[1]))
     n, vocab = z.shape
     teacher_dtype = data.draw(st.sampled_from(DTYPES))
@@ -295,17 +295,23 @@ def test_full_vocabulary(dtype):
         )
         for got, rough, exact in zip(op[0], fp32[0], truth[0]):
             assert_budget(got, rough, exact)
-        assert_gradient(op[1], fp32[1], truth[1], dtype)
+        assert_gradient(op[1], fp32[1], truth[1], dtype, floor=1e-6)
         top = opd_ops.topk_logp(z, 64, token_ids=ids[:, 0])
         spec = reference.topk_logp(z.double(), 64, token_ids=ids[:, 0])
         assert torch.equal(top[0], spec[0]) and torch.equal(top[5], spec[5])
         torch.testing.assert_close(top[3].double(), spec[3], rtol=0, atol=2e-6)
         teacher = z + make_logits(4, 3, vocab, dtype, "normal") / 10
-        op, fp32, truth = three_ways(
-            "full_kl", (z, teacher), dtype=dtype, grad_weights=weights(5, 3), divergence="jsd"
-        )
-        assert_budget(op[0][0], fp32[0][0], truth[0][0])
-        assert_gradient(op[1], fp32[1], truth[1], dtype)
+        for divergence, beta in DIVERGENCES:
+            op, fp32, truth = three_ways(
+                "full_kl",
+                (z, teacher),
+                dtype=dtype,
+                grad_weights=weights(5, 3),
+                divergence=divergence,
+                beta=beta,
+            )
+            assert_budget(op[0][0], fp32[0][0], truth[0][0])
+            assert_gradient(op[1], fp32[1], truth[1], dtype, floor=1e-7)
 
 
 def test_padding_of_the_vocabulary_changes_nothing():
