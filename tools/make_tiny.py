@@ -511,8 +511,8 @@ domain. A score outside its aim is what the budget gave.
 `prompts/train.jsonl` (6,000) and `prompts/test.jsonl` (306) share no problem: `prompt`, `answer`,
 `domain` (`add`, `sub`, `mul`). An output is right if the text after its last `####` is the answer.
 Numbers are cut into two-digit pieces from the right, so a model has to learn to spell a number
-out and to join the digits of its answer. Words such as names and adverbs are chosen freely: the
-next token is often not among a model's eight likeliest.
+out and to join the digits of its answer. Words such as names and adverbs are chosen freely: on
+average the teacher's 8 likeliest tokens hold about 93 % of its probability, 32 hold 98 %.
 
 Gold working:
 
