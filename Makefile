@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 
 demo: install     ## distil the embedded tiny pair on this CPU (about four minutes)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python methods/opd.py --run-dir runs/demo --overwrite \
-	    --steps 40 --eval-every 10 --eval-teacher --lr 1e-3 --lr-schedule linear
+	    --steps 80 --eval-every 40 --eval-teacher --lr 1e-3 --lr-schedule linear --warmup-steps 5
 
 test: install     ## all tests but those that need a GPU or an engine; fails without compiled ops
 	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest

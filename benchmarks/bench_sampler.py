@@ -67,11 +67,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sampler.csv")
     own = parser.parse_args()
     args = opd.parse_args(
-        ["--student", own.model, "--max-completion-tokens", str(own.max_completion_tokens)]
+        [
+            "--student",
+            own.model,
+            "--prompts",
+            own.prompts,
+            "--max-completion-tokens",
+            str(own.max_completion_tokens),
+        ]
     )
     tokenizer = models.prepare({"student": own.model}, args)
     model = models.load_lm(own.model, False, args)
-    chosen = data.load_prompts(own.prompts, tokenizer, args)[: own.num_prompts]
+    chosen = data.load_prompts(tokenizer, args)[0][: own.num_prompts]
     kinds = {"opd.sample": ours, "transformers.generate": generate}
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(own.repeats + 1):

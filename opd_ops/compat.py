@@ -53,13 +53,15 @@ def check_pair(
     tokenizers: dict[str, Any],
     configs: dict[str, Any],
     generation_configs: dict[str, Any],
-    chat_template: bool,
+    template_args: dict[str, Any] | None,
+    template_from: str = "student",
 ) -> Report:
     """Compare the student with every other model.
 
     Args:
         tokenizers, configs, generation_configs: by model name; `student` is one of them.
-        chat_template: whether prompts go through the student's chat template.
+        template_args: arguments of the chat template; None: prompts do not go through one.
+        template_from: whose template is used, `student` or `teacher`.
     """
     report, sample_prompt = Report(), "What is 12 + 34?"
     tokenizer = tokenizers["student"]
@@ -83,7 +85,12 @@ def check_pair(
     report.eos_ids = sorted(set().union(*ends.values()))
     for model, other in tokenizers.items():
         if model != "student":
-            _compare(report, tokenizer, names, model, other, sample_prompt, chat_template)
+            _compare(report, tokenizer, names, model, other, sample_prompt)
+            if template_args is not None:
+                mine, theirs = (
+                    render(each, sample_prompt, template_args) for each in (tokenizer, other)
+                )
+                _compare_templates(report, model, mine, theirs, template_from)
             if ends[model] != ends["student"]:
                 report.warnings.append(
                     f"EOS differs: student {_named(names, ends['student'])}, {model} "
@@ -114,7 +121,6 @@ def _compare(
     model: str,
     other: Any,
     sample_prompt: str,
-    chat_template: bool,
 ) -> None:
     other_names = {index: token for token, index in other.get_vocab().items()}
     shared = min(report.valid_vocab, max(other_names) + 1)
@@ -138,14 +144,20 @@ def _compare(
             f"student and {model} cut a prompt differently into the same tokens (merges or BOS "
             "differ); the student's cut is used for both"
         )
-    if chat_template:
-        mine, theirs = (render(each, sample_prompt, {}) for each in (tokenizer, other))
-        if mine != theirs:
-            report.warnings.append(
-                f"chat templates differ: student {mine[:120]!r}, {model} {theirs[:120]!r}; the "
-                f"{model} scores text in the student's format, which it may not know. Give "
-                "--chat-template-from teacher if the student is a base model"
-            )
+
+
+def _compare_templates(report: Report, model: str, mine: str, theirs: str, used: str) -> None:
+    if mine == theirs:
+        report.facts.append(f"a prompt, as student and {model} render it: {mine!r:.160}")
+        return
+    at = next(i for i in range(len(mine) + 1) if mine[: i + 1] != theirs[: i + 1])
+    around = slice(max(0, at - 20), at + 60)
+    who = "student" if used == "teacher" else model
+    advice = "" if used == "teacher" else "; --chat-template-from teacher uses the teacher's"
+    report.warnings.append(
+        f"chat templates differ: student ...{mine[around]!r}, {model} ...{theirs[around]!r}; "
+        f"the {who} meets text in the {used}'s format, which it may not know{advice}"
+    )
 
 
 def render(tokenizer: Any, prompt: str, template_args: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +34,21 @@ class Prompt:
     row: dict[str, Any]
 
 
-def load_prompts(source: str, tokenizer: Any, args: argparse.Namespace) -> list[Prompt]:
-    """Read `source`, render and tokenize; too long prompts are left out and counted, never cut."""
-    prompts, num_long = [], 0
-    for number, row in enumerate(read_rows(source, args.seed), 1):
+def load_prompts(tokenizer: Any, args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
+    """Training prompts and test prompts (empty without `--test-prompts`); overlap is reported."""
+    # reasoning-gym items are numbered from the seed on, so a test set starts far away from it.
+    train = _load(args.prompts, args.seed, tokenizer, args)
+    test = _load(args.test_prompts, args.seed + 10**6, tokenizer, args) if args.test_prompts else []
+    both = {prompt.text for prompt in train} & {prompt.text for prompt in test}
+    if both:
+        runs.say(f"! {len(both)} of the test prompts are training prompts: not held out")
+    return train, test
+
+
+def _load(source: str, seed: int, tokenizer: Any, args: argparse.Namespace) -> list[Prompt]:
+    """Read, render and tokenize; too long prompts are left out and counted, never cut."""
+    prompts, num_long, num_unanswered = [], 0, 0
+    for number, row in enumerate(read_rows(source, seed), 1):
         text = row.get(args.prompt_field)
         if not isinstance(text, str) or not text:
             found = f"got {text!r}" if args.prompt_field in row else f"the row has {sorted(row)}"
@@ -49,7 +61,9 @@ def load_prompts(source: str, tokenizer: Any, args: argparse.Namespace) -> list[
         if len(ids) > args.max_prompt_tokens:
             num_long += 1
             continue
-        answer, domain = (str(row.get(key, "")) for key in (args.answer_field, args.domain_field))
+        answer, domain = row.get(args.answer_field), row.get(args.domain_field)
+        num_unanswered += answer is None
+        answer, domain = ("" if value is None else str(value) for value in (answer, domain))
         prompts.append(Prompt(ids, text, answer, domain, row))
     if not prompts:
         why = f"all {num_long} are longer than --max-prompt-tokens" if num_long else "it is empty"
@@ -61,6 +75,11 @@ def load_prompts(source: str, tokenizer: Any, args: argparse.Namespace) -> list[
             f"{args.max_completion_tokens} is beyond the models' {args.num_positions} positions"
         )
     runs.say(f"data: {source}: {len(prompts)} prompts; {num_long} left out as too long")
+    if num_unanswered:
+        runs.say(
+            f"! {source}: {num_unanswered} rows have no field {args.answer_field!r} "
+            f"(--answer-field; they have {sorted(row)}): their verdict is 0, unverified"
+        )
     return prompts
 
 
@@ -80,7 +99,7 @@ def read_rows(spec: str, seed: int) -> list[dict[str, Any]]:
     path = Path(spec)
     if path.is_file():
         return _read_jsonl(path)
-    if path.suffix or path.exists() or "/" not in spec:
+    if path.suffix in (".jsonl", ".json") or path.exists():
         raise runs.RunError(f"no file {spec} (expected a .jsonl, reasoning_gym:TASK or a hub name)")
     datasets = runs.optional("datasets", "data", f"data set {spec}")
     name, *rest = spec.split(":")
@@ -125,6 +144,8 @@ def final_answer(text: str) -> str:
 
 def verify_exact(text: str, answer: str, row: dict[str, Any]) -> bool:
     """The final answer is the right one, character by character."""
+    if not answer.strip():
+        raise ValueError("there is no right answer to compare with")
     return final_answer(text) == answer.strip()
 
 
@@ -147,7 +168,7 @@ def verify_gym(task: str, text: str, answer: str, row: dict[str, Any]) -> bool:
 
 
 def verifier_function(spec: str) -> Function:
-    """`exact`, `math`, `reasoning_gym:TASK` or `module:function` as a function.
+    """`exact`, `math`, `reasoning_gym:TASK`, `module:function` or `file.py:function`.
 
     A verifier is `function(completion, right_answer, row) -> bool`; an exception is verdict 0.
     """
@@ -163,11 +184,17 @@ def verifier_function(spec: str) -> Function:
         except ValueError as error:
             raise runs.RunError(f"--verifier {spec}: {runs.one_line(error)}", 2) from None
         return partial(verify_gym, name)
+    path = Path(module)
+    folder = str(path.resolve().parent if path.suffix == ".py" else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # the child process gets it too
     try:
-        function: Function = getattr(importlib.import_module(module), name)
+        name_of_module = path.stem if path.suffix == ".py" else module
+        function: Function = getattr(importlib.import_module(name_of_module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise runs.RunError(
-            f"--verifier: expected exact, math, reasoning_gym:TASK or module:function, "
+            f"--verifier: expected exact, math, reasoning_gym:TASK, module:function or "
+            f"file.py:function, "
             f"got {spec!r} ({error})",
             code=2,
         ) from None

@@ -103,13 +103,13 @@ def pass_metrics(verdicts: Tensor, prompts: Sequence[Any]) -> dict[str, float]:
 
 
 def thin(rollout: Any, num_tokens: int, seed: int) -> Any:
-    """A few of the rollouts, with bits of their masks cleared, so that at most `num_tokens` (chosen
-    at random) are trained: for metrics that are too dear to have on all of them."""
+    """Some of the rollouts (16 at least, if there are), with bits of their masks cleared, so that
+    at most `num_tokens`, chosen at random, are trained: for metrics too dear to have on all."""
     generator = np.random.default_rng([7, seed])
     lengths = rollout.trained_mask.sum(1).cpu().numpy()
     order = generator.permutation(len(lengths))
     enough = int(np.searchsorted(lengths[order].cumsum(), num_tokens)) + 1
-    part = rollout.select(torch.from_numpy(order[:enough]))
+    part = rollout.select(torch.from_numpy(order[: max(enough, 16)]))
     places = part.trained_mask.nonzero()
     drop = places[torch.from_numpy(generator.permutation(len(places))[num_tokens:])]
     part.response_mask[drop[:, 0], drop[:, 1]] = False
@@ -143,10 +143,12 @@ def exact_divergences(
     micro_batches: Iterable[Any],
     read_tokens: Callable[..., Tensor],
     law: dict[str, Any],
+    names: Sequence[str] = (),
 ) -> dict[str, float]:
     """Means of `divergences` between student and teacher over the trained tokens of rollouts.
 
-    `read_tokens` is the method file's; `law` holds `temperature` and `valid_vocab`.
+    `read_tokens` is the method file's; `law` holds `temperature` and `valid_vocab`; `names` are the
+    metrics that are wanted, all if empty.
     """
     parts = []
     for micro in micro_batches:
@@ -157,7 +159,7 @@ def exact_divergences(
                 for each in pair
             )
             heads = models["student"].head, teacher.head
-            parts.append(divergences(student_rows, teacher_rows, *heads, **law))
+            parts.append(divergences(student_rows, teacher_rows, *heads, **law, names=names))
     return {key: _mean(torch.cat([part[key] for part in parts])) for key in (parts or [{}])[0]}
 
 
@@ -169,48 +171,46 @@ def divergences(
     valid_vocab: int,
     temperature: float,
     support_size: int = 32,
-    chunk: int = 64,
+    names: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Exact divergences, entropies and masses at N tokens: tensors [N].
 
-    From hidden states (from logits where the head is None), `chunk` full rows at a time.
+    From hidden states (from logits where the head is None), a few full rows at a time.
     """
+    device, k = student_rows.device, min(support_size, valid_vocab)
+    heads = [
+        None if head is None else head.detach()[:valid_vocab].to(device).float().T
+        for head in (student_head, teacher_head)
+    ]
+    rows = student_rows.detach(), teacher_rows.detach().to(device)
+    chunk = max(16, 2**24 // valid_vocab)  # 64 MiB of float32 logits
     found: dict[str, list[Tensor]] = {}
-    teacher_rows = teacher_rows.to(student_rows.device)
-    if teacher_head is not None:
-        teacher_head = teacher_head.to(student_rows.device)
     for start in range(0, max(len(student_rows), 1), chunk):
-        pairs = ((student_rows, student_head), (teacher_rows, teacher_head))
-        student, teacher = (
-            torch.log_softmax(
-                _logits(rows[start : start + chunk], head)[:, :valid_vocab] / temperature, -1
-            )
-            for rows, head in pairs
-        )
-        k = min(support_size, valid_vocab)
-        support, student_support = teacher.topk(k, -1).indices, student.topk(k, -1).indices
-        common = (support[:, :, None] == student_support[:, None, :]).any(-1)
-        part = {
-            "reverse_kl": opd_ops.full_kl(student, teacher, divergence="reverse"),
-            "forward_kl": opd_ops.full_kl(student, teacher, divergence="forward"),
-            "student_entropy": _entropy(student),
-            "teacher_entropy": _entropy(teacher),
-            "teacher_mass": teacher.gather(1, support).exp().sum(1),
-            "student_mass": student.gather(1, support).exp().sum(1),
-            "overlap": common.float().mean(1),
-        }
+        logits = [
+            (each[start : start + chunk].float() if head is None else
+             each[start : start + chunk].float() @ head)[:, :valid_vocab]
+            for each, head in zip(rows, heads)
+        ]  # fmt: skip
+        student, teacher = (torch.log_softmax(each / temperature, -1) for each in logits)
+        part = {"reverse_kl": opd_ops.full_kl(student, teacher, divergence="reverse")}
+        if not names or set(names) - {"reverse_kl"}:
+            support, own = teacher.topk(k, -1).indices, student.topk(k, -1).indices
+            part |= {
+                "forward_kl": opd_ops.full_kl(student, teacher, divergence="forward"),
+                "student_entropy": _entropy(student),
+                "teacher_entropy": _entropy(teacher),
+                "teacher_mass": teacher.gather(1, support).exp().sum(1),
+                "student_mass": student.gather(1, support).exp().sum(1),
+                "overlap": (support[:, :, None] == own[:, None, :]).any(-1).float().mean(1),
+            }
         for name, values in part.items():
             found.setdefault(name, []).append(values.float())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items() if not names or name in names}
 
 
 def position_decile(mask: Tensor) -> Tensor:
     """Which tenth of its completion's trained tokens a token stands in: [B, T] int64, 0 to 9."""
     return (mask.cumsum(1) - 1).clamp(min=0) * 10 // mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
-    return rows.float() if head is None else rows.float() @ head.float().T
 
 
 def _entropy(logp: Tensor) -> Tensor:

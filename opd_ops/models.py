@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from opd_ops import compat, runs
 
@@ -40,15 +41,35 @@ class CausalLM(torch.nn.Module):
         """The head [V, D], or None where it is not a plain matrix product."""
         return self.lm.get_output_embeddings().weight if self.plain_head else None
 
+    def autocast(self) -> torch.autocast:
+        """The compute type of `--dtype`; outside of it weights would be cast anew in every call."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty key/value cache in the compute type. (Under autocast, keys and values come out
+        of norm and rotation in float32: twice the memory, for numbers that are cast at use.)"""
+        return _TypedCache(self.compute_dtype, config=self.lm.config)
+
     def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
         """`read` at the positions `where`, a mask [B, P+T]; None: the last position of each row."""
-        kind = inputs["input_ids"].device.type
-        with torch.autocast(kind, self.compute_dtype, self.compute_dtype != torch.float32):
+        with self.autocast():
             if self.plain_head:
                 rows = self.lm.get_decoder()(**inputs).last_hidden_state
             else:
                 rows = self.lm(**inputs, logits_to_keep=int(where is None)).logits
             return read(rows[:, -1] if where is None else rows[where], self.head)
+
+
+class _TypedCache(DynamicCache):  # type: ignore[misc]
+    def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._dtype = dtype
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._dtype != torch.float32:
+            keys, values = keys.to(self._dtype), values.to(self._dtype)
+        return super().update(keys, values, *args, **kwargs)
 
 
 def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
@@ -128,6 +149,8 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise runs.RunError(f"device {device!r}: {runs.one_line(error)}", 2) from None
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)  # what timings and memory figures speak of
     for name, device in (("dtype", args.device), ("teacher_dtype", args.teacher_device)):
         if getattr(args, name) == "auto":
             setattr(args, name, "bfloat16" if device.startswith("cuda") else "float32")
@@ -149,7 +172,8 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
         tokenizers,
         configs,
         generation_configs,
-        args.chat_template,
+        args.chat_template_args if args.chat_template else None,
+        args.chat_template_from,
     )
     for name, config in configs.items():
         with torch.device("meta"):

@@ -15,6 +15,41 @@ from opd_ops.data import read_rows
 from opd_ops.runs import RunError
 
 
+def blank(kind: type, prompts: Sequence[Any], width: int, device: torch.device) -> Any:
+    """A rollout of `kind` with its prompts in place and everything else zero, [B, `width`].
+
+    Types go by name: `_mask` and `ended` are bool, `_ids` and `source` int64, the others float32.
+    """
+    num, length = len(prompts), max(len(prompt.ids) for prompt in prompts)
+    made: dict[str, Any] = {"prompts": list(prompts)}
+    for name in (field.name for field in fields(kind) if field.name != "prompts"):
+        dtype = torch.float32
+        if name.endswith("_mask") or name == "ended":
+            dtype = torch.bool
+        elif name.endswith("_ids") or name == "source":
+            dtype = torch.int64
+        per_token = (length,) if name.startswith("prompt") else (width,)
+        shape = (num,) if name in ("ended", "source", "verdict") else (num, *per_token)
+        made[name] = torch.zeros(shape, dtype=dtype)
+    for row, prompt in enumerate(prompts):
+        made["prompt_ids"][row, length - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        made["prompt_mask"][row, length - len(prompt.ids) :] = True
+    return kind(**{k: v if k == "prompts" else v.to(device) for k, v in made.items()})
+
+
+def select(rollout: Any, rows: torch.Tensor) -> Any:
+    """Some of the rollouts, without padding that they do not need."""
+    left = int((~rollout.prompt_mask[rows]).sum(1).min())
+    width = int(rollout.completion_mask[rows].sum(1).max())
+    cut: dict[str, Any] = {"prompts": [rollout.prompts[row] for row in rows.tolist()]}
+    for name in (field.name for field in fields(rollout) if field.name != "prompts"):
+        value = getattr(rollout, name)[rows]
+        if value.dim() == 2:
+            value = value[:, left:] if name.startswith("prompt") else value[:, :width]
+        cut[name] = value
+    return type(rollout)(**cut)
+
+
 def join(rollouts: Sequence[Any]) -> Any:
     """One rollout with the rows of all: prompts are padded on the left, the rest on the right."""
     length = max(each.prompt_ids.shape[1] for each in rollouts)

@@ -141,16 +141,18 @@ def _inside(value: float, interval: str) -> bool:
 
 def optional(module: str, extra: str, purpose: str) -> Any:
     """Import an optional package, or say which extra brings it."""
+    how = f"pip install -e '.[{extra}]'" if extra else f"pip install {module}"
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RunError(f"{purpose} needs {module}: pip install 'opd[{extra}]' ({error})") from None
+        raise RunError(f"{purpose} needs {module}: {how} ({error})") from None
 
 
 # ------------------------------------------------------------------------------------- verifier
 def _verify_forever(pipe: Any, function: Callable[[str, str, dict[str, Any]], bool]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
+    pipe.send("ready")  # everything is imported: from here on the time limit counts
     while True:
         try:
             text, answer, row = pipe.recv()
@@ -191,21 +193,22 @@ class Verifier:
         )
         self._process.start()
         child_end.close()
-        self._fresh = True
+        self._ready = False
 
     def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
         """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified."""
         return [self._verdict(item) for item in items]
 
     def _verdict(self, item: tuple[str, str, dict[str, Any]]) -> float:
-        # A fresh child may have to import its modules before it can answer.
-        timeout_s = self.timeout_s + (120.0 if self._fresh else 0.0)
         try:
+            if not self._ready:
+                if not self._pipe.poll(120.0):
+                    raise TimeoutError("its process did not start within 120 s")
+                self._ready = bool(self._pipe.recv())
             self._pipe.send(item)
-            if not self._pipe.poll(timeout_s):
+            if not self._pipe.poll(self.timeout_s):
                 raise TimeoutError(f"no answer within {self.timeout_s} s")
             right, error = self._pipe.recv()
-            self._fresh = False
         except (EOFError, OSError) as lost:  # TimeoutError is an OSError
             right, error = None, str(lost) or "its process died"
             self.close()
@@ -271,7 +274,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, script: str) -> None:
-        self.path = Path(args.run_dir)
+        self.path, text = Path(args.run_dir), Path(script).read_text(encoding="utf-8")
         self.keep, self.steps = args.keep_checkpoints, args.steps
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
@@ -291,7 +294,12 @@ class Run:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(".writing-*"):
             shutil.rmtree(leftover)
-        shutil.copyfile(script, self.path / Path(script).name)
+        if self.resume_from:  # what the run was started with stays beside what goes on with it
+            for name in (Path(script).name, "args.json"):
+                if (self.path / name).is_file():
+                    kept = (self.path / name).read_text(encoding="utf-8")
+                    write_atomically(self.path / f"before_{self.resume_from.name}_{name}", kept)
+        write_atomically(self.path / Path(script).name, text)
         record = {"args": vars(args), "environment": environment(), "argv": sys.argv}
         write_atomically(self.path / "args.json", json.dumps(record, indent=1, default=str) + "\n")
         self._report = _reporter(args.report_to, self.path, vars(args))
@@ -414,14 +422,23 @@ class Run:
                 f"stopped by {name}; saved {path}; go on with --resume", 128 + self.stop_signal
             )
 
-    def bad_step(self, metrics: dict[str, float], offending: Sequence[dict[str, Any]]) -> RunError:
-        """The error for a step whose loss or gradient was not finite; keeps what caused it."""
+    def bad_step(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        offending: Sequence[dict[str, Any]],
+        save: Callable[[], Path],
+    ) -> RunError:
+        """The error for a step whose loss or gradient was not finite; keeps what caused it.
+
+        The update was skipped, so the weights are those of the step before, and are saved.
+        """
         path = self.path / "offending.jsonl"
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in offending))
         return RunError(
-            f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']}: more bad steps than "
-            f"--max-bad-steps; the rollouts are in {path}; last good checkpoint: "
-            f"{self.newest_checkpoint()}"
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: more bad "
+            f"steps than --max-bad-steps; its rollouts are in {path}; the weights before it, which "
+            f"are good, are in {save()}"
         )
 
     def finish(self) -> None:
@@ -448,7 +465,7 @@ class Run:
             rest = ["reverse_kl", "length_mean", "truncated_share", "unverified_share"]
             say("", table(columns, scores + rest), "")
         say(f"run folder: {self.path}")
-        avg = [key for key in (rows or [{}])[0] if key.startswith("eval/student/avg@")][:1]
+        avg = [key for row in rows for key in row if key.startswith("eval/student/avg@")][:1]
         curves = [*avg, "eval/student/reverse_kl", "reverse_kl", "length_mean"]
         if picture := plot_curves(self.path, curves):
             say(f"learning curve: {picture}")
@@ -477,7 +494,11 @@ def ops_line(info: dict[str, Any], device: str) -> str:
     """Which implementation of the ops runs on `device`; loud where it is not the compiled one."""
     plain = sorted(name for name, kinds in info["ops"].items() if kinds[device] != "cpp")
     if len(plain) == len(info["ops"]):
-        why = "by OPD_OPS_IMPL" if info["compiled"] else "the extension is not built: make install"
+        why = "the extension is not built: make install"
+        if info["compiled"]:
+            why = (
+                "OPD_OPS_IMPL" if info["OPD_OPS_IMPL"] == "reference" else "no kernel in this build"
+            )
         return f"! ops: plain PyTorch for all of them on {device} ({why})"
     isa = f" ({info['isa']})" if device == "cpu" else ""
     rest = f"; plain PyTorch: {', '.join(plain)}" if plain else ""
@@ -563,7 +584,7 @@ def _reporter(
                 writer.add_scalar(key, value, step)
 
         return write
-    module = optional(kind, kind, f"--report-to {kind}")
+    module = optional(kind, "", f"--report-to {kind}")
     session = module.init(project="opd", name=path.name, config=config)
     return lambda step, metrics: session.log(metrics, step=step)
 
@@ -594,7 +615,9 @@ def table(columns: dict[str, dict[str, float]], keys: Sequence[str]) -> str:
     width = max([len(key) for key in present] + [6])
     lines = [" " * width + "".join(f"{name:>16}" for name in columns)]
     for key in present:
-        cells = [f"{column[key]:.4f}" if key in column else "-" for column in columns.values()]
+        cells = [
+            f"{float(column[key]):.4f}" if key in column else "-" for column in columns.values()
+        ]
         lines.append(f"{key:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
@@ -610,7 +633,7 @@ def plot_curves(path: Path, keys: Sequence[str]) -> Path | None:
     try:
         import matplotlib
     except ImportError:
-        say("no picture: matplotlib is not installed (pip install 'opd[plot]')")
+        say("no picture: matplotlib is not installed (pip install matplotlib)")
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -60,15 +60,21 @@ def test_verifier_says_why(verifier, capsys):
         ("17", "7", False),
         ("#### 7.", "7", False),
         ("", "7", False),
+        ("7", "", None),
     ],
 )
 def test_exact(text, answer, right):
-    assert data.verify_exact(text, answer, {}) is right
+    if right is None:  # no right answer: unverified, not wrong
+        with pytest.raises(ValueError, match="no right answer"):
+            data.verify_exact(text, answer, {})
+    else:
+        assert data.verify_exact(text, answer, {}) is right
 
 
 @given(st.text(), st.text())
 def test_exact_takes_what_follows_the_last_marker(text, answer):
-    assert data.verify_exact(f"{text}####{answer}", answer, {}) or "#" in answer
+    right = answer.strip() or "7"
+    assert data.verify_exact(f"{text}#### {right}", right, {}) or "#" in right
 
 
 def test_math_verifier():
@@ -110,6 +116,11 @@ def arguments(*flags: str):
     return args
 
 
+def load(path: str, args) -> list[data.Prompt]:
+    args.prompts, args.test_prompts = path, None
+    return data.load_prompts(tinylm.tokenizer(), args)[0]
+
+
 def write(path, *rows: dict) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -117,18 +128,53 @@ def write(path, *rows: dict) -> str:
 
 def test_prompts_keep_their_row_and_take_the_template(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "1+1=", "answer": 2, "domain": "add", "level": 3})
-    (prompt,) = data.load_prompts(path, tinylm.tokenizer(), arguments())
+    (prompt,) = load(path, arguments())
     assert prompt.ids == tuple(tinylm.tokenizer().encode("<user>1+1=<bot>"))
     assert (prompt.text, prompt.answer, prompt.domain) == ("1+1=", "2", "add")
     assert prompt.row["level"] == 3
-    (plain,) = data.load_prompts(path, tinylm.tokenizer(), arguments("--no-chat-template"))
+    (plain,) = load(path, arguments("--no-chat-template"))
     assert plain.ids == tuple(tinylm.tokenizer().encode("1+1="))
+
+
+def test_rows_without_an_answer_are_said_and_unverified(tmp_path, capsys):
+    path = write(
+        tmp_path / "p.jsonl", {"prompt": "1", "solution": "1"}, {"prompt": "2", "answer": None}
+    )
+    found = load(path, arguments())
+    assert [prompt.answer for prompt in found] == ["", ""]
+    assert "! " in (output := capsys.readouterr().out) and "2 rows have no field 'answer'" in output
+
+
+def test_overlap_of_test_and_training_prompts_is_said(tmp_path, capsys):
+    args = arguments()
+    args.prompts = write(tmp_path / "a.jsonl", {"prompt": "1"}, {"prompt": "2"})
+    args.test_prompts = write(tmp_path / "b.jsonl", {"prompt": "2"}, {"prompt": "3"})
+    train, test = data.load_prompts(tinylm.tokenizer(), args)
+    assert (len(train), len(test)) == (2, 2)
+    assert "1 of the test prompts are training prompts" in capsys.readouterr().out
+
+
+def test_time_limit_holds_for_a_verifier_that_always_hangs():
+    """Only the first start is waited for: a batch of hanging answers costs its limits."""
+    verifier = runs.Verifier(slow_if_asked, 0.3)
+    assert verifier([("1", "1", {})]) == [1]
+    start = time.monotonic()
+    assert verifier([("hang", "1", {})] * 3) == [0, 0, 0]
+    assert time.monotonic() - start < 30
+    verifier.close()
+
+
+def test_verifier_in_a_file(tmp_path):
+    (tmp_path / "check_it.py").write_text("def yes(text, answer, row):\n    return True\n")
+    verifier = runs.Verifier(data.verifier_function(f"{tmp_path}/check_it.py:yes"), 20.0)
+    assert verifier([("a", "", {})]) == [1]
+    verifier.close()
 
 
 def test_long_prompts_are_counted_not_cut(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "1" * 20}, {"prompt": "2"})
     args = arguments("--max-prompt-tokens", "10")
-    found = data.load_prompts(path, tinylm.tokenizer(), args)
+    found = load(path, args)
     assert [prompt.text for prompt in found] == ["1", "2"]
     assert "2 prompts; 1 left out as too long" in capsys.readouterr().out
 
@@ -165,7 +211,7 @@ def report(student_words=tinylm.WORDS, teacher_words=tinylm.WORDS, sizes=(46, 46
         tokenizers["teacher"].chat_template = changes["teacher_template"]
     if "temperature" in changes:
         generation["student"].temperature = changes["temperature"]
-    return compat.check_pair(tokenizers, configs, generation, chat_template=True)
+    return compat.check_pair(tokenizers, configs, generation, {}, changes.get("used", "student"))
 
 
 def test_equal_models_pass():
@@ -204,7 +250,11 @@ def test_different_eos_is_a_loud_warning():
 def test_different_templates_are_a_loud_warning():
     found = report(teacher_template="{{ messages[0]['content'] }}!")
     (warning,) = found.warnings
-    assert "chat templates differ" in warning and "--chat-template-from" in warning
+    assert "chat templates differ" in warning and "--chat-template-from teacher" in warning
+    assert "<bot>" in warning and "?!" in warning  # from the first difference on
+    (warning,) = report(teacher_template="{{ messages[0]['content'] }}!", used="teacher").warnings
+    assert "the student meets text in the teacher's format" in warning
+    assert "--chat-template-from" not in warning
 
 
 def test_generation_config_that_is_ignored_is_said():

@@ -180,8 +180,9 @@ def test_non_finite_loss_stops_at_the_first(folder, capsys, monkeypatch):
         return (loss * float("nan") if len(calls) >= 3 else loss), logged
 
     monkeypatch.setattr(opd, "token_loss", broken)
-    text = fails(flags(folder, "nan"), 1, "bad", "step_2", "offending.jsonl", capsys=capsys)
-    assert "nan" in text
+    # Evaluations and checkpoints are due every second step; the third is bad.
+    text = fails(flags(folder, "nan"), 1, "step 3: loss nan", "step_2", capsys=capsys)
+    assert "offending.jsonl" in text
     assert (folder / "nan/offending.jsonl").read_text().count("\n") == 6
     assert all(value.isfinite().all() for value in weights(folder, "nan", 2).values())
     calls.clear()
@@ -189,6 +190,36 @@ def test_non_finite_loss_stops_at_the_first(folder, capsys, monkeypatch):
     assert [row["bad_step"] for row in runs.read_metrics(folder / "nan2") if "loss" in row] == [
         0.0, 0.0, 1.0, 1.0,
     ]  # fmt: skip
+
+
+def test_resume_from_a_stop_before_the_first_update(folder):
+    """A checkpoint of an optimizer that has made no step is exact too."""
+    opd.main(flags(folder, "early", "--eval-every", "0"))
+    opd.main(flags(folder, "halted", "--eval-every", "0", "--steps", "0"))
+    opd.main(flags(folder, "halted", "--eval-every", "0", "--resume"))
+    one, two = weights(folder, "early", 4), weights(folder, "halted", 4)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_copied_script_can_go_on_with_its_own_run(folder):
+    opd.main(flags(folder, "copy", "--steps", "1", "--eval-every", "0"))
+    script = folder / "copy/opd.py"
+    for word in ("--resume", "--overwrite"):
+        more = flags(folder, "copy", "--steps", "2", "--eval-every", "0", word)
+        done = subprocess.run([sys.executable, str(script), *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert script.read_text() == (ROOT / "methods/opd.py").read_text()
+
+
+def test_an_evaluation_without_verdicts_is_reported(folder, tmp_path, capsys):
+    """avg@n is NaN where nothing could be verified; the table still prints."""
+    rows = (folder / "prompts.jsonl").read_text().replace("answer", "solution")
+    (tmp_path / "open.jsonl").write_text(rows)
+    argv = flags(folder, "nanavg", "--steps", "1")
+    argv[argv.index("--test-prompts") + 1] = str(tmp_path / "open.jsonl")
+    opd.main(argv)
+    output = capsys.readouterr().out
+    assert "nan" in output.split("student before")[1] and "12 rows have no field" in output
 
 
 def test_dry_run_reads_no_weights_and_writes_nothing(folder, capsys, monkeypatch):
@@ -203,7 +234,8 @@ def test_dry_run_reads_no_weights_and_writes_nothing(folder, capsys, monkeypatch
 def test_every_wrong_flag_is_named_in_one_message(folder, capsys):
     wrong = ["--top-p", "1.5", "--lr", "-1", "--jsd-beta", "1", "--steps", "-3", "--lr", "nan"]
     wrong += ["--chat-template-args", "[]", "--teacher", "another"]
-    names = ["--top-p", "--lr", "--jsd-beta", "--steps", "--chat-template-args", "--teacher"]
+    names = ["--top-p", "--lr", "use --divergence forward", "--steps", "--chat-template-args"]
+    names += ["--teacher"]
     fails(flags(folder, "wrong", *wrong), 2, *names, "(0,1]", "got 1.5", capsys=capsys)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import opd
@@ -72,7 +73,7 @@ def test_padding_and_order_change_nothing(folder, objective):
     wide = rollouts.join([rollout, rollout])  # as wide as it was: pad by hand
     wide = wide.select(torch.tensor([5, 3, 1, 0, 2, 4]))
     pad = torch.nn.functional.pad
-    for name in (f.name for f in opd.fields(opd.Rollout) if f.name != "prompts"):
+    for name in (f.name for f in dataclasses.fields(opd.Rollout) if f.name != "prompts"):
         value = getattr(wide, name)
         if value.dim() == 2:
             value = pad(value, (5, 0)) if name.startswith("prompt") else pad(value, (0, 4))
@@ -186,7 +187,7 @@ def test_metrics_ignore_padding(folder):
     loaded, args, rollout = setup(folder)
     args.lr, rollout.verdict = 0.0, torch.tensor([1.0, -1, 0, 1, -1, -1])
     wide = copy.copy(rollout)
-    for name in (f.name for f in opd.fields(opd.Rollout) if f.name != "prompts"):
+    for name in (f.name for f in dataclasses.fields(opd.Rollout) if f.name != "prompts"):
         value = getattr(wide, name)
         if value.dim() == 2 and not name.startswith("prompt"):
             setattr(wide, name, torch.nn.functional.pad(value, (0, 100)))
@@ -195,7 +196,7 @@ def test_metrics_ignore_padding(folder):
         scores = opd.score(loaded, each, args)
         optimizer = torch.optim.SGD(loaded["student"].parameters(), lr=0.0)
         found = opd.train_step(loaded["student"], optimizer, [(each, scores)], args, 0)
-        exact = health.exact_divergences(loaded, [each], opd.read_tokens, opd.law(args))
+        exact = health.exact_divergences(loaded, [each], opd.read_tokens, opd.loss_law(args))
         return found | exact | health.rollout_metrics(each)
 
     one, two = metrics(rollout), metrics(wide)

@@ -1,0 +1,34 @@
+"""Nothing moved: twenty updates on stored rollouts against the committed trajectory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/pinned"))
+import trajectory  # noqa: E402
+
+METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trajectory_is_the_recorded_one(method):
+    """The largest difference is below 1e-4 and, against slow drift, the mean below 2e-5."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = trajectory.trajectory(method)
+    finally:
+        torch.set_num_threads(threads)
+    recorded = json.loads((ROOT / f"tests/pinned/{method}.json").read_text())
+    assert found.keys() == recorded.keys()
+    for name, values in recorded.items():
+        difference = np.abs(np.array(found[name]) - np.array(values))
+        assert difference.max() < 1e-4, (name, difference.max())
+        assert difference.mean() < 2e-5, (name, difference.mean())
