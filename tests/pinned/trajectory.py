@@ -76,8 +76,9 @@ def main() -> None:
         return
     if sys.argv[1:2] != ["record"] or len(sys.argv) < 3:
         raise SystemExit(__doc__)
+    sources = [f"methods/{method}.py" for method in sys.argv[2:]]
     changed = subprocess.run(
-        ["git", "-C", str(ROOT), "status", "--porcelain", "methods", "opd_ops", "csrc"],
+        ["git", "-C", str(ROOT), "status", "--porcelain", *sources, "opd_ops", "csrc"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     if changed:
