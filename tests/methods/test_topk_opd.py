@@ -454,21 +454,30 @@ def test_masked_tokens_have_no_loss_and_do_not_count(folder):
     assert found == pytest.approx(loss.item() / int(rollout.response_mask.sum()), rel=1e-5)
 
 
-def test_the_teacher_reads_the_eos_that_it_knows(folder):
-    """--map-eos FROM=TO: the teacher is asked about TO, the student about what it wrote."""
-    loaded, args, _, (rollout, metrics) = setup(folder, "--map-eos", f"{tinylm.WORDS[7]}=<end>")
-    hits = (rollout.completion_ids == 7) & rollout.completion_mask
+@pytest.mark.parametrize("old", [7, "often"])
+def test_the_teacher_reads_the_eos_that_it_knows(folder, old):
+    """--map-eos FROM=TO: the teacher is asked about TO, the student about what it wrote.
+
+    Another turn can follow: then the teacher has TO in its context, too.
+    """
+    if old == "often":
+        plain = setup(folder)[3][0]
+        old = int(torch.bincount(plain.completion_ids[plain.completion_mask])[10:].argmax()) + 10
+    loaded, args, _, (rollout, metrics) = setup(folder, "--map-eos", f"{tinylm.WORDS[old]}=<end>")
+    hits = (rollout.completion_ids == old) & rollout.completion_mask
     assert metrics["num_mapped_tokens"] == hits.sum() > 0
     scores = topk_opd.score(loaded, rollout, args)
     mapped = topk_opd.Rollout(**vars(rollout))
     mapped.completion_ids = rollout.completion_ids.masked_fill(hits, 1)
     want = topk_opd.token_logp(loaded["teacher"], mapped, args)
-    assert torch.allclose(scores["support_logp"][..., -1], want, atol=1e-5)
+    found = scores["support_logp"][..., -1]
+    assert torch.allclose(found, want, atol=1e-5)
     plain = topk_opd.token_logp(loaded["teacher"], rollout, args)
-    assert not torch.allclose(scores["support_logp"][..., -1][hits], plain[hits], atol=0.01)
-    assert (scores["support_ids"][..., -1][hits] == 7).all() and (
-        rollout.completion_ids[hits] == 7
-    ).all()
+    assert not torch.allclose(found[hits], plain[hits], atol=0.01)
+    after = rollout.completion_mask & ~hits & (hits.cumsum(1) > 0)
+    assert old == 7 or not torch.allclose(found[after], plain[after], atol=0.01)
+    assert (scores["support_ids"][..., -1][hits] == old).all()
+    assert (rollout.completion_ids[hits] == old).all()
 
 
 # --------------------------------------------------------------------------------- usage errors
