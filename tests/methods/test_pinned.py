@@ -19,7 +19,7 @@ METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trajectory_is_the_recorded_one(method):
-    """The largest difference is below 1e-4 and, against slow drift, the mean below 2e-5."""
+    """The largest difference (relative above 1) is below 1e-4 and, against drift, the mean 2e-5."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,6 +29,7 @@ def test_trajectory_is_the_recorded_one(method):
     recorded = json.loads((ROOT / f"tests/pinned/{method}.json").read_text())
     assert found.keys() == recorded.keys()
     for name, values in recorded.items():
-        difference = np.abs(np.array(found[name]) - np.array(values))
+        want = np.array(values)
+        difference = np.abs(np.array(found[name]) - want) / np.maximum(np.abs(want), 1.0)
         assert difference.max() < 1e-4, (name, difference.max())
         assert difference.mean() < 2e-5, (name, difference.mean())

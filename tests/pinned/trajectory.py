@@ -29,7 +29,7 @@ from opd_ops import models, runs  # noqa: E402
 
 NUM_UPDATES = 20
 FLAGS = ["--student", str(runs.TINY / "student"), "--teacher", str(runs.TINY / "teacher_base"),
-         "--device", "cpu", "--lr", "3e-4", "--max-completion-tokens", "128"]  # fmt: skip
+         "--device", "cpu", "--lr", "3e-5", "--max-completion-tokens", "128"]  # fmt: skip
 
 
 def store_rollouts() -> None:
