@@ -369,7 +369,7 @@ def token_loss(
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
     if args.objective == "full":
         teacher_rows = scores["teacher_rows"][rollout.trained_mask]
-        how = {"divergence": args.divergence, "beta": args.jsd_beta}  # b of Eq. (6)
+        how = {"divergence": args.divergence, "beta": args.jsd_beta}  # Eq. (6)
         divergence = read_tokens(
             student,
             rollout,

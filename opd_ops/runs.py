@@ -156,7 +156,7 @@ def _verify_forever(pipe: Any, function: Callable[[str, str, dict[str, Any]], bo
     while True:
         try:
             text, answer, row = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the parent is gone
             return
         try:
             pipe.send((bool(function(text, answer, row)), ""))

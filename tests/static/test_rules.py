@@ -44,7 +44,7 @@ def test_sync_sees_a_change_of_a_shared_section_and_mends_it():
 
 @pytest.mark.parametrize("line", ["from opd import main", "import utils", "from . import opd"])
 def test_a_method_file_imports_no_sibling(line):
-    text = REFERENCE.replace("def law(", f"{line}\n\n\ndef law(", 1)
+    text = REFERENCE.replace("def loss_law(", f"{line}\n\n\ndef loss_law(", 1)
     assert any("stands alone" in found for found in sync_methods.problems(REFERENCE, text, "x.py"))
 
 
