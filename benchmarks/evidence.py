@@ -3,7 +3,7 @@
     python benchmarks/evidence.py --suite smoke --jobs 2     # five methods and a merge, 3 seeds
     python benchmarks/evidence.py --suite smoke --table      # print the table of what has been run
 
-Every arm gets the same number of rollouts and the same limits, so the same budget of sampled tokens.
+Every arm gets the same number of rollouts and the same limits: one budget of sampled tokens.
 A cell is a subprocess of a method file on the embedded tiny family; a finished cell is a row of
 `benchmarks/results/evidence.csv` and its curve a file in `benchmarks/results/evidence/`; it is not
 run again. The interval is the 95 % one of Student's t over seeds.
