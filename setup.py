@@ -5,6 +5,7 @@ The op library uses torch's stable ABI and no Python symbol; Python loads it wit
 
     CXX                   the C++ compiler (default: c++, g++ or clang++, the first found)
     MAX_JOBS              compile jobs at once (default: ninja's)
+    OPD_OPS_ISA           at run time: portable, avx2 or avx512 forces a lower instruction set
     OPD_OPS_SKIP_BUILD=1  install without compiled ops; the reference ops in plain PyTorch run
 """
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "opd_ops.libopd_ops"
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest that the library runs in
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
-KERNEL_FLAGS = ["-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
+KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 

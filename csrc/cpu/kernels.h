@@ -84,6 +84,7 @@ struct Kernels {
   // Top-K: one pass; then the candidates, as (value, id) in ascending order of id: all logits above
   // the threshold, and the first k equal to it (NaN counts as -inf). Returns how many.
   void (*chunks)(const Row& row, double inv_temperature, const ChunkSums<A>& out, RowStats* stats);
+  A (*kth)(const A* values, int64_t n, int64_t k, void* scratch);  // k-th largest; scratch [n] A
   int64_t (*candidates)(const Row& row, const A* peaks, A threshold, int64_t k, A* values,
                         int64_t* ids);
   // Sum of exp((z - stats.shift) / temperature) outside ascending ids, from the chunks' sums.

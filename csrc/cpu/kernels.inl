@@ -7,50 +7,68 @@ namespace opd {
 namespace {
 
 // Sum of exp((z - max) / temperature) over a row, online: a chunk is read once; the running sum is
-// rescaled only when a chunk's maximum exceeds all before it. Sums over chunks are double.
+// rescaled only when a chunk's maximum exceeds all before it. The lanes of a vector add up at most
+// kPending chunks in float32; sums over those are double.
 template <class L>
 struct Accumulator {
   using A = typename L::A;
   using V = typename L::V;
+  static constexpr int kPending = 16;
   double inv_temperature;
   typename L::Exp exp;
   A max = L::lowest;  // finite, so that -inf - max is -inf and not NaN
+  V maxima = L::set(L::lowest);
   double sum = 0.0;
   double weighted = 0.0;  // sum of exp(x) * x, x = (z - max) / temperature
+  double last = 0.0;      // what the last flush added to the sum
+  int pending = 0;
+  V total[2] = {L::set(0.0), L::set(0.0)}, product[2] = {L::set(0.0), L::set(0.0)};
 
   explicit Accumulator(double inv_t) : inv_temperature(inv_t), exp(inv_t) {}
 
-  // Returns the chunk's maximum (NaN ignored); `last` is its sum.
-  double last = 0.0;
   template <bool with_entropy>
+  void flush() {
+    last = vhsum(total[0] + total[1]);
+    sum += last;
+    total[0] = total[1] = L::set(0.0);
+    if (with_entropy) {
+      weighted += vhsum(product[0] + product[1]) * inv_temperature;
+      product[0] = product[1] = L::set(0.0);
+    }
+    pending = 0;
+  }
+
+  // With `every`, returns the chunk's maximum (NaN ignored), and `last` is the chunk's sum.
+  template <bool with_entropy, bool every>
   A add(const A* z) {
     V peak = L::set(-INFINITY);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kChunk; i += L::width) peak = vmax(vload(z + i), peak);
-    const A chunk_max = vhmax(peak);
-    if (chunk_max > max) {
-      if (sum != 0.0) {
-        const double gap = (static_cast<double>(max) - chunk_max) * inv_temperature;
-        const double shrink = ::exp(gap);
-        if (with_entropy) weighted = (weighted + gap * sum) * shrink;
-        sum *= shrink;
+    A chunk_max = -INFINITY;
+    if (every || vgt_bits(peak, maxima) != 0) {
+      chunk_max = vhmax(peak);
+      if (chunk_max > max) {
+        flush<with_entropy>();
+        if (sum != 0.0) {
+          const double gap = (static_cast<double>(max) - chunk_max) * inv_temperature;
+          const double shrink = ::exp(gap);
+          if (with_entropy) weighted = (weighted + gap * sum) * shrink;
+          sum *= shrink;
+        }
+        max = chunk_max;
+        maxima = L::set(max);
       }
-      max = chunk_max;
     }
-    const V m = L::set(max);
-    V total[2] = {L::set(0.0), L::set(0.0)}, product[2] = {L::set(0.0), L::set(0.0)};
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kChunk; i += 2 * L::width) {
       for (int j = 0; j < 2; ++j) {
-        const V x = vload(z + i + j * L::width) - m;
+        const V x = vload(z + i + j * L::width) - maxima;
         const V e = exp(x);
         total[j] = total[j] + e;
         if (with_entropy) product[j] = vfma(e, vmax(exp.lowest, x), product[j]);
       }
     }
-    last = vhsum(total[0] + total[1]);
-    sum += last;
-    if (with_entropy) weighted += vhsum(product[0] + product[1]) * inv_temperature;
+    if (every || ++pending == kPending) flush<with_entropy>();
     return chunk_max;
   }
 
@@ -68,10 +86,11 @@ void stats(const Row& row, double inv_temperature, bool with_entropy, RowStats* 
   Accumulator<L> rows(inv_temperature);
   if (with_entropy)
     for (int64_t c = 0; c < row.valid; c += kChunk)
-      rows.template add<true>(fetch(row, c, buffer));
+      rows.template add<true, false>(fetch(row, c, buffer));
   else
     for (int64_t c = 0; c < row.valid; c += kChunk)
-      rows.template add<false>(fetch(row, c, buffer));
+      rows.template add<false, false>(fetch(row, c, buffer));
+  rows.template flush<true>();
   *out = rows.stats();
 }
 
@@ -89,8 +108,9 @@ void outside(const Row& row, double inv_temperature, const int64_t* ids, int64_t
       for (; num_ids > 0 && *ids < c + kChunk; ++ids, --num_ids) buffer[*ids - c] = -INFINITY;
       z = buffer;
     }
-    rows.template add<false>(z);
+    rows.template add<false, false>(z);
   }
+  rows.template flush<false>();
   *out = rows.stats();
 }
 
@@ -293,11 +313,51 @@ void chunks(const Row& row, double inv_temperature, const ChunkSums<typename L::
   alignas(64) A buffer[kChunk];
   Accumulator<L> rows(inv_temperature);
   for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
-    out.peaks[i] = rows.template add<false>(fetch(row, c, buffer));
+    out.peaks[i] = rows.template add<false, true>(fetch(row, c, buffer));
     out.sums[i] = static_cast<A>(rows.last);
     out.maxima[i] = rows.max;
   }
   *stats = rows.stats();
+}
+
+// The k-th largest of n numbers (no NaN), by bisection over the bits of keys that are ordered like
+// the numbers: no branch depends on the data.
+inline float kth_largest(const float* values, int64_t n, int64_t k, void* scratch) {
+  uint32_t* keys = static_cast<uint32_t*>(scratch);
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = values[i] + 0.0f;  // -0 is equal to 0
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    keys[i] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+  uint32_t best = 0;  // largest t with at least k keys >= t
+  for (int shift = 31; shift >= 0; --shift) {
+    const uint32_t t = best | (uint32_t(1) << shift);
+    uint32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= t;
+    if (count >= k) best = t;
+  }
+  const uint32_t bits = best & 0x80000000u ? best & 0x7fffffffu : ~best;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline double kth_largest(const double* values, int64_t n, int64_t k, void*) {
+  for (int64_t i = 0; i < n; ++i) {  // quadratic: float64 is for tests
+    int64_t above = 0, equal = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      above += values[j] > values[i];
+      equal += values[j] == values[i];
+    }
+    if (above < k && k <= above + equal) return values[i];
+  }
+  return -INFINITY;
+}
+
+template <class L>
+typename L::A kth(const typename L::A* values, int64_t n, int64_t k, void* scratch) {
+  return kth_largest(values, n, k, scratch);
 }
 
 template <class L>
@@ -374,12 +434,8 @@ int64_t rank(const Row& row, int64_t id) {
       for (int64_t j = 0; j < kChunk; j += L::width)
         before += __builtin_popcount(vge_bits(vload(z + j), bound));
     } else if (c > id) {
-      int64_t at_most = 0;
       for (int64_t j = 0; j < kChunk; j += L::width)
-        at_most += __builtin_popcount(vge_bits(bound, vload(z + j)));
-      int64_t numbers = 0;
-      for (int64_t j = 0; j < kChunk; ++j) numbers += z[j] == z[j];
-      before += numbers - at_most;
+        before += __builtin_popcount(vgt_bits(vload(z + j), bound));
     } else {
       for (int64_t j = 0; j < kChunk; ++j) before += c + j < id ? z[j] >= value : z[j] > value;
     }
@@ -456,9 +512,9 @@ void store(const typename L::A* values, void* out, DType dtype, int64_t n, bool 
 
 template <class L>
 constexpr Kernels<typename L::A> table() {
-  return {stats<L>,      outside<L>,     scatter<L>, divergence<L>, divergence_grad<L>, chunks<L>,
-          candidates<L>, outside_sum<L>, rank<L>,    dots<L>,       combine<L>,         load<L>,
-          store<L>};
+  return {stats<L>,  outside<L>, scatter<L>,    divergence<L>,  divergence_grad<L>,
+          chunks<L>, kth<L>,     candidates<L>, outside_sum<L>, rank<L>,
+          dots<L>,   combine<L>, load<L>,       store<L>};
 }
 
 }  // namespace

@@ -461,41 +461,6 @@ void full_kl_backward_inplace_cpu(const Tensor& student_logits, const Tensor& te
                        divergence, beta);
 }
 
-namespace {
-
-// The k-th largest of n numbers (NaN is absent).
-double kth_largest(const double* values, int64_t n, int64_t k, std::vector<double>& copy,
-                   std::vector<uint32_t>&) {
-  copy.assign(values, values + n);
-  std::nth_element(copy.begin(), copy.begin() + (k - 1), copy.end(), std::greater<double>());
-  return copy[k - 1];
-}
-
-// By bisection over the bits of keys that are ordered like the numbers: no branch on the data.
-float kth_largest(const float* values, int64_t n, int64_t k, std::vector<float>&,
-                  std::vector<uint32_t>& keys) {
-  keys.resize(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = values[i] + 0.0f;  // -0 is equal to 0
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    keys[i] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  }
-  uint32_t best = 0;  // largest t with at least k keys >= t
-  for (int shift = 31; shift >= 0; --shift) {
-    const uint32_t t = best | (uint32_t(1) << shift);
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) count += keys[i] >= t;
-    if (count >= k) best = t;
-  }
-  const uint32_t bits = best & 0x80000000u ? best & 0x7fffffffu : ~best;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature) {
@@ -533,8 +498,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
     A *out_logp = data<A>(logp), *out_lse = data<A>(lse), *out_tail = data<A>(tail);
     A* out_token = data<A>(token_logp);
     for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
-      std::vector<A> space(3 * num_chunks), values(most), copy;
-      std::vector<uint32_t> keys;
+      std::vector<A> space(4 * num_chunks), values(most);
       std::vector<int64_t> found(most), order(most), sorted(k);
       const ChunkSums<A> sums{space.data(), space.data() + num_chunks,
                               space.data() + 2 * num_chunks};
@@ -544,7 +508,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
         table.chunks(row, inv_t, sums, &r);
         // The k-th largest chunk maximum is a lower bound of the k-th largest logit.
         const A threshold =
-            num_chunks < k ? -INFINITY : kth_largest(sums.peaks, num_chunks, k, copy, keys);
+            num_chunks < k ? -INFINITY
+                           : table.kth(sums.peaks, num_chunks, k, space.data() + 3 * num_chunks);
         const int64_t count =
             table.candidates(row, sums.peaks, threshold, k, values.data(), found.data());
         for (int64_t i = 0; i < count; ++i) order[i] = i;

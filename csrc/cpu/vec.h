@@ -29,7 +29,6 @@ inline vf vload(const float* p) { return _mm512_loadu_ps(p); }
 inline void vstore(float* p, vf a) { _mm512_storeu_ps(p, a); }
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
-inline vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf vpow2(vf a, vf n) { return _mm512_scalef_ps(a, n); }  // a * 2^n
 inline vf vif_gt(vf a, vf b, vf yes, vf no) {
@@ -37,8 +36,9 @@ inline vf vif_gt(vf a, vf b, vf yes, vf no) {
 }
 inline float vhmax(vf a) { return _mm512_reduce_max_ps(a); }
 inline float vhsum(vf a) { return _mm512_reduce_add_ps(a); }
-// Bit i is set where a[i] >= b[i] (NaN: not).
+// Bit i is set where a[i] >= b[i], or a[i] > b[i] (NaN: not).
 inline uint32_t vge_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t vgt_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 
 #elif defined(OPD_AVX2)
 
@@ -70,6 +70,10 @@ inline float vhsum(vf a) {
 }
 inline uint32_t vge_bits(vf a, vf b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+
+inline uint32_t vgt_bits(vf a, vf b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
 
 #else  // portable: 16-byte vectors of the compiler (SSE2, NEON, ...)
@@ -110,6 +114,11 @@ inline uint32_t vge_bits(vf a, vf b) {
   for (int i = 0; i < 4; ++i) bits |= uint32_t(a[i] >= b[i]) << i;
   return bits;
 }
+inline uint32_t vgt_bits(vf a, vf b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= uint32_t(a[i] > b[i]) << i;
+  return bits;
+}
 
 #endif
 
@@ -131,9 +140,21 @@ struct ExpF {
 #endif
   }
   vf operator()(vf x) const {
+#if defined(OPD_AVX512)
+    // scalef takes the floor of its second argument, reduce leaves the rest of it (0 for -inf), so
+    // that no rounding and no bound is needed; the polynomial is that of [0, 1].
+    const vf t = x * scale;
+    const vf f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vf q = vset(0.0018671302823349833f);
+    q = vfma(q, f, vset(0.009017029777169228f));
+    q = vfma(q, f, vset(0.05579991266131401f));
+    q = vfma(q, f, vset(0.24016444385051727f));
+    q = vfma(q, f, vset(0.6931512951850891f));
+    return vpow2(vfma(q, f, vset(1.0f)), t);
+#else
     x = vmax(lowest, x);
     const vf t = x * scale, n = vround(t);
-#if defined(OPD_AVX512) || defined(OPD_AVX2)
+#if defined(OPD_AVX2)
     const vf f = t - n;
 #else
     const vf y = x * factor;  // ln 2 in two parts, because a * b + c rounds twice here
@@ -145,6 +166,7 @@ struct ExpF {
     q = vfma(q, f, vset(0.24022242426872253f));
     q = vfma(q, f, vset(0.6931470036506653f));
     return vpow2(vfma(q, f, vset(1.0f)), n);
+#endif
   }
 };
 
@@ -187,6 +209,7 @@ inline double vmin(double a, double b) { return a < b ? a : b; }
 inline double vfma(double a, double b, double c) { return a * b + c; }
 inline double vif_gt(double a, double b, double yes, double no) { return a > b ? yes : no; }
 inline uint32_t vge_bits(double a, double b) { return a >= b; }
+inline uint32_t vgt_bits(double a, double b) { return a > b; }
 inline double vhmax(double a) { return a; }
 inline double vhsum(double a) { return a; }
 inline double vlog(double x) { return ::log(x); }
