@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import opd_ops
-from opd_ops import health, runs
+from opd_ops import health, rollouts, runs
 from opd_ops.data import Prompt, load_prompts, verifier_function
 from opd_ops.models import CausalLM, load_models, prepare
 
@@ -90,7 +89,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
     add = partial(runs.flag, parser.add_argument_group("models"))
     add("--student", str(tiny / "student"), "folder or hub name")
-    add("--teacher", None, "[NAME=]folder or hub name [the tiny teacher]", action="append")
+    add("--teacher", None, "folder or hub name [the tiny teacher]", action="append")
     add("--dtype", "auto", "compute type (weights: float32)", choices=["auto", *types])
     add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
     add("--teacher-device", "same", "device of frozen models; same: --device")
@@ -100,7 +99,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts-per-step", 32, "prompts in one step", "[1,inf)")
     add("--rollouts-per-prompt", 4, "rollouts of each", "[1,inf)")
     add("--max-completion-tokens", 128, "longer completions are cut, and counted", "[1,inf)")
-    add("--temperature", 1.0, "of sampling", "(0,inf)")
+    add("--temperature", 1.0, "of sampling; the loss is not corrected for it", "(0,inf)")
     add("--top-p", 1.0, "of sampling; the loss is not corrected for the truncation", "(0,1]")
     add("--top-k", 0, "of sampling; 0: off", "[0,inf)")
     add("--sampler-batch-size", 256, "rollouts generated together", "[1,inf)")
@@ -115,7 +114,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--updates-per-rollout", 1, "optimizer steps on each batch of rollouts", "[1,inf)")
     add("--importance-cap", 5.0, "largest importance weight, Eq. (3)", "[1,inf]")
     add("--loss-temperature", 1.0, "of every log-prob in the loss, all models alike", "(0,inf)")
-    add("--micro-batch-tokens", 16384, "tokens of one forward pass, with padding", "[1,inf)")
+    add("--micro-batch-tokens", 16384, "most tokens of a forward pass, with padding", "[1,inf)")
     add("--max-bad-steps", 0, "steps with non-finite loss or gradient to skip", "[0,inf)")
     add = partial(runs.flag, parser.add_argument_group("evaluation"))
     add("--eval-every", 50, "steps between evaluations, and at both ends; 0: never", "[0,inf)")
@@ -133,7 +132,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ==== 2. Data and verifier ========================================================================
-# FORK: rows and chat format are `opd_ops.data.load_prompts`; your verifier is `--verifier my.py:f`.
+# FORK: rows and chat format: `opd_ops.data.load_prompts`. A verifier of yours: --verifier my.py:f
 
 
 def prompts_of_step(prompts: list[Prompt], step: int, args: argparse.Namespace) -> list[Prompt]:
@@ -167,10 +166,10 @@ class Rollout:
     completion_ids: Tensor  # [B, T] int64, right-padded
     completion_mask: Tensor  # [B, T] bool: every token after the prompt, EOS included
     response_mask: Tensor  # [B, T] bool: tokens that the main loss trains
-    prefix_mask: Tensor  # [B, T] bool: tokens of a teacher's prefix
+    prefix_mask: Tensor  # [B, T] bool: tokens of a teacher's prefix; none in opd
     rollout_logp: Tensor  # [B, T] nats, of the law that was sampled from
     behaviour_logp: Tensor  # [B, T] nats, same weights, full vocabulary, loss temperature
-    coin: Tensor  # [B, T] a uniform in [0, 1) for the method's own draw at a token, from `collect`
+    coin: Tensor  # [B, T] a uniform in [0, 1) for a method's own draw at a token; zero in opd
     ended: Tensor  # [B] bool: EOS was sampled
     source: Tensor  # [B] int64: 0 student, 1 teacher
     verdict: Tensor  # [B] float: +1 right, -1 wrong, 0 unverified
@@ -185,15 +184,7 @@ class Rollout:
 
     def select(self, rows: Tensor) -> Rollout:
         """Some of the rollouts, without padding that they do not need."""
-        left = int((~self.prompt_mask[rows]).sum(1).min())
-        width = int(self.completion_mask[rows].sum(1).max())
-        cut: dict[str, Any] = {"prompts": [self.prompts[row] for row in rows.tolist()]}
-        for name in (field.name for field in fields(self) if field.name != "prompts"):
-            value = getattr(self, name)[rows]
-            if value.dim() == 2:
-                value = value[:, left:] if name.startswith("prompt") else value[:, :width]
-            cut[name] = value
-        return Rollout(**cut)
+        return rollouts.select(self, rows)
 
 
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Tensor]) -> Tensor:
@@ -217,18 +208,18 @@ def token_logp(model: CausalLM, rollout: Rollout, args: argparse.Namespace) -> T
     return read_tokens(
         model,
         rollout,
-        lambda rows, head: opd_ops.linear_token_logp(rows, head, ids, **law(args))[0],
+        lambda rows, head: opd_ops.linear_token_logp(rows, head, ids, **loss_law(args))[0],
     )
 
 
-def law(args: argparse.Namespace) -> dict[str, Any]:
+def loss_law(args: argparse.Namespace) -> dict[str, Any]:
     """What turns logits into the distributions of the loss, the same for all models."""
     return {"temperature": args.loss_temperature, "valid_vocab": args.valid_vocab}
 
 
 def uniforms(num_rollouts: int, stream: int, step: int, args: argparse.Namespace) -> Tensor:
-    """[B, T], one uniform per token: the randomness belongs to the row, so that neither batching
-    nor the number of processes changes a sample. Streams: 2 rollouts, 3 evaluation, 4 teacher."""
+    """[B, T], one uniform per token: randomness belongs to the row, so that neither batching nor
+    the number of processes changes a sample. Streams: 1 data order, 2 rollouts, 3 evaluation."""
     generator = np.random.default_rng([args.seed, stream, step])
     shape = (num_rollouts, args.max_completion_tokens)
     return torch.from_numpy(generator.random(shape, dtype=np.float32))
@@ -255,14 +246,23 @@ def draw(
     mass = cdf[:, -1:]  # 1 without truncation
     point = (uniform[:, None] * mass).minimum(mass.nextafter(torch.zeros_like(mass)))
     place = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
+    place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
     rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
     token = (place if order is None else order.gather(1, place))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, token, **law(args))[0]
+    return token, rollout_logp, opd_ops.token_logp(logits, token, **loss_law(args))[0]
 
 
-def last_logits(rows: Tensor, head: Tensor | None) -> Tensor:
-    """[B, V] from the hidden states of the last position."""
-    return rows if head is None else rows @ head.T
+def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
+    """[B, V] logits after `ids` [B, n], the last columns of all that `seen` [B, L] masks."""
+    return model(
+        lambda rows, head: rows if head is None else rows @ head.T,
+        None,
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    )
 
 
 @torch.no_grad()
@@ -279,56 +279,42 @@ def sample(
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
     """
-    (num, width), length = uniform.shape, max(len(prompt.ids) for prompt in prompts)
-    eos = torch.tensor(args.eos_ids, device=model.device)
-    uniform = uniform.to(model.device)
-    zeros = partial(torch.zeros, device=model.device)
-    ids, masks = partial(zeros, dtype=torch.int64), partial(zeros, dtype=torch.bool)
-    prompt, completion = (num, length), (num, width)
-    out = Rollout(
-        prompts, ids(prompt), masks(prompt), ids(completion), masks(completion), masks(completion),
-        masks(completion), zeros(completion), zeros(completion), zeros(completion), masks(num),
-        ids(num), zeros(num),
-    )  # fmt: skip
-    for row, each in enumerate(prompts):
-        out.prompt_ids[row, length - len(each.ids) :] = torch.tensor(each.ids)
-        out.prompt_mask[row, length - len(each.ids) :] = True
-    model.eval()
+    (num, width), device = uniform.shape, model.device
+    out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
+    eos = torch.tensor(args.eos_ids, device=device)
+    grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
     bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
-    for rows in torch.arange(num, device=model.device).split(args.sampler_batch_size):
-        cache = DynamicCache(config=model.lm.config)
-        step = partial(model, last_logits, None, past_key_values=cache, use_cache=True)
-        unique = list(dict.fromkeys(prompts[row].ids for row in rows.tolist()))
-        which = torch.tensor([unique.index(prompts[row].ids) for row in rows.tolist()])
-        first = rows[torch.tensor([which.tolist().index(i) for i in range(len(unique))])]
-        mask, which = out.prompt_mask[first], which.to(model.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = step(input_ids=out.prompt_ids[first], attention_mask=mask, position_ids=positions)
-        cache.batch_select_indices(which)  # rollouts of one prompt have shared its prefill
-        logits, mask, alive = logits[which], mask[which], torch.ones_like(rows, dtype=torch.bool)
-        for t in range(width):
-            drawn = draw(logits, uniform[rows, t], temperature, top_p, top_k, args)
-            token, live = drawn[0], rows[alive]
-            out.completion_mask[live, t] = True
-            kept = (out.completion_ids, out.rollout_logp, out.behaviour_logp)
-            for grid, values in zip(kept, drawn):
-                grid[live, t] = values[alive]
-            ends = torch.isin(token, eos) & alive
-            out.ended[rows[ends]] = True
-            alive = alive & ~ends
-            bar.update(int(ends.sum()))
-            if t + 1 == width or not alive.any():
-                break
-            if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a step
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, mask, token, alive = rows[keep], mask[keep], token[keep], alive[keep]
-            mask = F.pad(mask, (0, 1), value=True)
-            positions = mask.sum(1, keepdim=True) - 1
-            logits = step(input_ids=token[:, None], attention_mask=mask, position_ids=positions)
+    model.eval()
+    for rows in torch.arange(num, device=device).split(args.sampler_batch_size):
+        with model.autocast():  # once for all steps, so that weights are cast once
+            cache, place = model.new_cache(), {}  # each distinct prompt is prefilled once
+            which = [place.setdefault(prompts[row].ids, len(place)) for row in rows.tolist()]
+            first = rows[[which.index(each) for each in range(len(place))]]
+            seen, copies = out.prompt_mask[first], torch.tensor(which, device=device)
+            logits = next_logits(model, cache, out.prompt_ids[first], seen)[copies]
+            cache.batch_select_indices(copies)
+            seen, alive = seen[copies], torch.ones_like(rows, dtype=torch.bool)
+            for t in range(width):
+                drawn = draw(logits, uniform[rows, t], temperature, top_p, top_k, args)
+                token, live = drawn[0], rows[alive]
+                out.completion_mask[live, t] = True
+                for grid, values in zip(grids, drawn):
+                    grid[live, t] = values[alive]
+                ends = torch.isin(token, eos) & alive
+                out.ended[rows[ends]] = True
+                alive = alive & ~ends
+                bar.update(int(ends.sum()))
+                if t + 1 == width or not alive.any():
+                    break
+                if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a step
+                    keep = alive.nonzero()[:, 0]
+                    cache.batch_select_indices(keep)
+                    rows, seen, token, alive = rows[keep], seen[keep], token[keep], alive[keep]
+                seen = F.pad(seen, (0, 1), value=True)
+                logits = next_logits(model, cache, token[:, None], seen)
     bar.close()
     out.response_mask = out.completion_mask.clone()
-    return out.select(torch.arange(num, device=model.device))
+    return out.select(torch.arange(num, device=device))
 
 
 # ==== 4. The method ===============================================================================
@@ -495,12 +481,15 @@ def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Ten
 
 def micro_batches(rollout: Rollout, args: argparse.Namespace) -> Iterator[Rollout]:
     """Pieces of like length, at most --micro-batch-tokens each (or one rollout)."""
-    lengths = rollout.attention_mask.sum(1)
-    order, start = lengths.argsort(descending=True, stable=True), 0
-    while start < len(order):
-        end = start + max(1, args.micro_batch_tokens // int(lengths[order[start]]))
-        yield rollout.select(order[start:end])
-        start = end
+    sizes = torch.stack([rollout.prompt_mask.sum(1), rollout.completion_mask.sum(1)], 1).cpu()
+    group, width = [], torch.zeros(2, dtype=torch.int64)
+    for row in sizes.sum(1).argsort(descending=True, stable=True).tolist():
+        wider = width.maximum(sizes[row])
+        if group and int(wider.sum()) * (len(group) + 1) > args.micro_batch_tokens:
+            yield rollout.select(torch.tensor(group))
+            group, wider = [], sizes[row]
+        group, width = [*group, row], wider
+    yield rollout.select(torch.tensor(group))
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -515,11 +504,15 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW over float32 weights; weight decay on matrices only."""
     groups = [
-        {"params": [p for p in student.parameters() if p.dim() > 1]},
-        {"params": [p for p in student.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [w for w in student.parameters() if w.dim() > 1]},
+        {"params": [w for w in student.parameters() if w.dim() <= 1], "weight_decay": 0.0},
     ]
     how = {"lr": args.lr, "betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
-    return torch.optim.AdamW(groups, **how)
+    optimizer = torch.optim.AdamW(groups, **how)
+    for weight in student.parameters():  # now, so that a checkpoint before the first step is exact
+        moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        optimizer.state[weight] = {"step": torch.tensor(0.0)} | moments
+    return optimizer
 
 
 def train_step(
@@ -569,8 +562,9 @@ def evaluate(
     metrics |= health.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
     if name == "student":
         first = rollout.select(torch.arange(0, len(rows), args.eval_samples))
-        exact = health.exact_divergences(models, micro_batches(first, args), read_tokens, law(args))
-        metrics["reverse_kl"] = exact["reverse_kl"]
+        metrics |= health.exact_divergences(
+            models, micro_batches(first, args), read_tokens, loss_law(args), ["reverse_kl"]
+        )
     return {f"eval/{name}/{key}": value for key, value in metrics.items()}
 
 
@@ -609,8 +603,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Sample, score, update; evaluate and save."""
     args = parse_args(argv)
     tokenizer = prepare(model_paths(args), args)
-    prompts = load_prompts(args.prompts, tokenizer, args)
-    test = load_prompts(args.test_prompts, tokenizer, args) if args.test_prompts else []
+    prompts, test = load_prompts(tokenizer, args)
     function = verifier_function(args.verifier)
     runs.say_plan(args)
     if args.dry_run:
@@ -648,14 +641,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.diagnostic_tokens:
             with run.phase("diagnose"):
                 few = micro_batches(health.thin(rollout, args.diagnostic_tokens, step), args)
-                metrics |= health.exact_divergences(models, few, read_tokens, law(args))
+                metrics |= health.exact_divergences(models, few, read_tokens, loss_law(args))
         with run.phase("student"):
             for _ in range(args.updates_per_rollout):
                 metrics |= train_step(student, optimizer, batch, args, step)
-                state["num_bad_steps"] += int(metrics["bad_step"])
+                if metrics["bad_step"]:
+                    break
         run.log_step(step + 1, metrics, health.samples(rollout, tokenizer))
-        if state["num_bad_steps"] > args.max_bad_steps:
-            raise run.bad_step(metrics, health.samples(rollout, tokenizer, len(rollout.prompts)))
+        if metrics["bad_step"] and state["num_bad_steps"] >= args.max_bad_steps:
+            everything = health.samples(rollout, tokenizer, len(rollout.prompts))
+            raise run.bad_step(step + 1, metrics, everything, save)
+        state["num_bad_steps"] += int(metrics["bad_step"])
     verifier.close()
     run.finish()
 
