@@ -1,0 +1,333 @@
+"""Time the ops of opd_ops beside plain PyTorch and torch.compile, and beside what memory allows.
+
+    python benchmarks/bench_ops.py                      the goals: 256 x 151,936, float32
+    python benchmarks/bench_ops.py --rows 64 1024 --vocab 32000 50257 --dtype bfloat16 --k 8 128
+    python benchmarks/bench_ops.py --allocator reuse    buffers recycled: fairest to the baselines
+
+All implementations of a case run in turn, `--repeats` times, in one process, together with two
+measurements of the memory itself: a read (torch.sum over the same tensor) and a pass that reads
+and writes in place (torch.neg_). `x_floor` is the best time over the time that the case's
+unavoidable traffic takes at these speeds; `speedup` is over the first implementation of the case.
+On a machine that does other work, wall-clock times of several threads measure its scheduler: there,
+`--threads 1 --clock cpu` compares, and the load is recorded in each row. Rows are appended to
+benchmarks/results/ops.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import opd_ops
+from opd_ops import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "ops.csv"
+COLUMNS = [
+    *("op", "implementation", "direction", "dtype", "rows", "vocab", "k", "width", "threads"),
+    *(
+        "allocator",
+        "clock",
+        "best_ms",
+        "p20_ms",
+        "median_ms",
+        "p80_ms",
+        "floor_ms",
+        "x_floor",
+        "speedup",
+    ),
+    *("gb_per_s", "load", "device", "isa", "torch", "cuda", "commit", "dirty", "date", "command"),
+]
+ALLOCATORS = {  # environment of the process
+    "default": {},
+    "thp": {"THP_MEM_ALLOC_ENABLE": "1"},
+    "reuse": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1099511627776"},
+}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+Call = Callable[[], Any]
+
+
+class Attach(torch.autograd.Function):
+    """A tensor that takes part in a graph without being a leaf; its gradient goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+ROOT_TENSOR = torch.zeros(1, requires_grad=True)
+
+
+def train(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Call:
+    """Forward and backward of a sum, up to the gradient of the logits."""
+    return lambda: loss(Attach.apply(logits, ROOT_TENSOR)).sum().backward()
+
+
+def torch_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    lse = torch.logsumexp(logits, -1)
+    values, ids = torch.topk(logits, k)
+    return ids, values.float() - lse[:, None], lse
+
+
+def torch_token_logp(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), -1).gather(1, ids[:, None])[:, 0]
+
+
+def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -> Any:
+    """(op, direction, k, width, floor as (reads, read-writes), implementations, logits)."""
+    generator = torch.Generator().manual_seed(0)
+    z = (2 * torch.randn(rows, vocab, generator=generator)).to(dtype)
+    teacher = z.clone()
+    scratch = z.clone()
+    ids = torch.randint(0, vocab, (rows,), generator=generator)
+    compiled = torch.compile if args.compile else None
+
+    def others(**named: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        """Baselines eager, and through torch.compile."""
+        result = dict(named)
+        if compiled is not None:
+            result |= {f"compile({name})": compiled(call) for name, call in named.items()}
+        return result
+
+    yield "memory", "read", 0, 0, (1, 0), {"torch.sum": lambda: z.view(torch.float32).sum()}, z
+    yield "memory", "read+write", 0, 0, (0, 1), {"torch.neg_": lambda: scratch.neg_()}, z
+
+    for k in args.k:
+        baselines = others(torch=lambda z, k=k: torch_topk(z, k))
+        calls = {"opd_ops": lambda k=k: opd_ops.topk_logp(z, k)}
+        calls |= {name: lambda f=f: f(z) for name, f in baselines.items()}
+        if args.reference:
+            calls["reference"] = lambda k=k: reference.topk_logp(z, k)
+        yield "topk_logp", "forward", k, 0, (1, 0), calls, z
+
+    baselines = others(torch=torch_token_logp)
+    calls = {"opd_ops": lambda: opd_ops.token_logp(z, ids)}
+    calls |= {name: lambda f=f: f(z, ids) for name, f in baselines.items()}
+    if args.reference:
+        calls["reference"] = lambda: reference.token_logp(z, ids)
+    yield "token_logp", "forward", 0, 0, (1, 0), calls, z
+
+    calls = {
+        "opd_ops in place": train(lambda z: opd_ops.token_logp(z, ids, inplace=True)[0], scratch),
+        "opd_ops": train(lambda z: opd_ops.token_logp(z, ids)[0], z),
+    }
+    calls |= {name: train(lambda z, f=f: f(z, ids), z) for name, f in baselines.items()}
+    yield "token_logp", "forward+backward", 0, 0, (1, 1), calls, z
+
+    for divergence in ("reverse", "jsd"):
+        plain = others(reference=lambda z, t, d=divergence: reference.full_kl(z, t, divergence=d))
+        calls = {"opd_ops": lambda d=divergence: opd_ops.full_kl(z, teacher, divergence=d)}
+        calls |= {name: lambda f=f: f(z, teacher) for name, f in plain.items()}
+        yield f"full_kl {divergence}", "forward", 0, 0, (2, 0), calls, z
+        calls = {
+            "opd_ops in place": train(
+                lambda z, d=divergence: opd_ops.full_kl(z, teacher, divergence=d, inplace=True),
+                scratch,
+            )
+        }
+        calls |= {name: train(lambda z, f=f: f(z, teacher), z) for name, f in plain.items()}
+        yield f"full_kl {divergence}", "forward+backward", 0, 0, (3, 1), calls, z
+
+    if dtype == torch.float16:
+        return  # its matrix products have no fast path on CPU
+    width = args.width
+    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    head = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype).requires_grad_()
+    buffer = torch.zeros_like(head)
+    for k in args.k:
+        support = torch.randint(0, vocab, (rows, k), generator=generator)
+        teacher_logp = -3 - torch.rand(rows, k, generator=generator)
+
+        def step(call: Call) -> Call:
+            def run() -> None:
+                hidden.grad = head.grad = None
+                call()[0].sum().backward()
+
+            return run
+
+        def ours(form: Any, support: Tensor = support, teacher_logp: Tensor = teacher_logp) -> Call:
+            return step(
+                lambda: opd_ops.linear_support_kl(
+                    hidden, head, support, teacher_logp, grad_head=form
+                )
+            )
+
+        def full_head(support: Tensor = support, teacher_logp: Tensor = teacher_logp) -> Any:
+            return reference.support_kl(F.linear(hidden, head), support, teacher_logp)
+
+        calls = {
+            "opd_ops rows": ours("rows"),
+            "opd_ops buffer": ours(buffer),
+            "opd_ops dense": ours("dense"),
+            "torch head + gather": step(full_head),
+        }
+        yield "linear_support_kl", "forward+backward", k, width, None, calls, z
+    calls = {
+        "opd_ops": step(lambda: opd_ops.linear_token_logp(hidden, head, ids)),
+        "torch head + log_softmax": step(lambda: [torch_token_logp(F.linear(hidden, head), ids)]),
+    }
+    yield "linear_token_logp", "forward+backward", 0, width, None, calls, z
+
+
+def measure(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each call, in turn."""
+    clock = CLOCKS[args.clock]
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()  # warm-up, compilation
+    for _ in range(args.repeats):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
+def git(*command: str) -> str:
+    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[256])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[151_936])
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--k", type=int, nargs="+", default=[32])
+    parser.add_argument("--width", type=int, default=1024, help="hidden size of the linear ops")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--ops", nargs="+", default=[], help="only ops whose name starts so")
+    parser.add_argument("--allocator", choices=list(ALLOCATORS), default="default")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: one thread")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--reference", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    if args.clock == "cpu" and args.threads != [1]:
+        parser.error("--clock cpu counts one thread; it needs --threads 1")
+    environment = ALLOCATORS[args.allocator]
+    if any(os.environ.get(key) != value for key, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
+
+    info = opd_ops.info()
+    if info["notice"]:
+        print(info["notice"])
+    common = {
+        "allocator": args.allocator,
+        "clock": args.clock,
+        "device": platform.processor() or platform.machine(),
+        "isa": info["isa"],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "csrc", "opd_ops", "benchmarks/bench_ops.py")),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "command": "python benchmarks/bench_ops.py " + " ".join(sys.argv[1:]),
+    }
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []:
+        if line.startswith("model name"):
+            common["device"] = line.split(":")[1].strip()
+            break
+    table = []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for dtype_name in args.dtype:
+            dtype = getattr(torch, dtype_name)
+            for rows in args.rows:
+                for vocab in args.vocab:
+                    table += bench(args, common, threads, dtype_name, dtype, rows, vocab)
+    if args.save:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerows(table)
+        print(f"{len(table)} rows appended to {RESULTS.relative_to(ROOT)}")
+
+
+def bench(
+    args: argparse.Namespace,
+    common: dict[str, Any],
+    threads: int,
+    dtype_name: str,
+    dtype: torch.dtype,
+    rows: int,
+    vocab: int,
+) -> list[dict[str, Any]]:
+    print(f"\n{rows} x {vocab} {dtype_name}, {threads} threads, allocator {common['allocator']}")
+    table, memory = [], {}
+    for op, direction, k, width, floor, calls, z in cases(args, rows, vocab, dtype):
+        if op != "memory" and args.ops and not op.startswith(tuple(args.ops)):
+            continue
+        if op == "memory":
+            seconds = measure(calls, args)
+            memory[direction] = next(iter(calls.values()))
+        else:  # the memory is measured again, in turn with the case
+            probes = {f"memory {name}": call for name, call in memory.items()} if floor else {}
+            seconds = measure({**calls, **probes}, args)
+        best = {name: min(values) for name, values in seconds.items()}
+        floor_s = None
+        if floor is not None and op != "memory":
+            floor_s = floor[0] * best["memory read"] + floor[1] * best["memory read+write"]
+        ours = best[next(iter(calls))]
+        size = z.numel() * z.element_size()
+        for name in calls:
+            streams = floor[0] + 2 * floor[1] if floor else 0
+            row = {
+                **common,
+                "op": op,
+                "implementation": name,
+                "direction": direction,
+                "dtype": dtype_name,
+                "rows": rows,
+                "vocab": vocab,
+                "k": k or "",
+                "width": width or "",
+                "threads": threads,
+                "best_ms": f"{1e3 * best[name]:.3f}",
+                "floor_ms": "" if floor_s is None else f"{1e3 * floor_s:.3f}",
+                "x_floor": "" if floor_s is None else f"{best[name] / floor_s:.2f}",
+                "speedup": f"{best[name] / ours:.2f}",
+                "gb_per_s": f"{streams * size / best[name] / 1e9:.1f}" if streams else "",
+                "load": f"{os.getloadavg()[0]:.1f}",
+            }
+            for q in (20, 50, 80):
+                key = "median_ms" if q == 50 else f"p{q}_ms"
+                row[key] = f"{1e3 * quantile(seconds[name], q / 100):.3f}"
+            table.append(row)
+            print(
+                f"{op:18s} {direction:17s} k={k or '-':<4} {name:28s} best {row['best_ms']:>9} ms "
+                f"median {row['median_ms']:>9} ms  x floor {row['x_floor'] or '-':>6} "
+                f" ours x {row['speedup']}",
+                flush=True,
+            )
+    return table
+
+
+if __name__ == "__main__":
+    main()
