@@ -14,7 +14,7 @@ Sources: (1), (2), (4) arXiv:2603.25562v2 Eq. (2), with discount 0 the method of
 is an unbiased estimate of that of (5), reverse KL, at the prefixes that the student visits.
 
     python methods/opd.py                                  # the embedded tiny pair, on a CPU
-    python methods/opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --prompts train.jsonl \
+    python methods/opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --prompts train.jsonl \\
         --verifier math --max-completion-tokens 4096 --lr 1e-6
 """
 

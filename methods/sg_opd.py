@@ -26,7 +26,7 @@ Deviations (the paper's choice is not known to us): what the gate scales, scalar
 share rho, the length S and the loss of teacher rollouts; raw or group verdict.
 
     python methods/sg_opd.py                               # the embedded tiny pair, on a CPU
-    python methods/sg_opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \
+    python methods/sg_opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
         --prompts train.jsonl --verifier math --rollouts-per-prompt 8
 """
 
