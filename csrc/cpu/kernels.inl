@@ -261,7 +261,8 @@ void divergence_grad(const DivergenceRow& a, double center, double grad, void* o
   const int64_t item = size_of(a.student.dtype);
   const bool no_student = a.student_stats.shift == -INFINITY;
   const bool no_teacher = a.teacher_stats.shift == -INFINITY;
-  if (grad == 0.0 || no_student) {  // neither row is read
+  // Without a student, or for the forward KL without a teacher, every term is 0.
+  if (grad == 0.0 || no_student || (no_teacher && a.kind == Divergence::forward)) {
     memset(out, 0, size * item);
     return;
   }

@@ -356,6 +356,19 @@ def test_dead_rows_have_no_gradient():
         assert opd_ops.full_kl(z, z.detach(), divergence=divergence).tolist() == [0.0, 0.0]
 
 
+def test_teacher_without_a_possible_token():
+    """No terms, no gradient; for the reverse KL the student's mass is all outside: infinite."""
+    z = torch.randn(2, 130, requires_grad=True)
+    nothing = torch.full((2, 130), -INF)
+    for module in (opd_ops, reference):
+        forward = module.full_kl(z, nothing, divergence="forward")
+        assert forward.tolist() == [0.0, 0.0]
+        assert (torch.autograd.grad(forward.sum(), z)[0] == 0).all()
+        assert module.full_kl(z, nothing).tolist() == [INF, INF]
+        jsd = module.full_kl(z, nothing, divergence="jsd")
+        assert torch.autograd.grad(jsd.sum(), z)[0].abs().max() < 1e-6
+
+
 def test_rows_of_weight_zero_are_not_read():
     """Their logits may even be NaN: the gradient is 0, in the rows and nowhere else."""
     z = torch.randn(3, 500, requires_grad=True)
