@@ -328,8 +328,8 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
 
 def check_method_args(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags, beyond their bounds."""
-    names = [name for name, _ in map(split_name, args.teacher or [])]
     errors = []
+    names = [name for name, _ in map(split_name, args.teacher or [])]
     if (len(names) > 1 and "" in names) or len(set(names)) < len(names):
         errors.append("--teacher: of several each needs a NAME= of its own")
     if any(names) and args.eval_teacher:
@@ -338,7 +338,8 @@ def check_method_args(args: argparse.Namespace) -> list[str]:
         errors.append("--teacher-offload: give --teacher-device cpu, where the models wait")
     for source in filter(None, (args.prompts, args.test_prompts) if any(names) else ()):
         rows = opd_ops.data.read_rows(source, args.seed)
-        missing = {str(row.get(args.domain_field, "")) for row in rows} - set(names)
+        domains = (row.get(args.domain_field) for row in rows)
+        missing = {"" if domain is None else str(domain) for domain in domains} - set(names)
         if missing:
             errors.append(f"--teacher: none is named for {sorted(missing)} in {source}")
     return errors

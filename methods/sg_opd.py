@@ -338,12 +338,13 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
 
 def check_method_args(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags, beyond their bounds."""
-    several = len(args.teacher or []) > 1
-    errors = ["--teacher: one is expected (exopd.py takes several)"] if several else []
+    errors = []
     if args.reference and args.gate_target != "reference":
         errors.append("--reference: only --gate-target reference uses it")
     if args.verdict == "group" and args.rollouts_per_prompt < 2:
         errors.append("--verdict group: a group needs --rollouts-per-prompt of at least 2")
+    if len(args.teacher or []) > 1:
+        errors.append("--teacher: one is expected (exopd.py takes several)")
     return errors
 
 
@@ -373,8 +374,6 @@ def collect(
     metrics = {"student_pass_rate": pass_rate(rollout.verdict)}
     num = round(teacher_share(step, args) * len(prompts))
     if num:
-        from opd_ops.rollouts import join
-
         rows = torch.arange(len(prompts)).view(-1, args.rollouts_per_prompt)
         rows = rows.T.flatten()[:num]  # one rollout of every prompt before a second of any
         chosen = [prompts[row] for row in rows]
@@ -387,7 +386,7 @@ def collect(
         endorsed = (offered.verdict > 0).nonzero()[:, 0].cpu()
         kept = torch.arange(len(prompts))  # the student's, where the teacher's is not endorsed
         kept[rows[endorsed]] = len(prompts) + endorsed
-        rollout = join([rollout, offered]).select(kept)
+        rollout = rollouts.join([rollout, offered]).select(kept)
         metrics["num_teacher_rejected"] = float(num - len(endorsed))
         metrics["teacher_pass_rate"] = pass_rate(offered.verdict)
     metrics["teacher_share"] = float(rollout.source.float().mean())
@@ -441,8 +440,8 @@ def sign_gate(agree: Tensor, rollout: Rollout, args: argparse.Namespace) -> Tens
         agree = ~agree
     elif args.gate_control == "random":  # the tokens of each rollout swap gates: the same rate
         untrained = ~rollout.trained_mask
-        places = untrained.int().argsort(1, stable=True)
-        drawn = rollout.coin.masked_fill(untrained, 2.0).argsort(1, stable=True)
+        places = untrained.int().argsort(dim=1, stable=True)
+        drawn = rollout.coin.masked_fill(untrained, 2.0).argsort(dim=1, stable=True)
         agree = agree.scatter(1, places, agree.gather(1, drawn))
     # DEVIATION: the form is our reading; disagreement shrinks nothing at the reported I = 1.
     gate = torch.where(agree, args.gate_extrapolation, args.gate_interpolation)
