@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
+# Idle OpenMP threads sleep: on busy cores, spinning ones make everything many times slower.
+export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install demo test test-fast test-engines test-gpu lint type sync diffs docs bench toy clean

@@ -60,6 +60,7 @@ def join(rollouts: Sequence[Any]) -> Any:
         if name == "prompts":
             joined[name] = [prompt for each in values for prompt in each]
             continue
+        values = [value.to(values[0].device) for value in values]
         if values[0].dim() == 2 and name.startswith("prompt"):
             values = [F.pad(value, (length - value.shape[1], 0)) for value in values]
         elif values[0].dim() == 2:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/pinned"))
 import trajectory  # noqa: E402
 
-METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+METHODS = sorted(path.stem for path in (ROOT / "tests/pinned").glob("*.json"))
 
 
 @pytest.mark.parametrize("method", METHODS)
