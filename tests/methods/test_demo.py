@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import opd
 import pytest
+
 from opd_ops import runs
 
 
