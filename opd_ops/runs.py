@@ -252,7 +252,7 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
         "commit": git("rev-parse", "HEAD"),
-        "dirty": git("status", "--porcelain") != "",
+        "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "num_devices": torch.cuda.device_count() if cuda else 0,
         "num_threads": torch.get_num_threads(),
