@@ -1,9 +1,11 @@
 """Experiments that anyone can rerun: cells of one run each, resumable, with seeds and spread.
 
+    python benchmarks/evidence.py --suite sweep --jobs 2     # learning rates of every arm, 1 seed
     python benchmarks/evidence.py --suite smoke --jobs 2     # five methods and a merge, 3 seeds
     python benchmarks/evidence.py --suite smoke --table      # print the table of what has been run
 
-Every arm gets the same number of rollouts and the same limits: one budget of sampled tokens.
+Every arm gets the same number of rollouts and the same limits: one budget of sampled tokens. The
+smoke suite uses, for each arm, the learning rate that won the sweep, on a seed of its own.
 A cell is a subprocess of a method file on the embedded tiny family; a finished cell is a row of
 `benchmarks/results/evidence.csv` and its curve a file in `benchmarks/results/evidence/`; it is not
 run again. The interval is the 95 % one of Student's t over seeds.
@@ -32,8 +34,13 @@ from opd_ops import runs  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile with n - 1 degrees
-SHARED = "--steps 30 --prompts-per-step 32 --rollouts-per-prompt 4 --lr 1e-3 --lr-schedule linear"
-SHARED += " --warmup-steps 3 --eval-every 30 --save-every 0 --device cpu"
+SHARED = "--prompts-per-step 32 --rollouts-per-prompt 4 --lr-schedule linear --warmup-steps 3"
+SHARED += " --save-every 0 --device cpu"
+LENGTH = {  # a sweep is shorter: half the steps, a quarter of the test samples
+    "smoke": "--steps 30 --eval-every 30 --eval-samples 8",
+    "sweep": "--steps 15 --eval-every 15 --eval-samples 2",
+}
+RATES = ("3e-4", "6e-4", "1.2e-3")
 EXPERTS = [f"--teacher {name}={runs.TINY}/expert_{name}" for name in ("add", "sub", "mul")]
 FIELDS = (
     "suite,arm,seed,avg_before,avg_after,pass8_before,pass8_after,kl_before,kl_after,length,"
@@ -56,18 +63,34 @@ class Cell:
         return f"{self.suite}-{self.arm}-{self.seed}"
 
     def command(self) -> list[str]:
-        flags = f"{SHARED} {self.flags} --seed {self.seed}".split()
+        flags = f"{LENGTH[self.suite]} {SHARED} {self.flags} --seed {self.seed}".split()
         folder = f"runs/evidence/{self.name}"
         return [f"methods/{self.method}.py", *flags, "--run-dir", folder, "--overwrite"]
 
 
-def suite(name: str) -> list[Cell]:
+def suite(name: str, best: dict[str, str]) -> list[Cell]:
     """The cells of a suite, seeds outermost, so that a portion is balanced."""
     arms = [(method, method, "") for method in ("opd", "sg_opd", "exopd", "topk_opd", "tropd")]
     arms.append(("exopd-merge", "exopd", " ".join(EXPERTS)))
+    if name == "sweep":
+        return [
+            Cell(name, f"{arm}@{rate}", method, f"--lr {rate} {flags}".strip(), 3)
+            for rate in RATES for arm, method, flags in arms
+        ]  # fmt: skip
     return [
-        Cell(name, arm, method, flags, seed) for seed in range(3) for arm, method, flags in arms
-    ]
+        Cell(name, arm, method, f"--lr {best[arm]} {flags}".strip(), seed)
+        for seed in range(3) for arm, method, flags in arms if arm in best
+    ]  # fmt: skip
+
+
+def best_rates(rows: list[dict[str, str]]) -> dict[str, str]:
+    """The learning rate with the best accuracy in a complete sweep of an arm."""
+    swept: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["suite"] == "sweep":
+            arm, _, rate = row["arm"].partition("@")
+            swept.setdefault(arm, {})[rate] = float(row["avg_after"])
+    return {arm: max(of, key=of.__getitem__) for arm, of in swept.items() if len(of) == len(RATES)}
 
 
 def run(cell: Cell) -> dict[str, object]:
@@ -82,7 +105,8 @@ def run(cell: Cell) -> dict[str, object]:
     wall_s = time.perf_counter() - start
     folder = ROOT / "runs/evidence" / cell.name
     rows = runs.read_metrics(folder)
-    before, *_, after = [row for row in rows if "eval/student/avg@8" in row]
+    most = 2 if cell.suite == "sweep" else 8
+    before, *_, after = [row for row in rows if f"eval/student/avg@{most}" in row]
     steps = [row for row in rows if "loss" in row]
     seen = json.loads((folder / "args.json").read_text())["environment"]
     curve = RESULTS / f"evidence/{cell.name}.jsonl"
@@ -97,7 +121,9 @@ def run(cell: Cell) -> dict[str, object]:
     )
     curve.write_text("".join(json.dumps({k: r[k] for k in keys if k in r}) + "\n" for r in steps))
     row: dict[str, object] = {"suite": cell.suite, "arm": cell.arm, "seed": cell.seed}
-    for key, name in (("avg", "avg@8"), ("pass8", "pass@8"), ("kl", "reverse_kl")):
+    for key, name in (("avg", f"avg@{most}"), ("pass8", "pass@8"), ("kl", "reverse_kl")):
+        if name == "pass@8" and most < 8:
+            continue
         row[f"{key}_before"] = round(before[f"eval/student/{name}"], 5)
         row[f"{key}_after"] = round(after[f"eval/student/{name}"], 5)
     return row | {
@@ -133,9 +159,10 @@ def spread(values: list[float]) -> str:
 def table(rows: list[dict[str, str]]) -> str:
     """A Markdown table: arms, seeds, means with intervals."""
     titles = {
-        "avg_after": "avg@8", "pass8_after": "pass@8", "kl_after": "reverse KL to its teacher",
+        "avg_after": "avg@n", "pass8_after": "pass@8", "kl_after": "reverse KL to its teacher",
         "length": "length", "grad_norm": "gradient norm (median)", "wall_s": "seconds",
     }  # fmt: skip
+    titles = {key: title for key, title in titles.items() if rows[0][key]}
     lines = ["| arm | seeds | " + " | ".join(titles.values()) + " | M sampled tokens |"]
     lines.append("|---" * (len(titles) + 3) + "|")
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -151,15 +178,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", default="smoke", choices=["smoke"])
+    parser.add_argument("--suite", default="smoke", choices=list(LENGTH))
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
     parser.add_argument("--most", type=int, default=10**6, help="run at most so many cells")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "evidence.csv")
     args = parser.parse_args()
-    rows = [row for row in finished(args.out) if row["suite"] == args.suite]
-    have = {(row["arm"], int(row["seed"])) for row in rows}
-    todo = [cell for cell in suite(args.suite) if (cell.arm, cell.seed) not in have][: args.most]
+    rows = finished(args.out)
+    have = {(row["suite"], row["arm"], int(row["seed"])) for row in rows}
+    best = best_rates(rows)
+    if args.suite == "smoke" and len(best) < len(suite("sweep", {})) / len(RATES):
+        parser.error(f"--suite smoke needs the whole sweep, found {best}: run --suite sweep first")
+    todo = [
+        cell for cell in suite(args.suite, best) if (cell.suite, cell.arm, cell.seed) not in have
+    ][: args.most]
     if not args.table and todo:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         fresh = not args.out.is_file()
@@ -176,7 +208,8 @@ def main() -> None:
                 file.flush()
     rows = [row for row in finished(args.out) if row["suite"] == args.suite]
     if rows:
-        print(f"student before: avg@8 {rows[0]['avg_before']}, pass@8 {rows[0]['pass8_before']}\n")
+        before = statistics.mean(float(row["avg_before"]) for row in rows)
+        print(f"student before, mean over the cells: accuracy {before:.3f}\n")
         print(table(rows))
 
 
