@@ -40,7 +40,7 @@ LENGTH = {  # a sweep is shorter: half the steps, a quarter of the test samples
     "smoke": "--steps 30 --eval-every 30 --eval-samples 8",
     "sweep": "--steps 15 --eval-every 15 --eval-samples 2",
 }
-RATES = ("3e-4", "6e-4", "1.2e-3")
+RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
 EXPERTS = [f"--teacher {name}={runs.TINY}/expert_{name}" for name in ("add", "sub", "mul")]
 FIELDS = (
     "suite,arm,seed,avg_before,avg_after,pass8_before,pass8_after,kl_before,kl_after,length,"

@@ -585,7 +585,8 @@ def _reporter(
 
         return write
     module = optional(kind, "", f"--report-to {kind}")
-    session = module.init(project="opd", name=path.name, config=config)
+    place = {"dir": str(path)} if kind == "wandb" else {}  # trackio has one store for all runs
+    session = module.init(project="opd", name=path.name, config=config, **place)
     return lambda step, metrics: session.log(metrics, step=step)
 
 
