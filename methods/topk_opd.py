@@ -100,7 +100,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sampler-batch-size", 256, "rollouts generated together", "[1,inf)")
     add = partial(runs.flag, parser.add_argument_group("optimisation"))
     add("--steps", 100, "batches of rollouts", "[0,inf)")
-    add("--lr", 5e-4, "peak learning rate of AdamW", "[0,inf)")
+    add("--lr", 3e-4, "peak learning rate of AdamW", "[0,inf)")
     add("--lr-schedule", "constant", "after warm-up", choices=["constant", "linear", "cosine"])
     add("--warmup-steps", 0, "of linear warm-up", "[0,inf)")
     add("--weight-decay", 0.0, "of AdamW, on matrices", "[0,inf)")

@@ -96,7 +96,7 @@ def test_run_folder_holds_the_experiment(folder, capsys):
     run = folder / "book"
     assert (run / "opd.py").read_text() == (ROOT / "methods/opd.py").read_text()
     record = json.loads((run / "args.json").read_text())
-    assert record["args"]["lr"] == 5e-4 and record["args"]["valid_vocab"] == 46
+    assert record["args"]["lr"] == 3e-4 and record["args"]["valid_vocab"] == 46
     assert {"torch", "transformers", "commit", "dirty", "opd_ops"} <= set(record["environment"])
     output = capsys.readouterr().out
     assert "student before" in output and "teacher" in output and str(run) in output
