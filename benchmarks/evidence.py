@@ -150,26 +150,41 @@ def finished(path: Path) -> list[dict[str, str]]:
 def spread(values: list[float]) -> str:
     """Mean and half-width of the 95 % interval."""
     mean = statistics.mean(values)
+    digits = 0 if abs(mean) >= 20 else 3
     if len(values) < 2:
-        return f"{mean:.3f}"
+        return f"{mean:.{digits}f}"
     half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table: arms, seeds, means with intervals."""
+    """A Markdown table: arms, seeds, means with intervals; the gain over opd is paired by seed."""
     titles = {
-        "avg_after": "avg@n", "pass8_after": "pass@8", "kl_after": "reverse KL to its teacher",
-        "length": "length", "grad_norm": "gradient norm (median)", "wall_s": "seconds",
+        "avg_after": "accuracy", "pass8_after": "pass@8", "kl_after": "reverse KL to its teacher",
+        "length": "length", "grad_norm": "gradient norm", "wall_s": "seconds",
     }  # fmt: skip
     titles = {key: title for key, title in titles.items() if rows[0][key]}
-    lines = ["| arm | seeds | " + " | ".join(titles.values()) + " | M sampled tokens |"]
+    base = {row["seed"]: float(row["avg_after"]) for row in rows if row["arm"] == "opd"}
+    lines = ["| arm | seeds | " + " | ".join(titles.values()) + " | accuracy minus opd's |"]
     lines.append("|---" * (len(titles) + 3) + "|")
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
         cells = [spread([float(row[key]) for row in mine]) for key in titles]
-        tokens = statistics.mean(float(row["sampled_tokens"]) for row in mine) / 1e6
-        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cells) + f" | {tokens:.2f} |")
+        gains = [float(row["avg_after"]) - base[row["seed"]] for row in mine if row["seed"] in base]
+        cells.append(spread(gains) if gains and arm != "opd" else "-")
+        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sweep_table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table: arms against learning rates, accuracy, the best one in bold."""
+    found = {tuple(row["arm"].split("@")): float(row["avg_after"]) for row in rows}
+    lines = ["| arm | " + " | ".join(RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        scores = [found.get((arm, rate)) for rate in RATES]
+        best = max(score for score in scores if score is not None)
+        shown = ["-" if s is None else f"**{s:.3f}**" if s == best else f"{s:.3f}" for s in scores]
+        lines.append(f"| {arm} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -210,7 +225,7 @@ def main() -> None:
     if rows:
         before = statistics.mean(float(row["avg_before"]) for row in rows)
         print(f"student before, mean over the cells: accuracy {before:.3f}\n")
-        print(table(rows))
+        print(sweep_table(rows) if args.suite == "sweep" else table(rows))
 
 
 if __name__ == "__main__":

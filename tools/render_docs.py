@@ -1,10 +1,11 @@
-"""Rewrite the generated parts of docs/methods/*.md: what stands between `<!-- NAME -->` markers.
+"""Rewrite the generated parts of the documentation: what stands between `<!-- NAME -->` markers.
 
     python tools/render_docs.py            # rewrite
     python tools/render_docs.py --check    # 1 if something would change
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
-`diff` is the golden diff against opd.py.
+`diff` is the golden diff against opd.py; `smoke` and `sweep` are the tables of those suites from
+benchmarks/results/evidence.csv, in a method's page only its rows and those of opd.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import evidence  # noqa: E402
 
 
 def equation_table(source: str) -> str:
@@ -38,6 +41,16 @@ def tags(text: str) -> list[str]:
     return re.findall(r"\((\d+)\)", text)
 
 
+def suite_table(suite: str, method: str = "") -> str:
+    """The Markdown table of what has been run of a suite; of `method` and opd alone if given."""
+    rows = evidence.finished(evidence.RESULTS / "evidence.csv")
+    rows = [row for row in rows if row["suite"] == suite]
+    arms = {"", "opd", method}
+    chosen = [row for row in rows if not method or row["arm"].split("@")[0].split("-")[0] in arms]
+    of = evidence.sweep_table if suite == "sweep" else evidence.table
+    return str(of(chosen)) if chosen else "Not run yet."
+
+
 def render(page: str, parts: dict[str, str]) -> str:
     """`page` with the text between each pair of markers replaced."""
     for name, text in parts.items():
@@ -54,10 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     stale = []
-    for path in sorted((ROOT / "docs/methods").glob("*.md")):
-        source = (ROOT / f"methods/{path.stem}.py").read_text()
-        golden = ROOT / f"docs/diffs/opd-{path.stem}.diff"
-        parts = {"equations": equation_table(source)}
+    pages = [*sorted((ROOT / "docs/methods").glob("*.md")), ROOT / "docs/evidence.md"]
+    for path in [*pages, ROOT / "README.md"]:
+        method = path.stem if path.parent.name == "methods" else ""
+        parts = {name: suite_table(name, method) for name in ("smoke", "sweep")}
+        if method:
+            parts["equations"] = equation_table((ROOT / f"methods/{method}.py").read_text())
+        golden = ROOT / f"docs/diffs/opd-{method}.diff"
         if golden.is_file():
             parts["diff"] = f"```diff\n{golden.read_text()}```"
         old, new = path.read_text(), render(path.read_text(), parts)
