@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import opd_ops
-from opd_ops import health, rollouts, runs
+from opd_ops import health, rollouts, runs, trace
 from opd_ops.data import Prompt, load_prompts, verifier_function
 from opd_ops.models import CausalLM, load_models, prepare
 
@@ -506,20 +506,23 @@ def evaluate(
     verifier: runs.Verifier,
     prompts: list[Prompt],
     args: argparse.Namespace,
-) -> dict[str, float]:
-    """avg@n, pass@k, lengths; the student's exact reverse KL on the first sample of each prompt."""
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """avg@n, pass@k, lengths; of the student also the exact reverse KL on the first sample of each
+    prompt, and a few of these samples token by token."""
     rows = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(rows), 3, 0, args)  # the same numbers in every evaluation
     rollout = sample(models[name], rows, uniform, args, args.eval_temperature, args.eval_top_p)
     verify(rollout, tokenizer, verifier)
     metrics = health.rollout_metrics(rollout)
     metrics |= health.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
+    tokens = []
     if name == "student":
         first = rollout.select(torch.arange(0, len(rows), args.eval_samples))
         metrics |= health.exact_divergences(
             models, micro_batches(first, args), read_tokens, loss_law(args), ["reverse_kl"]
         )
-    return {f"eval/{name}/{key}": value for key, value in metrics.items()}
+        tokens = trace.rows(models, first, tokenizer, args, read_tokens, loss_law(args))
+    return {f"eval/{name}/{key}": value for key, value in metrics.items()}, tokens
 
 
 def save_checkpoint(
@@ -580,8 +583,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in ("teacher", "student") if step == 0 and args.eval_teacher else ("student",):
                 if not run.has(step, f"eval/{name}/avg@{args.eval_samples}"):
                     with run.phase("eval"):
-                        metrics = evaluate(models, name, tokenizer, verifier, test, args)
+                        metrics, tokens = evaluate(models, name, tokenizer, verifier, test, args)
                     run.log(step, metrics)
+                    run.trace(step, tokens)
         if last or (args.save_every and step and step % args.save_every == 0):
             save()
         if last:
@@ -596,6 +600,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with run.phase("diagnose"):
                 few = micro_batches(health.thin(rollout, args.diagnostic_tokens, step), args)
                 metrics |= health.exact_divergences(models, few, read_tokens, loss_law(args))
+                how = read_tokens, loss_law(args), score, token_loss
+                run.trace(step + 1, trace.rows(models, rollout, tokenizer, args, *how))
         with run.phase("student"):
             for _ in range(args.updates_per_rollout):
                 metrics |= train_step(student, optimizer, batch, args, step)

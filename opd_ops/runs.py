@@ -261,7 +261,8 @@ def environment() -> dict[str, Any]:
 
 
 class Run:
-    """The run folder: `args.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, the script.
+    """The run folder: `args.json`, `metrics.jsonl`, `samples.jsonl`, `tokens.jsonl`,
+    `checkpoints/`, the script.
 
     Args:
         args: the parsed flags; `run_dir`, `resume`, `overwrite`, `keep_checkpoints`, `report_to`
@@ -346,6 +347,11 @@ class Run:
             _append(self.path / "samples.jsonl", {"step": step} | sample)
         say(step_line(step, self.steps, metrics))
 
+    def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
+        for row in rows:
+            _append(self.path / "tokens.jsonl", {"step": step} | row)
+
     def has(self, step: int, key: str) -> bool:
         """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""
         return any(row["step"] == step and key in row for row in read_metrics(self.path))
@@ -403,7 +409,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop logged rows after `step`, which a resumed run will write again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl"):
             path = self.path / name
             if path.is_file():
                 kept = []
