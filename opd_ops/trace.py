@@ -34,9 +34,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Rows of `tokens.jsonl`. The functions are the method file's, `law` is its `loss_law(args)`.
 
-    With `score` and `token_loss`, a training step: the first rollout and one from the middle, their
-    first `--diagnostic-tokens` tokens, with everything that the method logs of a token. Without, an
-    evaluation: the same few prompts each time, spread over the test set, whole.
+    With `score` and `token_loss`, a training step: the first rollout and the last, at most
+    `--diagnostic-tokens` tokens of each, with everything that the method logs of a token. Without,
+    an evaluation: the same few prompts each time, spread over the test set, whole.
     """
     total = len(rollout.prompts)
     wanted = min(total, NUM_TESTED if token_loss is None else NUM_TRAINED)
@@ -44,13 +44,13 @@ def rows(
     found = []
     for place in range(wanted):
         row = place * total // wanted
-        if token_loss is not None:  # not twice the first of a prompt: tropd guides that one
-            row = min(row + place, total - 1)
+        if token_loss is not None:  # the last one is another prompt's, and not its first: tropd
+            row = place * (total - 1)  # guides the first
         one = rollout.select(torch.tensor([row]))
         logged = {}
         if score is not None and token_loss is not None:
             logged = token_loss(models["student"], one, score(models, one, args), args)[1]
-        trained = one.trained_mask[0]
+        trained, num_prefix = one.trained_mask[0], int(one.prefix_mask.sum())
         one.response_mask = one.completion_mask.clone()  # all of it is shown, trained or not
         if most is not None:
             one.response_mask &= one.response_mask.cumsum(1) <= most
@@ -60,6 +60,7 @@ def rows(
             (sample,) = health.samples(part, tokenizer)
             tokens = _tokens(models["student"], teacher, part, tokenizer, read_tokens, law)
             tokens["trained"] = trained[shown].int().tolist()
+            tokens["num_prefix_tokens"] = num_prefix
             tokens["logged"] = {
                 name: rounded(values[0][shown].float().tolist())
                 for name, values in logged.items()
@@ -88,10 +89,10 @@ def _tokens(
         found = opd_ops.linear_topk_logp(rows, head, size, token_ids=token_ids, **law)
         return torch.cat([found[4][:, None], found[1], found[0].to(found[1].dtype)], 1)
 
-    teacher_logp, support_logp, support = read_tokens(teacher, one, read_teacher)[mask].split(
-        [1, size, size], -1
-    )
-    every = torch.cat([ids[:, None].to(support.device), support.long()], 1)  # [N, 1 + K]
+    scored = read_tokens(teacher, one, read_teacher)[mask]
+    teacher_logp, support_logp = scored[:, 0], scored[:, 1 : size + 1]
+    support = scored[:, size + 1 :].long()
+    every = torch.cat([ids[:, None].to(support.device), support], 1)  # [N, 1 + K]
     student_logp = read_tokens(
         student,
         one,
@@ -101,8 +102,8 @@ def _tokens(
     return {
         "ids": ids.tolist(),
         "student_logp": rounded(student_logp[:, 0].tolist()),
-        "teacher_logp": rounded(teacher_logp[:, 0].tolist()),
-        "support_ids": support.long().tolist(),
+        "teacher_logp": rounded(teacher_logp.tolist()),
+        "support_ids": support.tolist(),
         "support_student_logp": [rounded(row) for row in student_logp[:, 1:].tolist()],
         "support_teacher_logp": [rounded(row) for row in support_logp.tolist()],
         "pieces": {str(each): piece(tokenizer, each) for each in used},

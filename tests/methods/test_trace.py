@@ -87,6 +87,8 @@ def test_what_a_method_logs_of_a_token_is_in_its_rows(folder, method, name):
     assert len(rows) == 2 * trace.NUM_TRAINED
     for row in rows:
         assert len(row["logged"][name]) == len(row["ids"]) == len(row["trained"])
+    guided = {row["row"] for row in rows if row["num_prefix_tokens"]}
+    assert guided == ({0} if method == "tropd" else set())  # the first rollout of each prompt
     seen = {value for row in rows for value in row["logged"][name]}
     assert seen <= ({1.0, 1.8} if name == "gate" else {0.0, 1.0}) and seen
 
