@@ -1,0 +1,348 @@
+"""Runs to a table: mean and spread over seeds, and a plot.
+
+    python tools/compare_runs.py runs/opd/* runs/tropd/*
+    python tools/compare_runs.py RUN [RUN ...] --csv compare.csv --plot compare.png --key grad_norm
+
+Runs that differ in nothing but the seed (same script, same flags) are one group, a row. A cell is
+the mean over its runs and, from two runs on, the sample standard deviation. A group is named after
+its method and the flags in which the groups differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from opd_ops import runs
+
+OWN_FLAGS = ("seed", "run_dir", "resume", "overwrite", "debug", "dry_run", "report_to")
+"""Flags that are a run's own: they name it, or change nothing that it computes."""
+
+
+@dataclass
+class RunData:
+    """What is in a run folder. `metrics` holds training rows and evaluation rows, as logged."""
+
+    path: Path
+    method: str
+    args: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    script: str = ""  # hash of the copy of the method file
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        return int(self.args.get("seed", 0))
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) where `key` is a finite number."""
+        pairs = ((row["step"], number(row.get(key))) for row in self.metrics)
+        return [(int(step), value) for step, value in pairs if math.isfinite(value)]
+
+    def training(self) -> list[dict[str, Any]]:
+        """The rows of training steps."""
+        return [row for row in self.metrics if "loss" in row]
+
+    def evaluations(self, who: str = "student") -> list[dict[str, Any]]:
+        """Evaluations without their prefix, `step` included."""
+        prefix = f"eval/{who}/"
+        found = []
+        for row in self.metrics:
+            part = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+            if part:
+                found.append({"step": row["step"]} | part)
+        return found
+
+
+def number(value: Any) -> float:
+    """A logged value as a float; NaN where there is none ("nan" and "inf" are logged as text)."""
+    try:
+        return math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line that a kill cut short is left out.
+
+    Raises:
+        RunError: another line is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows: list[dict[str, Any]] = []
+    for place, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut short
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("expected an object with a step")
+        except ValueError as error:
+            raise runs.RunError(f"{path}: line {place}: {runs.one_line(error, 120)}", 2) from None
+        rows.append(row)
+    return rows
+
+
+def load(folder: str | Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        RunError: it is missing, is no run folder, or has not logged anything (exit code 2).
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise runs.RunError(f"{path}: no such folder", 2)
+    try:
+        record = json.loads((path / "args.json").read_text(encoding="utf-8"))
+        args, environment = record["args"], record["environment"]
+    except FileNotFoundError:
+        raise runs.RunError(f"{path}: not a run folder (no args.json)", 2) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise runs.RunError(f"{path}/args.json: {runs.one_line(error, 120)}", 2) from None
+    metrics = read_jsonl(path / "metrics.jsonl")
+    if not metrics:
+        raise runs.RunError(f"{path}: no rows in metrics.jsonl: nothing has been logged", 2)
+    scripts = [each for each in sorted(path.glob("*.py")) if not each.name.startswith("before_")]
+    text = scripts[0].read_bytes() if scripts else b""
+    return RunData(
+        path=path,
+        method=scripts[0].stem if scripts else "run",
+        args=args,
+        environment=environment,
+        metrics=metrics,
+        script=hashlib.sha256(text).hexdigest(),
+    )
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: list[RunData]
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """The mean at the steps that all runs with the key have: others would make it jump."""
+        every = [dict(run.series(key)) for run in self.runs]
+        every = [each for each in every if each]
+        steps = sorted(set.intersection(*map(set, every))) if every else []
+        return [(step, statistics.fmean(each[step] for each in every)) for step in steps]
+
+
+def group(loaded: Sequence[RunData]) -> list[Group]:
+    """Runs by script and flags, in the order given; named by method and what tells them apart."""
+    places: dict[str, list[RunData]] = {}
+    for run in loaded:
+        flags = {key: value for key, value in run.args.items() if key not in OWN_FLAGS}
+        key = json.dumps([run.script, run.method, flags], sort_keys=True)
+        places.setdefault(key, []).append(run)
+    found = list(places.values())
+    names = [_name(members[0], [each[0] for each in found]) for members in found]
+    twice = {name for name in names if names.count(name) > 1}  # the scripts differ
+    for place, name in enumerate(names):
+        if name in twice:
+            names[place] = f"{name} ({found[place][0].path.name})"
+    return [Group(name, members) for name, members in zip(names, found)]
+
+
+def _name(run: RunData, every: Sequence[RunData]) -> str:
+    same = [other for other in every if other.method == run.method]
+    differ = [
+        key
+        for key, value in run.args.items()
+        if key not in OWN_FLAGS and any(other.args.get(key) != value for other in same)
+    ]
+    shown = [f"{key.replace('_', '-')}={_short(run.args[key])}" for key in differ]
+    return " ".join([run.method, *shown])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(_short(each) for each in value)
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+
+
+def summary(run: RunData) -> dict[str, float]:
+    """One number each: accuracy and divergence before and after, lengths, tokens, seconds."""
+    student, teacher = run.evaluations(), run.evaluations("teacher")
+    rows, found = run.training(), {}
+    keys = [key for row in student for key in row if key.startswith("avg@") and "/" not in key]
+    for key in [*dict.fromkeys(keys), "reverse_kl"]:
+        if student:
+            found[f"{key} before"] = number(student[0].get(key))
+            found[f"{key} after"] = number(student[-1].get(key))
+        if teacher and key != "reverse_kl":
+            found[f"{key} teacher"] = number(teacher[0].get(key))
+            gap = found[f"{key} teacher"] - found[f"{key} before"]
+            if gap > 0:
+                closed = (found[f"{key} after"] - found[f"{key} before"]) / gap
+                found["gap closed"] = closed
+    if student:
+        found["length after"] = number(student[-1].get("length_mean"))
+        found["cut after"] = number(student[-1].get("truncated_share"))
+    found["steps"] = float(max((row["step"] for row in run.metrics), default=0))
+    if rows:
+        norms = [number(row.get("grad_norm")) for row in rows]
+        finite = [each for each in norms if math.isfinite(each)]
+        found["grad norm median"] = statistics.median(finite) if finite else math.nan
+        found["bad steps"] = sum(number(row.get("bad_step", 0.0)) for row in rows)
+        found["sampled tokens"] = sum(
+            number(row.get("num_rollouts")) * number(row.get("length_mean")) for row in rows
+        )
+        seconds = [number(row.get("step_s")) + number(row.get("eval_s", 0.0)) for row in rows]
+        found["seconds"] = sum(each for each in seconds if math.isfinite(each))
+    return found
+
+
+COUNTS = ("steps", "bad steps", "sampled tokens", "seconds")
+
+
+def show(value: float, key: str = "") -> str:
+    """The number under `key` for a table; '-' where there is none."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if key in COUNTS or abs(value) >= 1000 else f"{value:.4f}"
+
+
+def spread(values: Sequence[float], key: str = "") -> str:
+    """Mean and, from two values on, the sample standard deviation; '-' without a number."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "-"
+    mean = show(statistics.fmean(finite), key)
+    if len(finite) == 1:
+        return mean
+    return f"{mean} ± {show(statistics.stdev(finite), key)}"
+
+
+def columns(groups: Sequence[Group]) -> list[str]:
+    """The keys of `summary` that any run has, in its order."""
+    return list(dict.fromkeys(key for each in groups for run in each.runs for key in summary(run)))
+
+
+def warnings(groups: Sequence[Group]) -> list[str]:
+    """What a reader should know before trusting a mean."""
+    found = []
+    for each in groups:
+        seeds = [run.seed for run in each.runs]
+        if len(set(seeds)) < len(seeds):
+            found.append(f"{each.name}: a seed is there twice ({sorted(seeds)})")
+        for what in ("commit", "torch", "device"):
+            values = {str(run.environment.get(what)) for run in each.runs}
+            if len(values) > 1:
+                found.append(f"{each.name}: {what} differs: {', '.join(sorted(values))}")
+        ends = {run.metrics[-1]["step"] for run in each.runs}
+        if len(ends) > 1:
+            found.append(f"{each.name}: runs end at different steps: {sorted(ends)}")
+    return found
+
+
+def text_table(groups: Sequence[Group]) -> str:
+    """Plain text: a row per number, a column per group, and the seeds."""
+    cells = [["", *[each.name for each in groups]]]
+    cells.append(["seeds", *[",".join(str(run.seed) for run in each.runs) for each in groups]])
+    for key in columns(groups):
+        values = [[summary(run).get(key, math.nan) for run in each.runs] for each in groups]
+        cells.append([key, *[spread(each, key) for each in values]])
+    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        rest = "  ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
+        lines.append(f"{row[0]:<{widths[0]}}  {rest}".rstrip())
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, groups: Sequence[Group]) -> None:
+    """A row per run with every number of the summary in full."""
+    keys = columns(groups)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "run", "seed", *keys])
+        for each in groups:
+            for run in each.runs:
+                found = summary(run)
+                writer.writerow([each.name, run.path, run.seed, *[found.get(k, "") for k in keys]])
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+DASHES = ("-", "--", ":", "-.")
+
+
+def plot(path: Path, groups: Sequence[Group], keys: Sequence[str]) -> None:
+    """One panel per key: a thin line per run, a thick one for the mean of a group."""
+    matplotlib = runs.optional("matplotlib", "plot", "--plot")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [key for key in keys if any(run.series(key) for each in groups for run in each.runs)]
+    if not shown:
+        raise runs.RunError(f"--key: no run has a number under {', '.join(keys)}", 2)
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.4 * len(shown), 3.6), squeeze=False)
+    for axis, key in zip(axes[0], shown):
+        for place, each in enumerate(groups):
+            colour = COLOURS[place % len(COLOURS)]
+            dash = DASHES[place // len(COLOURS) % len(DASHES)]
+            for run in each.runs if len(each.runs) > 1 else ():
+                axis.plot(
+                    *zip(*(run.series(key) or [(0, math.nan)])), color=colour, lw=0.7, alpha=0.5
+                )
+            curve = each.curve(key) or [(0, math.nan)]
+            marker = "o" if len(curve) < 12 else None
+            axis.plot(*zip(*curve), color=colour, lw=2, ls=dash, marker=marker, label=each.name)
+        axis.set_xlabel("step")
+        axis.set_title(key, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def default_keys(groups: Sequence[Group]) -> list[str]:
+    """Held-out accuracy and divergence, and the two training curves that every method has."""
+    keys = [key for each in groups for run in each.runs for row in run.metrics for key in row]
+    score = [key for key in keys if key.startswith("eval/student/avg@") and key.count("/") == 2]
+    return [*score[:1], "eval/student/reverse_kl", "reverse_kl", "length_mean"]
+
+
+@runs.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table; write the CSV and the plot that were asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--csv", metavar="FILE", help="a row per run, numbers in full")
+    parser.add_argument("--plot", metavar="FILE", help="learning curves (.png, .svg, .pdf)")
+    parser.add_argument("--key", action="append", metavar="KEY", help="what to plot; repeatable")
+    args = parser.parse_args(argv)
+    groups = group([load(folder) for folder in args.runs])
+    print(text_table(groups))
+    print("± is the sample standard deviation over runs")
+    for line in warnings(groups):
+        print(f"! {line}")
+    for name, write in (("csv", write_csv), ("plot", plot)):
+        if (to := getattr(args, name)) is not None:
+            try:
+                keys = ([args.key or default_keys(groups)]) if name == "plot" else []
+                write(Path(to), groups, *keys)
+            except OSError as error:
+                raise runs.RunError(f"--{name} {to}: {runs.one_line(error)}", 2) from None
+            print(f"{name}: {to}")
+
+
+if __name__ == "__main__":
+    main()

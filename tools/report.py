@@ -1,0 +1,357 @@
+"""Runs as one page that opens from disk: numbers, curves, alarms, and rollouts token by token.
+
+    python tools/report.py runs/demo --out report.html
+    python tools/report.py RUN [RUN ...] --out report.html --max-tokens 30000
+
+The page is one file: styles, script and data are in it, and its security policy forbids it to fetch
+anything. Text of models and data sets is data in it, never markup. Runs that differ in nothing but
+the seed are drawn as thin lines with their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import importlib
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import compare_runs  # noqa: E402
+from compare_runs import Group, RunData, number, show, spread  # noqa: E402
+
+from opd_ops import runs  # noqa: E402
+
+TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
+MOST_POINTS = 1000  # of a curve; a longer one keeps every n-th row
+HINTS = {
+    "reverse_kl": "exact KL(student to teacher), nats",
+    "eval/student/reverse_kl": "exact KL(student to teacher), nats",
+    "log_ratio_mean": "log student - log teacher of sampled tokens",
+    "verifier_pass_rate": "share of verified training rollouts that are right",
+    "length_mean": "tokens of a completion",
+    "truncated_share": "completions cut at the limit",
+    "grad_norm": "before clipping",
+    "student_entropy": "nats",
+    "teacher_entropy": "nats, on the student's prefixes",
+    "overlap": "of the teacher's and the student's top 32",
+    "teacher_mass": "the teacher's probability on its top 32",
+    "student_mass": "the student's probability on the teacher's top 32",
+    "repetition_share": "4-grams that stood in the completion before",
+    "policy_log_ratio_mean": "0 where the sampler has the trained weights",
+    "unverified_share": "rollouts without a verdict",
+    "gate_mean": "the sign gate",
+    "accepted_mean": "share of tokens inside the trust region",
+}
+HEALTH = (
+    "grad_norm", "log_ratio_mean", "student_entropy", "teacher_entropy", "overlap", "teacher_mass",
+    "student_mass", "truncated_share", "repetition_share", "policy_log_ratio_mean",
+    "gate_mean", "accepted_mean", "divergence_mean", "unverified_share",
+)  # fmt: skip
+PHASES = ("generate", "teacher", "diagnose", "student", "eval")
+
+
+# ----------------------------------------------------------------------------------------- data
+def table_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as columns of numbers (text where JSON has none), every n-th where they are many."""
+    stride = max(1, math.ceil(len(rows) / MOST_POINTS))
+    last = len(rows) - 1
+    rows = [row for place, row in enumerate(rows) if place % stride == 0 or place == last]
+    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
+    columns = {
+        key: [_plain(row.get(key)) for row in rows] for key in keys if not key.startswith("alarm/")
+    }
+    return {"steps": [row["step"] for row in rows], "columns": columns}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no number for as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def labelled(groups: Sequence[Group]) -> list[tuple[str, RunData]]:
+    """Every run with its name on the page, in the order of the groups."""
+    return [(f"{each.name}, seed {run.seed}", run) for each in groups for run in each.runs]
+
+
+def alarms_of(run: RunData) -> list[dict[str, Any]]:
+    """What went off, with what the package says of it."""
+    try:
+        known = {each.name: each for each in importlib.import_module("opd_ops.alarms").ALARMS}
+    except ImportError:
+        known = {}
+    found = []
+    for row in run.metrics:
+        for key in row:
+            name = key.removeprefix("alarm/")
+            if name != key:
+                rule = known.get(name)
+                texts = {k: getattr(rule, k, "") for k in ("rule", "cause", "advice")}
+                found.append({"step": row["step"], "name": name} | texts)
+        if number(row.get("bad_step")) > 0:
+            texts = {"rule": "loss or gradient was not finite", "cause": "", "advice": ""}
+            found.append({"step": row["step"], "name": "bad_step"} | texts)
+    return found
+
+
+def chosen_rollouts(rows: Sequence[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
+    """Rows of `tokens.jsonl` up to `most` tokens, and how many are left out.
+
+    First and last evaluation come first, then training rollouts spread over the run, then the other
+    evaluations. Rows that a resumed run wrote again replace the older ones.
+    """
+    unique = {(row["step"], row["phase"], row["row"]): row for row in rows}
+    tests = [row for (_, phase, _), row in unique.items() if phase == "eval"]
+    steps = sorted({row["step"] for row in tests})
+    ends = steps[:1] + steps[1:][-1:]
+    pairs: dict[int, list[dict[str, Any]]] = {}
+    for row in tests:
+        if row["step"] in ends:
+            pairs.setdefault(row["row"], []).append(row)
+    trained = [row for (_, phase, _), row in unique.items() if phase == "train"]
+    bits = max(1, len(trained) - 1).bit_length()  # halves, then quarters, ...: always spread
+    order = [int(f"{place:0{bits}b}"[::-1], 2) for place in range(2**bits)]
+    spread_out = [trained[place] for place in order if place < len(trained)]
+    between = [row for row in tests if row["step"] not in ends]
+    wanted = [*pairs.values(), *([row] for row in [*spread_out, *between])]
+    kept: list[dict[str, Any]] = []
+    used = 0
+    for unit in wanted:
+        size = sum(len(row["ids"]) for row in unit)
+        if used + size <= most or not kept:
+            kept += unit
+            used += size
+    kept.sort(key=lambda row: (row["phase"], row["step"], row["row"]))
+    return kept, len(unique) - len(kept)
+
+
+def rollout_data(row: dict[str, Any], place: int) -> dict[str, Any]:
+    """One row of `tokens.jsonl` for the page; what it does not need stays out."""
+    kept = ("step", "phase", "row", "prompt", "answer", "verdict", "ended", "source", "num_tokens")
+    data = {key: row[key] for key in kept} | {"run": place, "ids": row["ids"]}
+    data["prefix"] = row["num_prefix_tokens"]
+    if not all(row["trained"]):
+        data["trained"] = row["trained"]
+    return data | {
+        "student": row["student_logp"],
+        "teacher": row["teacher_logp"],
+        "logged": row["logged"],
+        "support_ids": list(chain.from_iterable(row["support_ids"])),
+        "support_student": list(chain.from_iterable(row["support_student_logp"])),
+        "support_teacher": list(chain.from_iterable(row["support_teacher_logp"])),
+    }
+
+
+def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
+    """Everything that the script of the page draws."""
+    every = labelled(groups)
+    members = iter(range(len(every)))
+    data: dict[str, Any] = {
+        "groups": [{"name": g.name, "runs": [next(members) for _ in g.runs]} for g in groups],
+        "runs": [],
+        "rollouts": [],
+        "left_out": 0,
+        "hints": HINTS,
+    }
+    for place, (name, run) in enumerate(every):
+        rows = compare_runs.read_jsonl(run.path / "tokens.jsonl")
+        try:
+            kept, left_out = chosen_rollouts(rows, max_tokens // len(every))
+            data["rollouts"] += [rollout_data(row, place) for row in kept]
+        except (KeyError, TypeError) as error:
+            problem = f"{run.path}/tokens.jsonl: a row without {error}"
+            raise runs.RunError(problem, 2) from None
+        data["left_out"] += left_out
+        pieces: dict[str, str] = {}
+        for row in kept:
+            pieces |= row["pieces"]
+        data["runs"].append(
+            {
+                "name": name,
+                "train": table_of(run.training()),
+                "eval": table_of([row for row in run.metrics if "loss" not in row]),
+                "alarms": alarms_of(run),
+                "pieces": pieces,
+            }
+        )
+    keys = {
+        key for run in data["runs"] for part in ("train", "eval") for key in run[part]["columns"]
+    }
+    scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
+    learning = [*scores, "reverse_kl", "verifier_pass_rate", "length_mean"]
+    data["learning"] = [key for key in learning if key in keys]
+    data["health"] = [key for key in HEALTH if key in keys]
+    data["keys"] = sorted(keys)
+    return data
+
+
+# ----------------------------------------------------------------------------------------- page
+def in_script(data: Any) -> str:
+    """JSON that ends no script element, with no character that HTML or JavaScript reads apart.
+
+    A surrogate without its other half, which is no text, becomes U+FFFD: browsers stumble over it.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = ()) -> str:
+    """An HTML table of escaped cells; a row that starts with a tab is one run of the row above."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        classes = ['class="text"' if place in text else "" for place in range(len(row))]
+        return "".join(
+            f"<{tag}{' ' + which if which else ''}>{html.escape(cell.strip())}</{tag}>"
+            for cell, which in zip(row, classes)
+        )
+
+    body = "".join(
+        f"<tr{' class=one' if row[0].startswith(chr(9)) else ''}>{cells('td', row)}</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="card scroll"><table><thead><tr>{cells("th", head)}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def summary_part(groups: Sequence[Group]) -> str:
+    """A row per group, and one per run where it has several; then where they are from."""
+    keys = compare_runs.columns(groups)
+    rows = []
+    for each in groups:
+        found = [compare_runs.summary(run) for run in each.runs]
+        values = [spread([one.get(key, math.nan) for one in found], key) for key in keys]
+        seeds = ", ".join(str(run.seed) for run in each.runs)
+        rows.append([each.name, seeds, *values, str(sum(len(alarms_of(r)) for r in each.runs))])
+        for run, one in zip(each.runs, found) if len(found) > 1 else ():
+            shown = [show(one.get(key, math.nan), key) for key in keys]
+            rows.append([f"\t{run.path.name}", str(run.seed), *shown, str(len(alarms_of(run)))])
+    origin = [
+        [str(run.path), str(run.seed), str(run.args.get("student")), _text(run.args.get("teacher")),
+         str(run.environment.get("commit"))[:10] + " dirty" * bool(run.environment.get("dirty")),
+         f"torch {run.environment.get('torch')}, {run.environment.get('device')}"]
+        for each in groups for run in each.runs
+    ]  # fmt: skip
+    notes = "".join(f"<p>! {html.escape(line)}</p>" for line in compare_runs.warnings(groups))
+    several = any(len(each.runs) > 1 for each in groups)
+    note = '<p class="soft">± is the sample standard deviation over seeds.</p>' if several else ""
+    heads = ["run", "seed", "student", "teacher", "commit", "on"]
+    return (
+        table(["", "seeds", *keys, "alarms"], rows)
+        + note
+        + notes
+        + "<details><summary>where these runs are from</summary>"
+        + table(heads, origin, text=range(2, 6))
+        + "</details>"
+    )
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def alarms_part(groups: Sequence[Group]) -> str:
+    """The table of alarms, or that there is none."""
+    rows = [
+        [name, str(alarm["step"]), alarm["name"], alarm["rule"],
+         " ".join(filter(None, [alarm["cause"], alarm["advice"]]))]
+        for name, run in labelled(groups) for alarm in alarms_of(run)
+    ]  # fmt: skip
+    if not rows:
+        return "<p>No alarm went off.</p>"
+    heads = ["alarm in", "step", "alarm", "rule", "likely cause, what to try"]
+    return "<h2 id=alarms>Alarms</h2>" + table(heads, rows, text=(2, 3, 4))
+
+
+def time_part(groups: Sequence[Group]) -> str:
+    """Seconds by phase: a bar for each run and the numbers."""
+    bars, rows = [], []
+    for name, run in labelled(groups):
+        seconds = {
+            phase: math.fsum(
+                value
+                for row in run.metrics
+                if math.isfinite(value := number(row.get(f"{phase}_s")))
+            )
+            for phase in PHASES
+        }
+        whole = sum(seconds.values())
+        speeds = [number(row.get("tokens_per_s")) for row in run.training()]
+        speeds = [each for each in speeds if math.isfinite(each)]
+        peaks = [number(row.get("peak_memory_mib")) for row in run.training()]
+        if whole == 0.0:
+            continue
+        cells = "".join(
+            f'<span style="width:{100 * part / whole:.2f}%;background:var(--c{place})">'
+            f"{phase if part > 0.08 * whole else ''}</span>"
+            for place, (phase, part) in enumerate(seconds.items())
+            if part > 0.0
+        )
+        bars.append(f'<h3>{html.escape(name)}</h3><div class="bar">{cells}</div>')
+        parts = [f"{part:.1f} s ({part / whole:.0%})" for part in seconds.values()]
+        speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
+        peak = f"{max(peaks):,.0f}" if peaks else "-"
+        rows.append([name, *parts, f"{whole:.1f} s", speed, peak])
+    if not rows:
+        return "<p>No training step was logged.</p>"
+    legend = "".join(
+        f'<span><span class="key" style="background:var(--c{place})"></span>{phase}</span>'
+        for place, phase in enumerate(PHASES)
+    )
+    heads = ["", *PHASES, "all", "tokens/s (median)", "peak MiB"]
+    return f'<div class="legend">{legend}</div>{"".join(bars)}{table(heads, rows)}'
+
+
+def render(groups: Sequence[Group], max_tokens: int = 30000) -> str:
+    """The page."""
+    every = [run for each in groups for run in each.runs]
+    num = f"{len(every)} run{'s' if len(every) > 1 else ''}"
+    parts = {
+        "title": html.escape("OPD report: " + ", ".join(each.name for each in groups)),
+        "subtitle": html.escape(f"{num}: " + ", ".join(str(run.path) for run in every)),
+        "summary": summary_part(groups),
+        "alarms": alarms_part(groups),
+        "time": time_part(groups),
+        "data": in_script(page_data(groups, max_tokens)),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    # One pass: what a run says is not searched for places to fill.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    return page.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates
+
+
+@runs.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the runs, write the page, say where."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="[report.html]")
+    parser.add_argument(
+        "--max-tokens", type=int, default=30000, metavar="N",
+        help="most tokens of rollouts in the page, of all runs together [30000]: 4 MB",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    page = render(
+        compare_runs.group([compare_runs.load(each) for each in args.runs]), args.max_tokens
+    )
+    out = Path(args.out)
+    try:
+        runs.write_atomically(out, page)
+    except OSError as error:
+        raise runs.RunError(f"--out {out}: {runs.one_line(error)}", 2) from None
+    print(f"report: {out} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()
