@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-fast test-engines test-gpu lint type sync diffs docs bench toy clean
+.PHONY: help install demo report test test-fast test-engines test-gpu lint type sync diffs docs bench toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -25,6 +25,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 demo: install     ## distil the embedded tiny pair on this CPU (about four minutes)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python methods/opd.py --run-dir runs/demo --overwrite \
 	    --steps 80 --eval-every 40 --eval-teacher --lr 1e-3 --lr-schedule linear --warmup-steps 5
+	$(BIN)/python tools/report.py runs/demo --out runs/demo/report.html
+
+RUNS ?= runs/demo
+report: install   ## one page of RUNS="runs/a runs/b" into runs/report.html
+	$(BIN)/python tools/report.py $(RUNS) --out runs/report.html
 
 test: install     ## all tests but those that need a GPU or an engine; fails without compiled ops
 	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
