@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import opd_ops
-from opd_ops import health, rollouts, runs, trace
+from opd_ops import health, ranks, rollouts, runs, trace
 from opd_ops.data import Prompt, load_prompts, verifier_function
-from opd_ops.models import CausalLM, load_models, prepare
+from opd_ops.models import CausalLM, export, load_models, prepare
 
 # ==== 1. Arguments ================================================================================
 
@@ -59,6 +59,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--report-to", "none", "live view", choices=["none", "tensorboard", "wandb", "trackio"])
     add("--seed", 0, "of data order and sampling", "[0,inf)")
     add("--device", "auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
+    add("--shard", "none", "over the processes of torchrun", choices=["none", "fsdp"])
+    add("--shard-frozen", False, "with --shard fsdp: the frozen models too")
+    add("--rank-timeout-s", 1800.0, "wait for other processes", "(0,inf)")
     add("--dry-run", False, "print resolved flags, models, checks and token budget; exit")
     add("--debug", False, "show tracebacks")
     add = partial(runs.flag, parser.add_argument_group("data"))
@@ -265,7 +268,8 @@ def sample(
 ) -> Rollout:
     """One completion per prompt, by a key/value cache; `uniform` [B, T] are its random numbers.
 
-    Nothing but these arguments decides how: a checkpoint's generation_config is not read.
+    Nothing but these arguments decides how: a checkpoint's generation_config is not read. Each
+    process samples its share of the rows, and gets those of all.
     """
     (num, width), device = uniform.shape, model.device
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
@@ -273,8 +277,9 @@ def sample(
     grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
     bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
     model.eval()
-    for rows in torch.arange(num, device=device).split(args.sampler_batch_size):
-        with model.autocast():  # once for all steps, so that weights are cast once
+    share = torch.arange(num, device=device)[ranks.share(num)]
+    with ranks.unsharded(model), model.autocast():  # once for all steps: weights are cast once
+        for rows in share.split(args.sampler_batch_size) if len(share) else ():
             cache, place = model.new_cache(), {}  # each distinct prompt is prefilled once
             which = [place.setdefault(prompts[row].ids, len(place)) for row in rows.tolist()]
             first = rows[[which.index(each) for each in range(len(place))]]
@@ -301,6 +306,7 @@ def sample(
                 seen = F.pad(seen, (0, 1), value=True)
                 logits = next_logits(model, cache, token[:, None], seen)
     bar.close()
+    out = rollouts.gather(out)
     out.response_mask = out.completion_mask.clone()
     return out.select(torch.arange(num, device=device))
 
@@ -408,16 +414,31 @@ def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Ten
 
 
 def micro_batches(rollout: Rollout, args: argparse.Namespace) -> Iterator[Rollout]:
-    """Pieces of like length, at most --micro-batch-tokens each (or one rollout)."""
+    """This process's pieces of like length, at most --micro-batch-tokens each (or one rollout).
+
+    All processes have equally many: the last ones may train nothing, and keep the others in step.
+    """
     sizes = torch.stack([rollout.prompt_mask.sum(1), rollout.completion_mask.sum(1)], 1).cpu()
-    group, width = [], torch.zeros(2, dtype=torch.int64)
-    for row in sizes.sum(1).argsort(descending=True, stable=True).tolist():
+    order = sizes.sum(1).argsort(descending=True, stable=True).tolist()
+    shares = [pack(order[each :: ranks.world()], sizes, args) for each in range(ranks.world())]
+    own = shares[ranks.rank()]
+    for group in own:
+        yield rollout.select(torch.tensor(group))
+    for _ in range(max(map(len, shares)) - len(own)):
+        yield rollouts.idle(rollout, order[-1])
+
+
+def pack(rows: list[int], sizes: Tensor, args: argparse.Namespace) -> list[list[int]]:
+    """Neighbours in one group while it fits, padded; `sizes` [B, 2] of prompts and completions."""
+    groups, width = [], torch.zeros(2, dtype=torch.int64)
+    for row in rows:
         wider = width.maximum(sizes[row])
-        if group and int(wider.sum()) * (len(group) + 1) > args.micro_batch_tokens:
-            yield rollout.select(torch.tensor(group))
-            group, wider = [], sizes[row]
-        group, width = [*group, row], wider
-    yield rollout.select(torch.tensor(group))
+        if not groups or int(wider.sum()) * (len(groups[-1]) + 1) > args.micro_batch_tokens:
+            groups.append([])
+            wider = sizes[row]
+        groups[-1].append(row)
+        width = wider
+    return groups
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -451,24 +472,28 @@ def train_step(
     step: int,
 ) -> dict[str, float]:
     """One optimizer step; it is skipped where loss or gradient is not finite (`bad_step` 1)."""
-    num_trained_tokens = max(1, sum(int(rollout.trained_mask.sum()) for rollout, _ in batch))
+    num_trained_tokens = sum(int(rollout.trained_mask.sum()) for rollout, _ in batch)
+    num_trained_tokens = max(1, ranks.total(num_trained_tokens))
     student.train()
     optimizer.zero_grad()
     loss, tokens = 0.0, {}
     for rollout, scores in batch:
         loss_sum, logged = token_loss(student, rollout, scores, args)
-        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of the whole batch
+        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of all processes
         loss += float(loss_sum.detach()) / num_trained_tokens
         logged["decile"] = health.position_decile(rollout.trained_mask)
         for name, values in logged.items():
             tokens.setdefault(name, []).append(values[rollout.trained_mask])
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm))
+    ranks.sum_gradients(student)
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+    loss, grad_norm = ranks.total(loss), float(ranks.whole(grad_norm))
     good = math.isfinite(loss) and math.isfinite(grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
-    metrics = health.token_metrics({name: torch.cat(parts) for name, parts in tokens.items()})
+    tokens = {name: ranks.cat(torch.cat(parts)) for name, parts in tokens.items()}
+    metrics = health.token_metrics(tokens)
     done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
     return metrics | done | {"bad_step": float(not good)}
 
@@ -507,8 +532,7 @@ def save_checkpoint(
     state: dict[str, int],
 ) -> None:
     """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state."""
-    student.lm.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    export(student, tokenizer, folder / "model")
     weights, moments = get_state_dict(student, optimizer)
     dcp.save({"student": weights, "optimizer": moments} | state, checkpoint_id=folder / "trainer")
 
@@ -533,6 +557,7 @@ def load_checkpoint(
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample, score, update; evaluate and save."""
     args = parse_args(argv)
+    ranks.start(args)
     tokenizer = prepare(model_paths(args), args)
     prompts, test = load_prompts(tokenizer, args)
     function = verifier_function(args.verifier)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import opd_ops
+from opd_ops import ranks
 from opd_ops.models import by_teacher
 
 
@@ -150,17 +151,19 @@ def exact_divergences(
     `read_tokens` is the method file's; `law` holds `temperature` and `valid_vocab`; `names` are the
     metrics that are wanted, all if empty.
     """
-    parts = []
+    mine = []
     for micro in micro_batches:
-        for teacher, part in by_teacher(models, micro):
+        for teacher, _, part in by_teacher(models, micro):
             pair = models["student"], teacher
             student_rows, teacher_rows = (
                 read_tokens(each, part, lambda rows, head: rows)[part.trained_mask]  # [N, D]
                 for each in pair
             )
             heads = models["student"].head, teacher.head
-            parts.append(divergences(student_rows, teacher_rows, *heads, **law, names=names))
-    return {key: _mean(torch.cat([part[key] for part in parts])) for key in (parts or [{}])[0]}
+            mine.append(divergences(student_rows, teacher_rows, *heads, **law, names=names))
+    parts = ranks.gather([{key: part[key].cpu() for key in part} for part in mine])
+    flat = [part for of_rank in parts for part in of_rank]
+    return {key: _mean(torch.cat([part[key] for part in flat])) for key in (flat or [{}])[0]}
 
 
 def divergences(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import DynamicCache
 
-from opd_ops import compat, runs
+from opd_ops import compat, ranks, rollouts, runs
 
 
 class CausalLM(torch.nn.Module):
@@ -38,8 +40,11 @@ class CausalLM(torch.nn.Module):
 
     @property
     def head(self) -> Tensor | None:
-        """The head [V, D], or None where it is not a plain matrix product."""
-        return self.lm.get_output_embeddings().weight if self.plain_head else None
+        """The head [V, D], or None where it is not a plain matrix product.
+
+        Outside of `forward`, a sharded head is put together, by all ranks at once.
+        """
+        return ranks.whole(self.lm.get_output_embeddings().weight) if self.plain_head else None
 
     def autocast(self) -> torch.autocast:
         """The compute type of `--dtype`; outside of it weights would be cast anew in every call."""
@@ -100,14 +105,34 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
         )
     except (OSError, ValueError) as error:
         raise runs.RunError(f"model {path} cannot be loaded: {runs.one_line(error)}") from error
-    lm = lm.to(args.teacher_device if frozen else args.device).requires_grad_(not frozen).eval()
+    sharded = args.shard == "fsdp" and (not frozen or args.shard_frozen)
+    if not sharded:  # else it goes to the device in pieces
+        lm = lm.to(args.teacher_device if frozen else args.device)
+    lm = lm.requires_grad_(not frozen).eval()
     plain = compat.head_is_product(lm, args.valid_vocab)
     if not plain:
         runs.say(f"! {path}: the head is more than a matrix product: full [N, V] logits are held")
     if args.gradient_checkpointing and not frozen:
         enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
         enable({"use_reentrant": False})  # renamed in transformers 5.2x
-    return CausalLM(lm, plain, torch.float32 if frozen else compute).eval()
+    model = CausalLM(lm, plain, torch.float32 if frozen else compute).eval()
+    if sharded:
+        ranks.shard(model, args)
+    return model
+
+
+def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
+    """A plain `from_pretrained` folder, written by rank 0; every rank has to call this."""
+    weights = None
+    if ranks.sharded(model):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model.lm, options=options)
+        once = dict(model.lm.named_parameters())  # a tied head is not written a second time
+        twice = dict(model.lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
+        weights = {name: weight for name, weight in weights.items() if name not in twice}
+    if ranks.rank() == 0:
+        model.lm.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, CausalLM]:
@@ -119,14 +144,22 @@ def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, Ca
     return models
 
 
-def by_teacher(models: dict[str, CausalLM], rollout: Any) -> Iterator[tuple[CausalLM, Any]]:
-    """Each teacher with the rollouts of its domain. Names: `teacher` gets all, `teacher/NAME` those
-    whose prompt has the domain NAME."""
+def by_teacher(
+    models: dict[str, CausalLM], rollout: Any
+) -> Iterator[tuple[CausalLM, list[int], Any]]:
+    """Each teacher with the rollouts of its domain: which rows they are, and these rollouts.
+
+    Names: `teacher` gets all, `teacher/NAME` those whose prompt has the domain NAME. All ranks have
+    to use a sharded teacher together, so where it has no rows it gets a rollout with nothing to
+    train.
+    """
     for name, model in models.items():
         kind, _, domain = name.partition("/")
         rows = [row for row, each in enumerate(rollout.prompts) if domain in ("", each.domain)]
         if kind == "teacher" and rows:
-            yield model, rollout.select(torch.tensor(rows))
+            yield model, rows, rollout.select(torch.tensor(rows))
+        elif kind == "teacher" and ranks.sharded(model):  # another rank may need it
+            yield model, rows, rollouts.idle(rollout, 0)
 
 
 def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:

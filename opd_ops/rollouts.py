@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd_ops import ranks
 from opd_ops.data import read_rows
 from opd_ops.runs import RunError
 
@@ -48,6 +49,26 @@ def select(rollout: Any, rows: torch.Tensor) -> Any:
             value = value[:, left:] if name.startswith("prompt") else value[:, :width]
         cut[name] = value
     return type(rollout)(**cut)
+
+
+def gather(rollout: Any) -> Any:
+    """The rollout with every rank's share of the rows (`ranks.share`) as that rank has it."""
+    if ranks.world() == 1:
+        return rollout
+    names = [field.name for field in fields(rollout) if field.name != "prompts"]
+    share = ranks.share(len(rollout.prompts))
+    parts = ranks.gather({name: getattr(rollout, name)[share].cpu() for name in names})
+    joined = {name: torch.cat([part[name] for part in parts]) for name in names}
+    device = rollout.completion_ids.device
+    return type(rollout)(rollout.prompts, **{k: v.to(device) for k, v in joined.items()})
+
+
+def idle(rollout: Any, row: int) -> Any:
+    """One of the rollouts with nothing to train: for a rank that has run out of work."""
+    one = select(rollout, torch.tensor([row]))
+    one.response_mask = torch.zeros_like(one.response_mask)
+    one.prefix_mask = torch.zeros_like(one.prefix_mask)
+    return one
 
 
 def join(rollouts: Sequence[Any]) -> Any:

@@ -28,12 +28,16 @@ from typing import Any
 
 import torch
 
+from opd_ops import ranks
+
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 """The embedded pair of models that a method file runs when it is called without arguments."""
 
 
 class RunError(Exception):
     """A failure with one line for the user; exit code `code` (1 run failure, 2 usage)."""
+
+    said = False  # by another of several processes
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -53,29 +57,43 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is
         try:
             main(argv)
+            ranks.end()
         except RunError as error:
             if debug:
                 traceback.print_exc()
-            print(
-                f"{'usage' if error.code == 2 else 'error'}: {error}", file=sys.stderr, flush=True
-            )
-            raise SystemExit(error.code) from None
+            kind = "usage" if error.code == 2 else "error"
+            _leave("" if error.said else f"{kind}: {error}", error.code)
         except KeyboardInterrupt:
-            print("error: interrupted before the run had started", file=sys.stderr, flush=True)
-            raise SystemExit(130) from None
+            _leave("error: interrupted before the run had started", 130)
         except Exception as error:
+            if getattr(error, "said", False):
+                _leave("", 1)
+            if ranks.lost(error):
+                if debug:
+                    traceback.print_exc()
+                _leave(f"error: another process has ended or hangs: {one_line(error, 160)}", 1)
             if debug:
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]
-            print(
+            _leave(
                 f"error: {type(error).__name__}: {one_line(error)} "
                 f"[{Path(where.filename).name}:{where.lineno}; --debug shows the traceback]",
-                file=sys.stderr,
-                flush=True,
+                1,
             )
-            raise SystemExit(1) from None
 
     return guarded
+
+
+def _leave(line: str, code: int) -> None:
+    """End with a line on stderr; one of several processes does not wait for what the others do."""
+    if line and ranks.rank():
+        line = f"rank {ranks.rank()}: {line}"
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if ranks.world() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
 
 
 def one_line(error: object, limit: int = 400) -> str:
@@ -84,10 +102,10 @@ def one_line(error: object, limit: int = 400) -> str:
 
 
 def say(*lines: str) -> None:
-    """Print lines above any progress bar, at once."""
+    """Print lines above any progress bar, at once; of several processes rank 0 does."""
     from tqdm import tqdm
 
-    for line in lines:
+    for line in lines if ranks.rank() == 0 else ():
         tqdm.write(line)
     sys.stdout.flush()
 
@@ -126,7 +144,7 @@ def parse(
         errors.append(f"--chat-template-args must be a JSON object: {error}")
     if args.resume and args.overwrite:
         errors.append("--resume and --overwrite exclude each other")
-    errors += check(args)
+    errors += ranks.check(args) + check(args)
     if errors:
         raise RunError("; ".join(errors), code=2)
     return args
@@ -196,8 +214,12 @@ class Verifier:
         self._ready = False
 
     def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
-        """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified."""
-        return [self._verdict(item) for item in items]
+        """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified.
+
+        Each rank has all the items, and verifies its share of them.
+        """
+        mine = [self._verdict(item) for item in items[ranks.share(len(items))]]
+        return [verdict for verdicts in ranks.gather(mine) for verdict in verdicts]
 
     def _verdict(self, item: tuple[str, str, dict[str, Any]]) -> float:
         try:
@@ -275,11 +297,21 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, script: str) -> None:
-        self.path, text = Path(args.run_dir), Path(script).read_text(encoding="utf-8")
+        self.path = Path(args.run_dir)
         self.keep, self.steps = args.keep_checkpoints, args.steps
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
         self.checkpoints = self.path / "checkpoints"
+        self.resume_from = ranks.first(self._open, args, script)
+        kind = args.report_to if ranks.rank() == 0 else "none"
+        self._report = _reporter(kind, self.path, vars(args))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles them
+                signal.signal(number, self._on_signal)
+
+    def _open(self, args: argparse.Namespace, script: str) -> Path | None:
+        """Make the folder ready; which checkpoint to go on from."""
+        text = Path(script).read_text(encoding="utf-8")
         used = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.glob("step_*"))
         if used and not (args.resume or args.overwrite):
             raise RunError(f"run folder {self.path} exists: give --resume or --overwrite", code=2)
@@ -287,29 +319,26 @@ class Run:
             if not (self.path / "args.json").is_file():
                 raise RunError(f"--overwrite: {self.path} is not a run folder (no args.json)", 2)
             shutil.rmtree(self.path)
-        self.resume_from = self.newest_checkpoint() if args.resume else None
-        if args.resume and self.resume_from is None:
+        resume_from = self.newest_checkpoint() if args.resume else None
+        if args.resume and resume_from is None:
             raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
-        if self.resume_from:
-            say(f"resume: from {self.resume_from}", *self._changed_flags(args))
+        if resume_from:
+            say(f"resume: from {resume_from}", *self._changed_flags(args))
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob(".writing-*"):
             shutil.rmtree(leftover)
-        if self.resume_from:  # what the run was started with stays beside what goes on with it
+        if resume_from:  # what the run was started with stays beside what goes on with it
             for name in (Path(script).name, "args.json"):
                 if (self.path / name).is_file():
                     kept = (self.path / name).read_text(encoding="utf-8")
-                    write_atomically(self.path / f"before_{self.resume_from.name}_{name}", kept)
+                    write_atomically(self.path / f"before_{resume_from.name}_{name}", kept)
         write_atomically(self.path / Path(script).name, text)
         record = {"args": vars(args), "environment": environment(), "argv": sys.argv}
         write_atomically(self.path / "args.json", json.dumps(record, indent=1, default=str) + "\n")
-        self._report = _reporter(args.report_to, self.path, vars(args))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles them
-                signal.signal(number, self._on_signal)
+        return resume_from
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_signal:
+        if self.stop_signal and ranks.world() == 1:  # torchrun itself hands signals on twice
             raise SystemExit(128 + number)
         self.stop_signal = number
         say(f"! {signal.Signals(number).name}: will save and stop after this step (again: at once)")
@@ -354,7 +383,8 @@ class Run:
 
     def has(self, step: int, key: str) -> bool:
         """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""
-        return any(row["step"] == step and key in row for row in read_metrics(self.path))
+        rows = ranks.first(read_metrics, self.path)
+        return any(row["step"] == step and key in row for row in rows)
 
     # ------------------------------------------------------------------------------ checkpoints
     def save(self, step: int, write: Callable[..., None], *args: Any) -> Path:
@@ -363,38 +393,31 @@ class Run:
         `write(folder, *args)` fills a temporary folder; its files are hashed into `manifest.json`,
         synced and renamed to `step_<step>`. An error touches nothing that was saved before.
         """
-        target = self.checkpoints / f"step_{step}"
-        if target.exists():
-            if check_manifest(target) is None:
-                return target
-            shutil.rmtree(target)
-        folder = self.checkpoints / f".writing-{step}"
-        shutil.rmtree(folder, ignore_errors=True)
+        target, folder = self.checkpoints / f"step_{step}", self.checkpoints / f".writing-{step}"
+        if ranks.first(_is_complete, target):
+            return target
         try:
-            folder.mkdir()
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "torch.distributed is disabled"
-                )  # it is: 1 process
-                write(folder, *args)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            manifest = {
-                str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha(path)}
-                for path in files
-            }
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-            for path in (*files, folder / "manifest.json", folder):
-                _sync(path)
-            folder.rename(target)
-            _sync(self.checkpoints)
+            ranks.first(_make_empty, folder)
+            failed = None
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                    write(folder, *args)
+            except Exception as error:
+                failed = error
+            ranks.together(failed)
+            ranks.first(_seal, folder, target)
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise RunError(
+            if ranks.rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            refused = RunError(
                 f"checkpoint at step {step} could not be written: {one_line(error)}; "
                 f"last good checkpoint: {self.newest_checkpoint()}"
-            ) from error
+            )
+            refused.said = getattr(error, "said", False)
+            raise refused from error
         complete = sorted(self.checkpoints.glob("step_*"), key=_step_of)
-        for old in complete[: -self.keep] if self.keep else []:
+        for old in complete[: -self.keep] if self.keep and ranks.rank() == 0 else []:
             shutil.rmtree(old)
         return target
 
@@ -409,6 +432,9 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop logged rows after `step`, which a resumed run will write again."""
+        ranks.first(self._rewind, step)
+
+    def _rewind(self, step: int) -> None:
         for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl"):
             path = self.path / name
             if path.is_file():
@@ -422,11 +448,14 @@ class Run:
 
     def stop_if_asked(self, save: Callable[[], Path]) -> None:
         """After SIGINT or SIGTERM: save, then end with exit code 130 or 143."""
-        if self.stop_signal:
-            name, path = signal.Signals(self.stop_signal).name, save()
-            raise RunError(
-                f"stopped by {name}; saved {path}; go on with --resume", 128 + self.stop_signal
+        number = max(ranks.gather(self.stop_signal))
+        if number:
+            name, path = signal.Signals(number).name, save()
+            stopped = RunError(
+                f"stopped by {name}; saved {path}; go on with --resume", 128 + number
             )
+            stopped.said = ranks.rank() != 0
+            raise stopped
 
     def bad_step(
         self,
@@ -440,15 +469,21 @@ class Run:
         The update was skipped, so the weights are those of the step before, and are saved.
         """
         path = self.path / "offending.jsonl"
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in offending))
-        return RunError(
+        text = "".join(json.dumps(row) + "\n" for row in offending)
+        ranks.first(write_atomically, path, text)
+        error = RunError(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: more bad "
             f"steps than --max-bad-steps; its rollouts are in {path}; the weights before it, which "
             f"are good, are in {save()}"
         )
+        error.said = ranks.rank() != 0
+        return error
 
     def finish(self) -> None:
         """Print the evaluations (before, after, teacher), the folder and the picture of the run."""
+        ranks.first(self._finish)
+
+    def _finish(self) -> None:
         rows = read_metrics(self.path)
         columns = {}
         for title, name, place in (
@@ -550,8 +585,36 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
+    if ranks.rank():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether it is there and good; a damaged one is removed."""
+    if checkpoint.exists() and check_manifest(checkpoint) is not None:
+        shutil.rmtree(checkpoint)
+    return checkpoint.exists()
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _seal(folder: Path, target: Path) -> None:
+    """Hash the files of `folder` into its manifest, bring all to the disk, then rename it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha(path)}
+        for path in files
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in (*files, folder / "manifest.json", folder):
+        _sync(path)
+    folder.rename(target)
+    _sync(target.parent)
 
 
 def _step_of(path: Path) -> int:

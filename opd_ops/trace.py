@@ -56,9 +56,11 @@ def rows(
             one.response_mask &= one.response_mask.cumsum(1) <= most
         one.prefix_mask = torch.zeros_like(one.prefix_mask)
         shown = one.response_mask[0]
-        for teacher, part in by_teacher(models, one):
+        for teacher, scored, part in by_teacher(models, one):
             (sample,) = health.samples(part, tokenizer)
             tokens = _tokens(models["student"], teacher, part, tokenizer, read_tokens, law)
+            if not scored:
+                continue  # the teacher of another domain
             tokens["trained"] = trained[shown].int().tolist()
             tokens["num_prefix_tokens"] = num_prefix
             tokens["logged"] = {

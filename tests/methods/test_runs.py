@@ -228,7 +228,7 @@ def test_dry_run_reads_no_weights_and_writes_nothing(folder, capsys, monkeypatch
     opd.main(flags(folder, "dry", "--dry-run"))
     output = capsys.readouterr().out
     assert not (folder / "dry").exists()
-    for word in ("--lr 0.0005", "M parameters", "compat:", "ops:", "budget:", "12 prompts"):
+    for word in ("--lr 0.0003", "M parameters", "compat:", "ops:", "budget:", "12 prompts"):
         assert word in output, word
 
 

@@ -19,7 +19,7 @@ import sync_methods  # noqa: E402
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 REFERENCE = (ROOT / "methods/opd.py").read_text()
-MAX_LINES = 600  # of opd.py
+MAX_LINES = 650  # of opd.py
 MAX_DIFF = {"exopd": 90, "sg_opd": 160, "topk_opd": 160, "tropd": 170}
 
 
