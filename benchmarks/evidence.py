@@ -150,7 +150,7 @@ def finished(path: Path) -> list[dict[str, str]]:
 def spread(values: list[float]) -> str:
     """Mean and half-width of the 95 % interval."""
     mean = statistics.mean(values)
-    digits = 0 if abs(mean) >= 20 else 3
+    digits = 1 if abs(mean) >= 20 else 3
     if len(values) < 2:
         return f"{mean:.{digits}f}"
     half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
