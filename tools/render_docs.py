@@ -5,7 +5,8 @@
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
 `diff` is the golden diff against opd.py; `smoke` and `sweep` are the tables of those suites from
-benchmarks/results/evidence.csv, in a method's page only its rows and those of opd.
+benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `size NAME` is
+the number of lines of a golden diff.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import evidence  # noqa: E402
+import sync_methods  # noqa: E402
 
 
 def equation_table(source: str) -> str:
@@ -61,6 +63,17 @@ def render(page: str, parts: dict[str, str]) -> str:
     return page
 
 
+def with_sizes(page: str) -> str:
+    """`page` with the size of each diff, added and removed lines, between its inline markers."""
+
+    def size(found: re.Match[str]) -> str:
+        old, new = ((ROOT / f"methods/{name}.py").read_text() for name in ("opd", found[1]))
+        lines = sync_methods.diff(old, new, found[1]).splitlines()[2:]
+        return f"<!-- size {found[1]} -->{sum(line[0] in '+-' and bool(line[1:].strip()) for line in lines)}<!-- /size -->"
+
+    return re.sub(r"<!-- size (\w+) -->.*?<!-- /size -->", size, page)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Rewrite or check every method page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -76,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         golden = ROOT / f"docs/diffs/opd-{method}.diff"
         if golden.is_file():
             parts["diff"] = f"```diff\n{golden.read_text()}```"
-        old, new = path.read_text(), render(path.read_text(), parts)
+        old, new = path.read_text(), with_sizes(render(path.read_text(), parts))
         if old != new:
             stale.append(path.name)
             if not args.check:
