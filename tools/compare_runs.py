@@ -223,7 +223,7 @@ def spread(values: Sequence[float], key: str = "") -> str:
     if not finite:
         return "-"
     mean = show(statistics.fmean(finite), key)
-    if len(finite) == 1:
+    if len(finite) == 1 or (key in COUNTS and len(set(finite)) == 1):
         return mean
     return f"{mean} ± {show(statistics.stdev(finite), key)}"
 

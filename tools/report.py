@@ -51,8 +51,8 @@ HINTS = {
     "accepted_mean": "share of tokens inside the trust region",
 }
 HEALTH = (
-    "grad_norm", "log_ratio_mean", "student_entropy", "teacher_entropy", "overlap", "teacher_mass",
-    "student_mass", "truncated_share", "repetition_share", "policy_log_ratio_mean",
+    "length_mean", "grad_norm", "log_ratio_mean", "student_entropy", "teacher_entropy", "overlap",
+    "teacher_mass", "student_mass", "truncated_share", "repetition_share", "policy_log_ratio_mean",
     "gate_mean", "accepted_mean", "divergence_mean", "unverified_share",
 )  # fmt: skip
 PHASES = ("generate", "teacher", "diagnose", "student", "eval")
@@ -185,7 +185,7 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
         key for run in data["runs"] for part in ("train", "eval") for key in run[part]["columns"]
     }
     scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
-    learning = [*scores, "reverse_kl", "verifier_pass_rate", "length_mean"]
+    learning = [*scores, "reverse_kl", "verifier_pass_rate"]
     data["learning"] = [key for key in learning if key in keys]
     data["health"] = [key for key in HEALTH if key in keys]
     data["keys"] = sorted(keys)
@@ -207,11 +207,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int
     """An HTML table of escaped cells; a row that starts with a tab is one run of the row above."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        classes = ['class="text"' if place in text else "" for place in range(len(row))]
-        return "".join(
-            f"<{tag}{' ' + which if which else ''}>{html.escape(cell.strip())}</{tag}>"
-            for cell, which in zip(row, classes)
-        )
+        found = []
+        for place, cell in enumerate(row):
+            which = " class=text" if place in text else ""
+            shown = html.escape(cell.strip()).replace("± ", "±&nbsp;")  # breaks before, not after
+            found.append(f"<{tag}{which}>{shown}</{tag}>")
+        return "".join(found)
 
     body = "".join(
         f"<tr{' class=one' if row[0].startswith(chr(9)) else ''}>{cells('td', row)}</tr>\n"
