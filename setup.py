@@ -7,6 +7,10 @@ The op library uses torch's stable ABI and no Python symbol; Python loads it wit
     MAX_JOBS              compile jobs at once (default: ninja's)
     OPD_OPS_ISA           at run time: portable, avx2 or avx512 forces a lower instruction set
     OPD_OPS_SKIP_BUILD=1  install without compiled ops; the reference ops in plain PyTorch run
+    OPD_OPS_CUDA          1: CUDA kernels or an error; 0: none; default: if torch has CUDA and there
+                          is an nvcc. No GPU is asked for, so a machine without one can build.
+    OPD_OPS_CUDA_TARGETS  default "80 90"; the last one also as PTX, for later devices
+    CUDA_HOME             where to look for nvcc first; then PATH, /usr/local/cuda, Python packages
 """
 
 import importlib.util
@@ -29,6 +33,12 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+CUDA_KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_HELP = (
+    "python -m pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime, "
+    "each of the CUDA version of torch"
+)
 
 
 def fail(reason: str) -> None:
@@ -61,6 +71,51 @@ def find_ninja() -> str:
     return found
 
 
+def find_nvcc() -> str | None:
+    places = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    candidates = [Path(place) / "bin" / "nvcc" for place in places]
+    candidates += [Path(found) for found in [shutil.which("nvcc")] if found]
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    wheels = importlib.util.find_spec("nvidia")
+    for root in wheels.submodule_search_locations or [] if wheels else []:
+        candidates += sorted(Path(root).glob("*/bin/nvcc"), reverse=True)
+    return next((str(path) for path in candidates if path.exists()), None)
+
+
+def cuda_targets() -> list[str]:
+    """Compute capabilities without the dot, in ascending order."""
+    wanted = os.environ.get("OPD_OPS_CUDA_TARGETS", "80 90")
+    targets = wanted.replace(",", " ").replace(";", " ").replace("sm_", "").split()
+    if not targets or not all(target.rstrip("af").isdigit() for target in targets):
+        fail(f"OPD_OPS_CUDA_TARGETS: expected numbers like '80 90', got {wanted!r}")
+    return sorted(targets, key=lambda target: int(target.rstrip("af")))
+
+
+def target_flags(targets: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    return [*flags, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+
+
+def choose_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
+    """nvcc, or None and why there are no CUDA kernels."""
+    wanted = os.environ.get("OPD_OPS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        fail(f"OPD_OPS_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return None, "OPD_OPS_CUDA=0"
+    if wanted == "" and torch_cuda is None:
+        return None, "this torch has no CUDA"
+    nvcc = find_nvcc()
+    if nvcc is None and wanted == "1":
+        fail(f"OPD_OPS_CUDA=1, but no nvcc was found (CUDA_HOME names its place): {NVCC_HELP}")
+    return nvcc, "" if nvcc else f"no nvcc: {NVCC_HELP}"
+
+
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return text.partition("release ")[2].partition(",")[0] or "of unknown version"
+
+
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name: str) -> str:
         if name.endswith("libopd_ops"):  # asked for by full name and by last part
@@ -90,15 +145,17 @@ class NinjaBuild(build_ext):
         torch_root = Path(torch.__file__).parent
         torch_include = ["-isystem", str(torch_root / "include")]
         stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch_include]
+        nvcc, why_not = choose_cuda(torch.version.cuda)
+        targets = cuda_targets() if nvcc else []
         described = {
             "OPD_COMPILER": compiler_name,
             "OPD_FLAGS": " ".join(FLAGS),
             "OPD_TORCH": torch.__version__,
-            "OPD_CUDA_TARGETS": "",
+            "OPD_CUDA_TARGETS": " ".join(f"sm_{target}" for target in targets),
         }
         python = [sysconfig.get_path("include"), pybind11.get_include()]
         units = [  # source, flags
-            ("csrc/bindings.cpp", stable),
+            ("csrc/bindings.cpp", [*stable, "-DOPD_CUDA"] if nvcc else stable),
             ("csrc/cpu/ops.cpp", stable),
             ("csrc/cpu/k_portable.cpp", [*KERNEL_FLAGS, *torch_include]),
             (
@@ -112,10 +169,19 @@ class NinjaBuild(build_ext):
         if x86:
             units.append(("csrc/cpu/k_avx2.cpp", [*KERNEL_FLAGS, *AVX2]))
             units.append(("csrc/cpu/k_avx512.cpp", [*KERNEL_FLAGS, *AVX512]))
+        cuda = f"none ({why_not})"
+        if nvcc:
+            version = nvcc_version(nvcc)
+            cuda = f"{described['OPD_CUDA_TARGETS']} by nvcc {version}"
+            if (torch.version.cuda or version).split(".")[0] != version.split(".")[0]:
+                cuda += f" (torch has CUDA {torch.version.cuda}: the driver must know both)"
+            units.append(("csrc/cuda/ops.cpp", stable))
+            flags = [f"-ccbin={compiler[0]}", *NVCC_FLAGS, *target_flags(targets)]
+            units += [(source, flags) for source in CUDA_KERNELS]
         print(
             f"opd_ops: building {len(units)} translation units with {compiler_name} against torch "
             f"{torch.__version__}; CPU kernels: portable{', avx2, avx512' if x86 else ''}; "
-            "CUDA kernels: none",
+            f"CUDA kernels: {cuda}",
             flush=True,
         )
 
@@ -124,17 +190,25 @@ class NinjaBuild(build_ext):
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {escape(shlex.join(compiler))}",
+            f"nvcc = {escape(shlex.join([nvcc or 'nvcc']))}",
             "rule compile\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = compile $in",
+            "rule cuda\n  command = $nvcc -MD -MF $out.d $flags -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = compile $in",
+            "rule cudalink\n  command = $nvcc -shared -cudart=static $in -o $out $libs\n"
+            "  description = link $out",
             "rule link\n  command = $cxx -shared -pthread $in -o $out $libs\n"
             "  description = link $out",
         ]
         objects = {}
         for source, flags in units:
-            objects[source] = build / (Path(source).stem + ".o")
+            path = Path(source)
+            objects[source] = build / f"{path.parent.name}_{path.stem}.o"
+            rule = "cuda" if path.suffix == ".cu" else "compile"
+            flags = flags if rule == "cuda" else [*FLAGS, *flags]
             lines.append(
-                f"build {escape(objects[source])}: compile {escape(ROOT / source)}\n"
-                f"  flags = {escape(shlex.join([*FLAGS, *flags]))}"
+                f"build {escape(objects[source])}: {rule} {escape(ROOT / source)}\n"
+                f"  flags = {escape(shlex.join(flags))}"
             )
         outputs = {
             ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
@@ -149,8 +223,11 @@ class NinjaBuild(build_ext):
         }
         for name, path in outputs.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            rule = "cudalink" if nvcc and name == LIBRARY else "link"
+            more = f" -ccbin={compiler[0]} -L{Path(nvcc).parents[1] / 'lib'}" if nvcc else ""
             lines.append(
-                f"build {escape(path)}: link {' '.join(parts[name])}\n  libs = {escape(libs[name])}"
+                f"build {escape(path)}: {rule} {' '.join(parts[name])}\n"
+                f"  libs = {escape(libs[name] + (more if rule == 'cudalink' else ''))}"
             )
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [ninja, "-C", str(build)]
@@ -173,16 +250,21 @@ def escape(value: object) -> str:
     )
 
 
-if os.environ.get("OPD_OPS_SKIP_BUILD") == "1":
-    print(
-        "opd_ops: OPD_OPS_SKIP_BUILD=1, NOTHING IS COMPILED: the ops run as plain PyTorch, "
-        "correct but slow",
-        file=sys.stderr,
-        flush=True,
-    )
-    setup()
-else:
-    setup(
-        ext_modules=[Extension(LIBRARY, []), Extension("opd_ops._build_info", [])],
-        cmdclass={"build_ext": NinjaBuild},
-    )
+def main() -> None:
+    if os.environ.get("OPD_OPS_SKIP_BUILD") == "1":
+        print(
+            "opd_ops: OPD_OPS_SKIP_BUILD=1, NOTHING IS COMPILED: the ops run as plain PyTorch, "
+            "correct but slow",
+            file=sys.stderr,
+            flush=True,
+        )
+        setup()
+    else:
+        setup(
+            ext_modules=[Extension(LIBRARY, []), Extension("opd_ops._build_info", [])],
+            cmdclass={"build_ext": NinjaBuild},
+        )
+
+
+if __name__ == "__main__":  # tests import the functions above
+    main()

@@ -2,7 +2,7 @@
 // versions of torch. Fake kernels and autograd are in opd_ops/_ops.py.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/ops.h"
+#include "ops.h"
 
 STABLE_TORCH_LIBRARY(opd_ops, m) {
   m.def(
@@ -39,15 +39,23 @@ STABLE_TORCH_LIBRARY(opd_ops, m) {
       "Tensor grad, int valid_vocab, float temperature, int divergence, float beta) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) {
-  m.impl("gather_logp", TORCH_BOX(&opd::gather_logp_cpu));
-  m.impl("topk_logp", TORCH_BOX(&opd::topk_logp_cpu));
-  m.impl("gather_linear", TORCH_BOX(&opd::gather_linear_cpu));
-  m.impl("gather_linear_backward_hidden", TORCH_BOX(&opd::gather_linear_backward_hidden_cpu));
-  m.impl("gather_linear_backward_head_", TORCH_BOX(&opd::gather_linear_backward_head_cpu));
-  m.impl("gather_logp_backward", TORCH_BOX(&opd::gather_logp_backward_cpu));
-  m.impl("gather_logp_backward_", TORCH_BOX(&opd::gather_logp_backward_inplace_cpu));
-  m.impl("full_kl", TORCH_BOX(&opd::full_kl_cpu));
-  m.impl("full_kl_backward", TORCH_BOX(&opd::full_kl_backward_cpu));
-  m.impl("full_kl_backward_", TORCH_BOX(&opd::full_kl_backward_inplace_cpu));
-}
+#define OPD_IMPLEMENT(device)                                                                      \
+  m.impl("gather_logp", TORCH_BOX(&opd::device::gather_logp));                                     \
+  m.impl("topk_logp", TORCH_BOX(&opd::device::topk_logp));                                         \
+  m.impl("gather_linear", TORCH_BOX(&opd::device::gather_linear));                                 \
+  m.impl("gather_linear_backward_hidden", TORCH_BOX(&opd::device::gather_linear_backward_hidden)); \
+  m.impl("gather_linear_backward_head_", TORCH_BOX(&opd::device::gather_linear_backward_head));    \
+  m.impl("gather_logp_backward", TORCH_BOX(&opd::device::gather_logp_backward));                   \
+  m.impl("gather_logp_backward_", TORCH_BOX(&opd::device::gather_logp_backward_inplace));          \
+  m.impl("full_kl", TORCH_BOX(&opd::device::full_kl));                                             \
+  m.impl("full_kl_backward", TORCH_BOX(&opd::device::full_kl_backward));                           \
+  m.impl("full_kl_backward_", TORCH_BOX(&opd::device::full_kl_backward_inplace))
+
+#ifdef OPD_EMULATION  // the CUDA ops on CPU tensors, for tests
+STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) { OPD_IMPLEMENT(cuda); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) { OPD_IMPLEMENT(cpu); }
+#ifdef OPD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(opd_ops, CUDA, m) { OPD_IMPLEMENT(cuda); }
+#endif
+#endif

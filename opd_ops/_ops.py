@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -45,22 +46,9 @@ _REQUIRED = os.environ.get("OPD_OPS_REQUIRE", "")
 _LIBRARY = Path(__file__).with_name("libopd_ops.so")
 _error: str | None = None  # why nothing compiled runs
 
-# The devices for which an op is compiled. What is missing here runs as reference.
-_COMPILED_FOR = {
-    "token_logp": ("cpu",),
-    "linear_token_logp": ("cpu",),
-    "gather_logp": ("cpu",),
-    "linear_gather_logp": ("cpu",),
-    "gated_kl": ("cpu",),
-    "linear_gated_kl": ("cpu",),
-    "full_kl": ("cpu",),
-    "linear_full_kl": ("cpu",),
-    "topk_logp": ("cpu",),
-    "linear_topk_logp": ("cpu",),
-    "linear_gather_logits": ("cpu",),
-    "support_kl": ("cpu",),
-    "linear_support_kl": ("cpu",),
-}
+# Devices whose kernels know neither float64 nor a larger K: the reference takes those calls.
+_LIMITED: tuple[str, ...] = ("cuda",)
+_LIMITED_K = 1024
 
 
 def _build_info() -> Any:
@@ -96,6 +84,12 @@ def _load() -> bool:
 _LOADED = _load()
 
 
+# All ops are compiled for the same devices.
+_DEVICES: tuple[str, ...] = ()
+if _LOADED:
+    _DEVICES = ("cpu", "cuda") if _build_info().cuda_targets else ("cpu",)
+
+
 def info() -> dict[str, Any]:
     """What runs, for the first log line and `args.json`.
 
@@ -103,10 +97,7 @@ def info() -> dict[str, Any]:
     sentence that a program should show loudly, or None.
     """
     ops = {
-        name: {
-            device: "cpp" if _LOADED and device in _COMPILED_FOR.get(name, ()) else "reference"
-            for device in ("cpu", "cuda")
-        }
+        name: {device: "cpp" if device in _DEVICES else "reference" for device in ("cpu", "cuda")}
         for name in __all__
         if name != "info"
     }
@@ -134,13 +125,24 @@ def info() -> dict[str, Any]:
     return result
 
 
-def _compiled(name: str, tensor: Tensor) -> bool:
-    device = tensor.device.type
-    if _LOADED and device in _COMPILED_FOR.get(name, ()):
-        return True
-    if _IMPL == "cpp":
-        raise RuntimeError(f"{name}: OPD_OPS_IMPL=cpp, but it is not compiled for {device} tensors")
-    return False
+def _compiled(name: str, tensor: Tensor, k: int = 0) -> bool:
+    device, limited = tensor.device.type, ""
+    if device not in _DEVICES:
+        if _IMPL == "cpp":
+            raise RuntimeError(
+                f"{name}: OPD_OPS_IMPL=cpp, but it is not compiled for {device} tensors"
+            )
+        return False
+    if device in _LIMITED and tensor.dtype == torch.float64:
+        limited = "float64"
+    elif device in _LIMITED and isinstance(k, int) and k > _LIMITED_K:
+        limited = f"k = {k} > {_LIMITED_K}"
+    if limited and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{name}: the compiled op for {device} does not take {limited}; the reference runs",
+            stacklevel=3,
+        )
+    return not limited
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -989,7 +991,7 @@ def topk_logp(
     valid_vocab: int | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    if not _compiled("topk_logp", logits):
+    if not _compiled("topk_logp", logits, k):
         return reference.topk_logp(
             logits, k, token_ids=token_ids, valid_vocab=valid_vocab, temperature=temperature
         )
@@ -1015,7 +1017,7 @@ def linear_topk_logp(
     temperature: float = 1.0,
     workspace_mib: float = 256,
 ) -> tuple[Tensor, ...]:
-    if not _compiled("linear_topk_logp", hidden):
+    if not _compiled("linear_topk_logp", hidden, k):
         return reference.linear_topk_logp(
             hidden,
             head,

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace opd {
+#include "../dtype.h"
 
-enum class DType : int { f32, bf16, f16, f64 };
+namespace opd {
 
 // Rows are read in chunks of this many logits; the last one is filled up with -inf.
 constexpr int64_t kChunk = 128;

@@ -1,26 +1,21 @@
 // Argument checks, output tensors and the loop over rows; the arithmetic is in kernels.inl.
-#include "ops.h"
+#include "../ops.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <sstream>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "../checks.h"
 #include "../common.h"
 #include "kernels.h"
 
-namespace opd {
+namespace opd::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 const Kernels<float>& choose() {
 #if defined(__x86_64__)
@@ -45,77 +40,14 @@ const Kernels<double>& kernels<double>() {
 
 // ==== checks ====
 
-#define OPD_CHECK(condition, ...)                                      \
-  do {                                                                 \
-    if (!(condition)) throw std::runtime_error(message(__VA_ARGS__)); \
-  } while (false)
-
-template <class... Parts>
-std::string message(const Parts&... parts) {
-  std::ostringstream out;
-  ((out << parts), ...);
-  return out.str();
-}
-
-std::string shape(const Tensor& t) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "]";
-  return out.str();
-}
-
-DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::Double: return DType::f64;
-    default: break;
-  }
-  throw std::runtime_error(
-      message(name, ": expected float32, bfloat16, float16 or float64, got another type"));
-}
-
-// Rows without gaps inside: as given, or copied once.
-Tensor with_dense_rows(const char* name, const Tensor& t) {
-  OPD_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  OPD_CHECK(t.dim() == 2, name, ": expected [N, V], got shape ", shape(t));
-  dtype_of(name, t);
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
-Tensor small(const char* name, const Tensor& t, std::vector<int64_t> sizes, ScalarType type) {
-  OPD_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
-  if (!same) {
-    std::ostringstream wanted;
-    for (size_t i = 0; i < sizes.size(); ++i) wanted << (i ? ", " : "") << sizes[i];
-    throw std::runtime_error(
-        message(name, ": expected shape [", wanted.str(), "], got ", shape(t)));
-  }
-  OPD_CHECK(t.scalar_type() == type, name, ": expected dtype number ", static_cast<int>(type),
-            ", got ", static_cast<int>(t.scalar_type()));
-  return torch::stable::contiguous(t);
-}
-
-void check_vocab(const Tensor& logits, int64_t valid_vocab, double temperature) {
-  OPD_CHECK(valid_vocab >= 1 && valid_vocab <= logits.size(1), "valid_vocab: expected 1 to ",
-            logits.size(1), ", got ", valid_vocab);
-  OPD_CHECK(temperature > 0 && std::isfinite(temperature),
-            "temperature: expected a finite number > 0, got ", temperature);
-}
-
 // With `or_none`, -1 stands for no id.
-Tensor checked_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t valid_vocab,
-                   bool or_none = false) {
-  OPD_CHECK(ids.dim() == 2, name, ": expected [N, K], got shape ", shape(ids));
-  Tensor dense = small(name, ids, {num_rows, ids.size(1)}, ScalarType::Long);
+Tensor checked_ids(const Tensor& first, const char* name, const Tensor& ids, int64_t num_rows,
+                   int64_t valid_vocab, bool or_none = false) {
+  Tensor dense = id_rows(first, name, ids, num_rows);
   const int64_t* p = static_cast<const int64_t*>(dense.const_data_ptr());
   for (int64_t i = 0; i < dense.numel(); ++i)
-    OPD_CHECK(p[i] >= (or_none ? -1 : 0) && p[i] < valid_vocab, name, ": expected ids in [0, ", valid_vocab,
-              "), got ", p[i]);
+    OPD_CHECK(p[i] >= (or_none ? -1 : 0) && p[i] < valid_vocab, name, ": expected ids in [0, ",
+              valid_vocab, "), got ", p[i]);
   return dense;
 }
 
@@ -149,10 +81,6 @@ template <class F>
 auto with_type(const Tensor& logits, const F& f) {
   if (logits.scalar_type() == ScalarType::Double) return f(double());
   return f(float());
-}
-
-ScalarType result_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 double load(const Row& row, int64_t i) {
@@ -209,21 +137,15 @@ int64_t merge(const int64_t* ids, const A* grad, int64_t k, std::vector<std::pai
   return count;
 }
 
-void check_inplace(const char* name, const Tensor& t) {
-  OPD_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": writing in place needs rows without gaps");
-  OPD_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name,
-            ": writing in place needs rows that do not overlap");
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather_logp_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather_logp(
     const Tensor& logits, const Tensor& ids, int64_t valid_vocab, double temperature,
     bool with_entropy, bool with_tail) {
   const Tensor z = with_dense_rows("logits", logits);
   check_vocab(z, valid_vocab, temperature);
   const int64_t num_rows = z.size(0);
-  const Tensor wanted = checked_ids("ids", ids, num_rows, valid_vocab, true);
+  const Tensor wanted = checked_ids(z, "ids", ids, num_rows, valid_vocab, true);
   OPD_CHECK(!(with_entropy && with_tail), "with_tail: not together with with_entropy");
   const int64_t k = wanted.size(1), tails = with_tail ? num_rows : 0;
   const ScalarType type = result_type(z);
@@ -279,21 +201,21 @@ void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const T
                   double temperature) {
   check_vocab(z, valid_vocab, temperature);
   const int64_t num_rows = z.size(0);
-  const Tensor members = checked_ids("ids", ids, num_rows, valid_vocab, true);
+  const Tensor members = checked_ids(z, "ids", ids, num_rows, valid_vocab, true);
   const int64_t k = members.size(1);
   const ScalarType type = result_type(z);
-  const Tensor g = small("grad", grad, {num_rows, k}, type);
-  const Tensor s = small("stats", stats, {num_rows, 2}, type);
-  const Tensor a = small("dense", dense, {num_rows}, type);
+  const Tensor g = small(z, "grad", grad, {num_rows, k}, type);
+  const Tensor s = small(z, "stats", stats, {num_rows, 2}, type);
+  const Tensor a = small(z, "dense", dense, {num_rows}, type);
   OPD_CHECK(tail_stats.has_value() == tail_dense.has_value(),
             "tail_dense: expected together with tail_stats");
   OPD_CHECK(!(slope.has_value() && tail_stats.has_value()),
             "slope: not together with tail_stats");
   std::optional<Tensor> b, os, od;
-  if (slope.has_value()) b = small("slope", *slope, {num_rows}, type);
+  if (slope.has_value()) b = small(z, "slope", *slope, {num_rows}, type);
   if (tail_stats.has_value()) {
-    os = small("tail_stats", *tail_stats, {num_rows, 2}, type);
-    od = small("tail_dense", *tail_dense, {num_rows}, type);
+    os = small(z, "tail_stats", *tail_stats, {num_rows, 2}, type);
+    od = small(z, "tail_dense", *tail_dense, {num_rows}, type);
   }
   with_type(z, [&](auto zero) {
     using A = decltype(zero);
@@ -334,7 +256,7 @@ void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const T
 
 }  // namespace
 
-Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                                 const Tensor& stats, const Tensor& dense,
                                 const std::optional<Tensor>& slope,
                                 const std::optional<Tensor>& tail_stats,
@@ -347,7 +269,7 @@ Tensor gather_logp_backward_cpu(const Tensor& logits, const Tensor& ids, const T
   return out;
 }
 
-void gather_logp_backward_inplace_cpu(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                                       const Tensor& stats, const Tensor& dense,
                                       const std::optional<Tensor>& slope,
                                       const std::optional<Tensor>& tail_stats,
@@ -361,25 +283,13 @@ void gather_logp_backward_inplace_cpu(const Tensor& logits, const Tensor& ids, c
 
 namespace {
 
-void check_pair(const Tensor& student, const Tensor& teacher, int64_t valid_vocab,
-                double temperature, int64_t divergence, double beta) {
-  check_vocab(student, valid_vocab, temperature);
-  OPD_CHECK(teacher.size(0) == student.size(0) && teacher.size(1) >= valid_vocab,
-            "teacher_logits: expected [", student.size(0), ", at least ", valid_vocab, "], got ",
-            shape(teacher));
-  OPD_CHECK(result_type(student) == result_type(teacher),
-            "teacher_logits: float64 only together with float64 student_logits");
-  OPD_CHECK(divergence >= 0 && divergence <= 2, "divergence: expected 0, 1 or 2, got ", divergence);
-  OPD_CHECK(divergence != 2 || (beta > 0 && beta < 1), "beta: expected inside (0, 1), got ", beta);
-}
-
 void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Tensor& out,
                           const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
                           double temperature, int64_t divergence, double beta) {
   check_pair(student, teacher, valid_vocab, temperature, divergence, beta);
   const int64_t num_rows = student.size(0);
-  const Tensor s = small("stats", stats, {num_rows, 5}, result_type(student));
-  const Tensor g = small("grad", grad, {num_rows}, result_type(student));
+  const Tensor s = small(student, "stats", stats, {num_rows, 5}, result_type(student));
+  const Tensor g = small(student, "grad", grad, {num_rows}, result_type(student));
   with_type(student, [&](auto zero) {
     using A = decltype(zero);
     const Rows near(student, valid_vocab), far(teacher, valid_vocab);
@@ -405,11 +315,11 @@ void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Te
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> full_kl_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+std::tuple<Tensor, Tensor> full_kl(const Tensor& student_logits, const Tensor& teacher_logits,
                                        int64_t valid_vocab, double temperature,
                                        int64_t divergence, double beta) {
   const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits);
+  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
   check_pair(student, teacher, valid_vocab, temperature, divergence, beta);
   const int64_t num_rows = student.size(0);
   const ScalarType type = result_type(student);
@@ -439,11 +349,11 @@ std::tuple<Tensor, Tensor> full_kl_cpu(const Tensor& student_logits, const Tenso
   return {value, stats};
 }
 
-Tensor full_kl_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+Tensor full_kl_backward(const Tensor& student_logits, const Tensor& teacher_logits,
                             const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
                             double temperature, int64_t divergence, double beta) {
   const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits);
+  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
   Tensor out = torch::stable::new_empty(student, {student.size(0), student.size(1)},
                                         student.scalar_type());
   divergence_grad_rows(student, teacher, out, stats, grad, valid_vocab, temperature, divergence,
@@ -451,27 +361,27 @@ Tensor full_kl_backward_cpu(const Tensor& student_logits, const Tensor& teacher_
   return out;
 }
 
-void full_kl_backward_inplace_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
                                   const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
                                   double temperature, int64_t divergence, double beta) {
   const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits);
+  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
   check_inplace("student_logits", student_logits);
   divergence_grad_rows(student, teacher, student, stats, grad, valid_vocab, temperature,
                        divergence, beta);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature) {
   const Tensor z = with_dense_rows("logits", logits);
   check_vocab(z, valid_vocab, temperature);
-  OPD_CHECK(k >= 1 && k <= valid_vocab, "k: expected 1 to ", valid_vocab, ", got ", k);
+  check_k(k, valid_vocab);
   const int64_t num_rows = z.size(0);
   const bool with_token = token_ids.has_value();
   std::optional<Tensor> token;
   if (with_token) {
-    token = small("token_ids", *token_ids, {num_rows}, ScalarType::Long);
+    token = small(z, "token_ids", *token_ids, {num_rows}, ScalarType::Long);
     for (int64_t n = 0; n < num_rows; ++n) {
       const int64_t id = data<const int64_t>(*token)[n];
       OPD_CHECK(id >= 0 && id < valid_vocab, "token_ids: expected ids in [0, ", valid_vocab,
@@ -561,13 +471,12 @@ int64_t padded(int64_t n) { return (n + kChunk - 1) / kChunk * kChunk; }
 
 }  // namespace
 
-Tensor gather_linear_cpu(const Tensor& hidden, const Tensor& head, const Tensor& ids,
+Tensor gather_linear(const Tensor& hidden, const Tensor& head, const Tensor& ids,
                          double scale) {
-  const Tensor h = with_dense_rows("hidden", hidden), w = with_dense_rows("head", head);
-  OPD_CHECK(h.size(1) == w.size(1), "head: expected [V, ", h.size(1), "], got ", shape(w));
-  OPD_CHECK(result_type(h) == result_type(w), "head: float64 only together with float64 hidden");
+  const Tensor h = with_dense_rows("hidden", hidden), w = with_dense_rows("head", head, h);
+  check_product(h, w);
   const int64_t num_rows = h.size(0), width = h.size(1);
-  const Tensor wanted = checked_ids("ids", ids, num_rows, w.size(0));
+  const Tensor wanted = checked_ids(h, "ids", ids, num_rows, w.size(0));
   const int64_t k = wanted.size(1);
   Tensor out = torch::stable::new_empty(h, {num_rows, k}, result_type(h));
   with_type(h, [&](auto zero) {
@@ -588,15 +497,14 @@ Tensor gather_linear_cpu(const Tensor& hidden, const Tensor& head, const Tensor&
   return out;
 }
 
-Tensor gather_linear_backward_hidden_cpu(const Tensor& hidden, const Tensor& head,
+Tensor gather_linear_backward_hidden(const Tensor& hidden, const Tensor& head,
                                          const Tensor& ids, const Tensor& grad) {
   const Tensor w = with_dense_rows("head", head);
-  OPD_CHECK(hidden.dim() == 2 && hidden.size(1) == w.size(1), "hidden: expected [N, ", w.size(1),
-            "], got ", shape(hidden));
+  check_hidden(hidden, w);
   const int64_t num_rows = hidden.size(0), width = w.size(1);
-  const Tensor wanted = checked_ids("ids", ids, num_rows, w.size(0));
+  const Tensor wanted = checked_ids(w, "ids", ids, num_rows, w.size(0));
   const int64_t k = wanted.size(1);
-  const Tensor g = small("grad", grad, {num_rows, k}, result_type(w));
+  const Tensor g = small(w, "grad", grad, {num_rows, k}, result_type(w));
   Tensor out = torch::stable::new_empty(hidden, {num_rows, width}, hidden.scalar_type());
   with_type(w, [&](auto zero) {
     using A = decltype(zero);
@@ -619,18 +527,14 @@ Tensor gather_linear_backward_hidden_cpu(const Tensor& hidden, const Tensor& hea
 
 // buffer[id] += sum of grad[n, k] * hidden[n] over ids[n, k] == id. The terms of an id are added
 // in the order of (n, k) in full precision, by one thread, and rounded once.
-void gather_linear_backward_head_cpu(const Tensor& buffer, const Tensor& hidden, const Tensor& ids,
+void gather_linear_backward_head(const Tensor& buffer, const Tensor& hidden, const Tensor& ids,
                                      const Tensor& grad) {
   const Tensor h = with_dense_rows("hidden", hidden);
-  OPD_CHECK(buffer.is_cpu() && buffer.dim() == 2 && buffer.size(1) == h.size(1),
-            "buffer: expected [V, ", h.size(1), "] on cpu, got ", shape(buffer));
-  check_inplace("buffer", buffer);
+  check_buffer(buffer, h);
   const int64_t num_rows = h.size(0), width = h.size(1);
-  const Tensor wanted = checked_ids("ids", ids, num_rows, buffer.size(0));
+  const Tensor wanted = checked_ids(h, "ids", ids, num_rows, buffer.size(0));
   const int64_t k = wanted.size(1), total = num_rows * k;
-  const Tensor g = small("grad", grad, {num_rows, k}, result_type(h));
-  OPD_CHECK(result_type(buffer) == result_type(h),
-            "buffer: float64 only together with float64 hidden");
+  const Tensor g = small(h, "grad", grad, {num_rows, k}, result_type(h));
   const int64_t* id = data<const int64_t>(wanted);
   std::vector<std::pair<int64_t, int64_t>> order(total);
   for (int64_t i = 0; i < total; ++i) order[i] = {id[i], i};
@@ -668,4 +572,4 @@ void gather_linear_backward_head_cpu(const Tensor& buffer, const Tensor& hidden,
   });
 }
 
-}  // namespace opd
+}  // namespace opd::cpu
