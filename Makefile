@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 THREADS ?= 2
+# Not in constraints.txt: a torch with CUDA pins its own nvidia-cuda-runtime.
+NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+    nvidia-cuda-runtime==13.0.96
 export HF_HUB_OFFLINE ?= 1
 # Idle OpenMP threads sleep: on busy cores, spinning ones make everything many times slower.
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-gpu lint type sync diffs docs bench toy clean
+.PHONY: help install demo report test test-fast test-engines test-gpu test-gpu-memory nvcc lint type sync diffs docs bench toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -39,6 +42,13 @@ test-fast: install  ## without the slow ones
 
 test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu
+
+test-gpu-memory: install  ## the same under compute-sanitizer, with few examples
+	HYPOTHESIS_PROFILE=dev OPD_OPS_REQUIRE=cpp PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "not 2_to_the_31"
+
+nvcc: install     ## the CUDA compiler as Python packages: tests compile the kernels with it
+	$(BIN)/python -m pip install -q $(NVCC)
 
 lint: install     ## ruff
 	$(BIN)/ruff check .
