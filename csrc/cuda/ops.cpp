@@ -47,9 +47,14 @@ void run(const char* op, const Tensor& first, const Args& args) {
   OPD_CHECK(error == 0, op, ": CUDA error ", error, ", ", error_text(error));
 }
 
+void check_grid(const char* name, int64_t blocks) {
+  OPD_CHECK(blocks < int64_t{1} << 31, name, ": expected less than 2^31 rows, got ", blocks);
+}
+
 Rows rows(const char* name, const Tensor& t, int64_t valid) {
   const DType dtype = dtype_of(name, t);
   OPD_CHECK(dtype != DType::f64, name, ": float64 is computed on CPU only");
+  check_grid(name, t.size(0));
   return {t.data_ptr(), t.stride(0), t.size(0), valid, dtype};
 }
 
@@ -306,6 +311,7 @@ void gather_linear_backward_head(const Tensor& buffer, const Tensor& hidden, con
   const Tensor wanted = id_rows(h, "ids", ids, h.size(0));
   const int64_t k = wanted.size(1), total = h.size(0) * k;
   const Tensor g = small(h, "grad", grad, {h.size(0), k}, ScalarType::Float);
+  check_grid("ids", total);
   // Equal ids side by side, in the order of their places: the order in which they are added.
   const Tensor flat = torch::stable::view(wanted, {total});
   std::array<StableIValue, 4> stack{
