@@ -3,13 +3,16 @@
     python benchmarks/bench_ops.py                      the goals: 256 x 151,936, float32
     python benchmarks/bench_ops.py --rows 64 1024 --vocab 32000 50257 --dtype bfloat16 --k 8 128
     python benchmarks/bench_ops.py --allocator reuse    buffers recycled: fairest to the baselines
+    python benchmarks/bench_ops.py --device cuda        8,192 x 151,936, bfloat16, width 4,096
 
 All implementations of a case run in turn, `--repeats` times, in one process, together with two
 measurements of the memory itself: a read (torch.sum over the same tensor) and a pass that reads
 and writes in place (torch.neg_). `x_floor` is the best time over the time that the case's
 unavoidable traffic takes at these speeds; `speedup` is over the first implementation of the case.
 On a machine that does other work, wall-clock times of several threads measure its scheduler: there,
-`--threads 1 --clock cpu` compares, and the load is recorded in each row. Rows are appended to
+`--threads 1 --clock cpu` compares, and the load is recorded in each row. On a CUDA device, times
+are those of events in the stream, `peak_mib` is what a call allocates at most beyond what was
+there, and Liger-Kernel takes part if it is installed. Rows are appended to
 benchmarks/results/ops.csv.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import os
 import platform
 import subprocess
@@ -50,6 +54,7 @@ COLUMNS = [
         "speedup",
     ),
     *("gb_per_s", "load", "device", "isa", "torch", "cuda", "commit", "dirty", "date", "command"),
+    "peak_mib",
 ]
 ALLOCATORS = {  # environment of the process
     "default": {},
@@ -73,12 +78,10 @@ class Attach(torch.autograd.Function):
         return None, None
 
 
-ROOT_TENSOR = torch.zeros(1, requires_grad=True)
-
-
 def train(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Call:
     """Forward and backward of a sum, up to the gradient of the logits."""
-    return lambda: loss(Attach.apply(logits, ROOT_TENSOR)).sum().backward()
+    root = torch.zeros(1, requires_grad=True, device=logits.device)
+    return lambda: loss(Attach.apply(logits, root)).sum().backward()
 
 
 def torch_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,13 +94,22 @@ def torch_token_logp(logits: Tensor, ids: Tensor) -> Tensor:
     return F.log_softmax(logits.float(), -1).gather(1, ids[:, None])[:, 0]
 
 
+def liger(name: str) -> Any:
+    """A class of Liger-Kernel, made without arguments, or None where it is not installed."""
+    try:
+        return getattr(importlib.import_module("liger_kernel.transformers"), name)()
+    except ImportError:
+        return None
+
+
 def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -> Any:
     """(op, direction, k, width, floor as (reads, read-writes), implementations, logits)."""
-    generator = torch.Generator().manual_seed(0)
-    z = (2 * torch.randn(rows, vocab, generator=generator)).to(dtype)
+    on = args.device
+    generator = torch.Generator(on).manual_seed(0)
+    z = (2 * torch.randn(rows, vocab, generator=generator, device=on)).to(dtype)
     teacher = z.clone()
     scratch = z.clone()
-    ids = torch.randint(0, vocab, (rows,), generator=generator)
+    ids = torch.randint(0, vocab, (rows,), generator=generator, device=on)
     compiled = torch.compile if args.compile else None
 
     def others(**named: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -130,6 +142,9 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
         "opd_ops": train(lambda z: opd_ops.token_logp(z, ids)[0], z),
     }
     calls |= {name: train(lambda z, f=f: f(z, ids), z) for name, f in baselines.items()}
+    cross_entropy = liger("LigerCrossEntropyLoss") if on == "cuda" else None
+    if cross_entropy is not None:  # it writes the gradient over the logits, too
+        calls["Liger"] = train(lambda z: cross_entropy(z, ids), scratch)
     yield "token_logp", "forward+backward", 0, 0, (1, 1), calls, z
 
     for divergence in ("reverse", "jsd"):
@@ -146,15 +161,16 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
         calls |= {name: train(lambda z, f=f: f(z, teacher), z) for name, f in plain.items()}
         yield f"full_kl {divergence}", "forward+backward", 0, 0, (3, 1), calls, z
 
-    if dtype == torch.float16:
-        return  # its matrix products have no fast path on CPU
+    if dtype == torch.float16 and on == "cpu":
+        return  # its matrix products have no fast path there
     width = args.width
-    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
-    head = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype).requires_grad_()
+    hidden = torch.randn(rows, width, generator=generator, device=on).to(dtype).requires_grad_()
+    head = torch.randn(vocab, width, generator=generator, device=on) / width**0.5
+    head = head.to(dtype).requires_grad_()
     buffer = torch.zeros_like(head)
     for k in args.k:
-        support = torch.randint(0, vocab, (rows, k), generator=generator)
-        teacher_logp = -3 - torch.rand(rows, k, generator=generator)
+        support = torch.randint(0, vocab, (rows, k), generator=generator, device=on)
+        teacher_logp = -3 - torch.rand(rows, k, generator=generator, device=on)
 
         def step(call: Call) -> Call:
             def run() -> None:
@@ -184,7 +200,33 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
         "opd_ops": step(lambda: opd_ops.linear_token_logp(hidden, head, ids)),
         "torch head + log_softmax": step(lambda: [torch_token_logp(F.linear(hidden, head), ids)]),
     }
+    if on == "cuda":
+        calls["the three products alone"] = step(lambda: [F.linear(hidden, head)])
+        fused = liger("LigerFusedLinearCrossEntropyLoss")
+        if fused is not None:
+            calls["Liger"] = step(lambda: [fused(head, hidden, ids)])
     yield "linear_token_logp", "forward+backward", 0, width, None, calls, z
+    if on == "cpu":
+        return
+    frozen = hidden.detach().flip(0), head.detach().clone()
+    calls = {
+        "opd_ops": step(
+            lambda: [opd_ops.linear_full_kl(hidden, head, *frozen, divergence="jsd", beta=0.5)]
+        )
+    }
+    fused_jsd = liger("LigerFusedLinearJSD")
+    if fused_jsd is not None:
+        calls["Liger"] = step(lambda: [fused_jsd(hidden, head, *frozen, None)])
+    yield "linear_full_kl jsd", "forward+backward", 0, width, None, calls, z
+
+
+def seconds_on_cuda(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def measure(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, list[float]]:
@@ -195,10 +237,25 @@ def measure(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, list[
         call()  # warm-up, compilation
     for _ in range(args.repeats):
         for name, call in calls.items():
+            if args.device == "cuda":
+                seconds[name].append(seconds_on_cuda(call))
+                continue
             start = clock()
             call()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def peak_mib(call: Call, device: str) -> str:
+    """What a call allocates at most, on CUDA."""
+    if device != "cuda":
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -212,11 +269,12 @@ def git(*command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[256])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, nargs="+", help="default: 256, on CUDA 8192")
     parser.add_argument("--vocab", type=int, nargs="+", default=[151_936])
-    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--dtype", nargs="+", help="default: float32, on CUDA bfloat16")
     parser.add_argument("--k", type=int, nargs="+", default=[32])
-    parser.add_argument("--width", type=int, default=1024, help="hidden size of the linear ops")
+    parser.add_argument("--width", type=int, help="hidden size; default: 1024, on CUDA 4096")
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--ops", nargs="+", default=[], help="only ops whose name starts so")
@@ -226,6 +284,12 @@ def main() -> None:
     parser.add_argument("--reference", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    cuda = args.device == "cuda"
+    args.rows = args.rows or [8192 if cuda else 256]
+    args.dtype = args.dtype or ["bfloat16" if cuda else "float32"]
+    args.width = args.width or (4096 if cuda else 1024)
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     if args.clock == "cpu" and args.threads != [1]:
         parser.error("--clock cpu counts one thread; it needs --threads 1")
     environment = ALLOCATORS[args.allocator]
@@ -251,6 +315,8 @@ def main() -> None:
         if line.startswith("model name"):
             common["device"] = line.split(":")[1].strip()
             break
+    if cuda:
+        common["device"] = torch.cuda.get_device_name()
     table = []
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -315,6 +381,7 @@ def bench(
                 "speedup": f"{best[name] / ours:.2f}",
                 "gb_per_s": f"{streams * size / best[name] / 1e9:.1f}" if streams else "",
                 "load": f"{os.getloadavg()[0]:.1f}",
+                "peak_mib": peak_mib(calls[name], args.device),
             }
             for q in (20, 50, 80):
                 key = "median_ms" if q == 50 else f"p{q}_ms"
