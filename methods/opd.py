@@ -84,6 +84,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", "auto", "compute type (weights: float32)", choices=["auto", *types])
     add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
     add("--teacher-device", "same", "device of frozen models; same: --device")
+    add("--lora-rank", 0, "train adapters of this rank, all layers but the head; 0: off", "[0,inf)")
+    add("--lora-alpha", 32.0, "an adapter's product is multiplied by this / rank", "(0,inf)")
     add("--gradient-checkpointing", False, "recompute activations in the backward pass")
     add("--trust-remote-code", False, "run Python code that comes with the models")
     add = partial(runs.flag, parser.add_argument_group("rollout"))
@@ -452,13 +454,15 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW over float32 weights; weight decay on matrices only."""
+    weights = [w for w in student.parameters() if w.requires_grad]
     groups = [
-        {"params": [w for w in student.parameters() if w.dim() > 1]},
-        {"params": [w for w in student.parameters() if w.dim() <= 1], "weight_decay": 0.0},
+        {"params": [w for w in weights if w.dim() > 1]},
+        {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     how = {"lr": args.lr, "betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
     optimizer = torch.optim.AdamW(groups, **how)
-    for weight in student.parameters():  # now, so that a checkpoint before the first step is exact
+    for weight in weights:  # now, so that a checkpoint before the first step is exact
         moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         optimizer.state[weight] = {"step": torch.tensor(0.0)} | moments
     return optimizer

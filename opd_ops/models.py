@@ -66,6 +66,26 @@ class CausalLM(torch.nn.Module):
             return read(rows[:, -1] if where is None else rows[where], self.head)
 
 
+class WithoutAdapter(CausalLM):
+    """The student as it was before its adapters were trained: a reference without a second copy."""
+
+    def __init__(self, student: CausalLM) -> None:
+        super().__init__(student.lm, student.plain_head, student.compute_dtype)
+        object.__setattr__(self, "student", student)  # not a submodule: sharding is the student's
+
+    def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
+        """As of `CausalLM`."""
+        student: CausalLM = self.student  # type: ignore[assignment]
+        layers = _adapted(self.lm).values()
+        try:
+            for layer in layers:
+                layer.set_scale("default", 0.0)
+            return student(read, where, **inputs)
+        finally:
+            for layer in layers:
+                layer.set_scale("default", 1.0)
+
+
 class _TypedCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -81,7 +101,8 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
     """Load one model for training or frozen, in eval mode.
 
     The student's weights are float32 (its compute type is `--dtype`), a frozen model's are
-    `--teacher-dtype` and take no gradient. Dropout is set to 0: the policy that is trained has to
+    `--teacher-dtype` and take no gradient. With `--lora-rank` the student's are frozen in `--dtype`
+    and its adapters are float32. Dropout is set to 0: the policy that is trained has to
     be the policy that sampled. Only safetensors are read.
 
     Raises:
@@ -90,6 +111,8 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
     import transformers
 
     compute = getattr(torch, args.teacher_dtype if frozen else args.dtype)
+    adapted = bool(args.lora_rank) and not frozen
+    peft = runs.optional("peft", "lora", "--lora-rank") if adapted else None
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **trust)
@@ -99,7 +122,7 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
         lm = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=compute if frozen else torch.float32,
+            dtype=compute if frozen or adapted else torch.float32,
             use_safetensors=True,
             **trust,
         )
@@ -109,6 +132,8 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
     if not sharded:  # else it goes to the device in pieces
         lm = lm.to(args.teacher_device if frozen else args.device)
     lm = lm.requires_grad_(not frozen).eval()
+    if peft is not None:
+        _add_adapters(lm, peft, args)
     plain = compat.head_is_product(lm, args.valid_vocab)
     if not plain:
         runs.say(f"! {path}: the head is more than a matrix product: full [N, V] logits are held")
@@ -122,26 +147,72 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
 
 
 def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
-    """A plain `from_pretrained` folder, written by rank 0; every rank has to call this."""
-    weights = None
+    """A plain `from_pretrained` folder, adapters merged, written by rank 0; all ranks call it."""
+    weights: Any = None
     if ranks.sharded(model):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model.lm, options=options)
         once = dict(model.lm.named_parameters())  # a tied head is not written a second time
         twice = dict(model.lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
         weights = {name: weight for name, weight in weights.items() if name not in twice}
+    if _adapted(model.lm) and ranks.rank() == 0:
+        weights = merged(model.lm, weights or model.lm.state_dict())
     if ranks.rank() == 0:
         model.lm.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
 
 def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, CausalLM]:
-    """Load `student` for training and all others frozen; frozen models with one path are shared."""
+    """Load `student` for training and all others frozen; frozen models with one path are shared.
+
+    With `--lora-rank`, a frozen model with the student's path is the student without its adapters.
+    """
     models: dict[str, CausalLM] = {}
     for name, path in paths.items():
         twin = next((n for n in models if n != "student" and paths[n] == path), None)
-        models[name] = models[twin] if twin else load_lm(path, name != "student", args)
+        if twin:
+            models[name] = models[twin]
+        elif name != "student" and args.lora_rank and path == paths["student"]:
+            models[name] = WithoutAdapter(models["student"])
+            runs.say(f"{name}: the student without its adapters; no second copy")
+        else:
+            models[name] = load_lm(path, name != "student", args)
     return models
+
+
+def _add_adapters(lm: Any, peft: Any, args: argparse.Namespace) -> None:
+    """LoRA on every linear layer but the head; in place, so that `lm` keeps its class."""
+    head = next(n for n, each in lm.named_modules() if each is lm.get_output_embeddings())
+    linear = [n for n, each in lm.named_modules() if type(each) is torch.nn.Linear and n != head]
+    config = peft.LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=linear, lora_dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)  # the same on every rank
+        peft.inject_adapter_in_model(config, lm)
+    for name, weight in lm.named_parameters():
+        weight.requires_grad_(".lora_" in name)
+        if ".lora_" in name:
+            weight.data = weight.data.float()
+
+
+def _adapted(lm: Any) -> dict[str, Any]:
+    """The layers that have an adapter, by name."""
+    return {name: each for name, each in lm.named_modules() if hasattr(each, "lora_A")}
+
+
+def merged(lm: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters added to the weights that they adapt, under the names of the plain model."""
+    scale = {name: each.scaling["default"] for name, each in _adapted(lm).items()}
+    plain = {}
+    for name, weight in weights.items():
+        layer, at, rest = name.partition(".base_layer.")
+        if at and rest == "weight":
+            down, up = (weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            weight = (weight.float() + scale[layer] * (up @ down)).to(weight.dtype)
+        if ".lora_" not in name:
+            plain[name.replace(".base_layer.", ".")] = weight
+    return plain
 
 
 def by_teacher(
@@ -150,15 +221,16 @@ def by_teacher(
     """Each teacher with the rollouts of its domain: which rows they are, and these rollouts.
 
     Names: `teacher` gets all, `teacher/NAME` those whose prompt has the domain NAME. All ranks have
-    to use a sharded teacher together, so where it has no rows it gets a rollout with nothing to
-    train.
+    to use a sharded model together, the student too, with which a teacher is compared: a teacher
+    without rows then gets a rollout with nothing to train.
     """
+    in_step = any(ranks.sharded(model) for model in models.values())
     for name, model in models.items():
         kind, _, domain = name.partition("/")
         rows = [row for row, each in enumerate(rollout.prompts) if domain in ("", each.domain)]
         if kind == "teacher" and rows:
             yield model, rows, rollout.select(torch.tensor(rows))
-        elif kind == "teacher" and ranks.sharded(model):  # another rank may need it
+        elif kind == "teacher" and in_step:
             yield model, rows, rollouts.idle(rollout, 0)
 
 

@@ -83,7 +83,11 @@ def folder(tmp_path_factory):
         jobs.append(["opd", flags(folder, "opd", f"from-one-{mode}", "--resume", *more)])
         lonely = ["--prompts-per-step", "1", "--rollouts-per-prompt", "1"]  # a rank has no rollout
         jobs.append(["opd", flags(folder, "opd", f"lonely-{mode}", *lonely, *more)])
+    lora = ["--lora-rank", "2"]
+    importlib.import_module("exopd").main(flags(folder, "exopd", "one-lora", *lora))
+    jobs.append(["exopd", flags(folder, "exopd", "fsdp-lora", *lora, "--shard", "fsdp")])
     half = ["--dtype", "bfloat16", "--gradient-checkpointing", "--steps", "1", *MODES["fsdp"]]
+    jobs.append(["opd", flags(folder, "opd", "half-lora", *lora, *half)])
     jobs.append(["opd", flags(folder, "opd", "half", *half)])
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = torchrun(str(WORKER), str(folder / "jobs.json"), port=29411)
@@ -179,6 +183,13 @@ def test_bfloat16_and_checkpointing_train_when_sharded(folder):
     (row,) = [row for row in lines(folder / "half-opd", "metrics.jsonl") if "loss" in row]
     one = lines(folder / "one-opd", "metrics.jsonl")[1]
     assert row["bad_step"] == 0.0 and abs(row["loss"] - one["loss"]) < 0.2 * abs(one["loss"])
+
+
+def test_adapters_are_sharded_too(folder):
+    """And the reference, which is the sharded student without its adapters."""
+    assert not differences(folder / "one-lora-exopd", folder / "fsdp-lora-exopd")
+    assert apart(folder / "one-lora-exopd", folder / "fsdp-lora-exopd") < 1e-5
+    assert lines(folder / "half-lora-opd", "metrics.jsonl")[1]["bad_step"] == 0.0
 
 
 def test_shares_of_all_ranks_are_everything(monkeypatch):
