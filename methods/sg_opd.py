@@ -49,7 +49,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import opd_ops
-from opd_ops import health, ranks, rollouts, runs, trace
+from opd_ops import health, memory, ranks, rollouts, runs, trace
 from opd_ops.data import Prompt, load_prompts, verifier_function
 from opd_ops.models import CausalLM, export, load_models, prepare
 
@@ -502,15 +502,19 @@ def micro_batches(rollout: Rollout, args: argparse.Namespace) -> Iterator[Rollou
 
 
 def pack(rows: list[int], sizes: Tensor, args: argparse.Namespace) -> list[list[int]]:
-    """Neighbours in one group while it fits, padded; `sizes` [B, 2] of prompts and completions."""
-    groups, width = [], torch.zeros(2, dtype=torch.int64)
+    """Neighbours in one group while it fits and at most a tenth of it is padding.
+
+    `sizes` [B, 2] are the tokens of prompts and completions; both are padded to the longest.
+    """
+    groups, width, num_tokens = [], torch.zeros(2, dtype=torch.int64), 0
     for row in rows:
-        wider = width.maximum(sizes[row])
-        if not groups or int(wider.sum()) * (len(groups[-1]) + 1) > args.micro_batch_tokens:
+        wider, more = width.maximum(sizes[row]), num_tokens + int(sizes[row].sum())
+        padded = int(wider.sum()) * (len(groups[-1]) + 1) if groups else 0
+        if not groups or padded > args.micro_batch_tokens or padded - more > 0.1 * padded:
             groups.append([])
-            wider = sizes[row]
+            wider, more = sizes[row], int(sizes[row].sum())
         groups[-1].append(row)
-        width = wider
+        width, num_tokens = wider, more
     return groups
 
 
@@ -638,6 +642,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     function = verifier_function(args.verifier)
     runs.say_plan(args)
     if args.dry_run:
+        memory.say(model_paths(args), prompts, args)
         return
     run = runs.Run(args, __file__)
     verifier = runs.Verifier(function, args.verifier_timeout_s)
