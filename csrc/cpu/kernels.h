@@ -63,13 +63,15 @@ struct DivergenceValue {
   double center;
 };
 
-// What a pass over a row leaves behind for the selection: the largest logit of each chunk, and the
-// chunk's sum of exp((z - maxima[c]) / temperature), where maxima[c] is the running maximum.
+// What a pass over a row leaves behind for the selection, per group of chunks (`columns` logits):
+// the largest logit, and the sum of exp((z - maxima[i]) / temperature), where maxima[i] is the
+// running maximum.
 template <class A>
 struct ChunkSums {
   A* peaks;
   A* sums;
   A* maxima;
+  int64_t columns;
 };
 
 template <class A>
@@ -85,8 +87,8 @@ struct Kernels {
   // the threshold, and the first k equal to it (NaN counts as -inf). Returns how many.
   void (*chunks)(const Row& row, double inv_temperature, const ChunkSums<A>& out, RowStats* stats);
   A (*kth)(const A* values, int64_t n, int64_t k, void* scratch);  // k-th largest; scratch [n] A
-  int64_t (*candidates)(const Row& row, const A* peaks, A threshold, int64_t k, A* values,
-                        int64_t* ids);
+  int64_t (*candidates)(const Row& row, const ChunkSums<A>& chunks, A threshold, int64_t k,
+                        A* values, int64_t* ids);
   // Sum of exp((z - stats.shift) / temperature) outside ascending ids, from the chunks' sums.
   double (*outside_sum)(const Row& row, double inv_temperature, const ChunkSums<A>& chunks,
                         const RowStats& stats, const int64_t* sorted_ids, int64_t num_ids);

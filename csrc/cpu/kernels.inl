@@ -20,7 +20,8 @@ struct Accumulator {
   V maxima = L::set(L::lowest);
   double sum = 0.0;
   double weighted = 0.0;  // sum of exp(x) * x, x = (z - max) / temperature
-  double last = 0.0;      // what the last flush added to the sum
+  double group = 0.0;     // the part of the sum since the last end_group
+  V group_peak = L::set(-INFINITY);
   int pending = 0;
   V total[2] = {L::set(0.0), L::set(0.0)}, product[2] = {L::set(0.0), L::set(0.0)};
 
@@ -28,8 +29,9 @@ struct Accumulator {
 
   template <bool with_entropy>
   void flush() {
-    last = vhsum(total[0] + total[1]);
+    const double last = vhsum(total[0] + total[1]);
     sum += last;
+    group += last;
     total[0] = total[1] = L::set(0.0);
     if (with_entropy) {
       weighted += vhsum(product[0] + product[1]) * inv_temperature;
@@ -38,26 +40,24 @@ struct Accumulator {
     pending = 0;
   }
 
-  // With `every`, returns the chunk's maximum (NaN ignored), and `last` is the chunk's sum.
-  template <bool with_entropy, bool every>
-  A add(const A* z) {
+  template <bool with_entropy>
+  void add(const A* z) {
     V peak = L::set(-INFINITY);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kChunk; i += L::width) peak = vmax(vload(z + i), peak);
-    A chunk_max = -INFINITY;
-    if (every || vgt_bits(peak, maxima) != 0) {
-      chunk_max = vhmax(peak);
-      if (chunk_max > max) {
-        flush<with_entropy>();
-        if (sum != 0.0) {
-          const double gap = (static_cast<double>(max) - chunk_max) * inv_temperature;
-          const double shrink = ::exp(gap);
-          if (with_entropy) weighted = (weighted + gap * sum) * shrink;
-          sum *= shrink;
-        }
-        max = chunk_max;
-        maxima = L::set(max);
+    group_peak = vmax(peak, group_peak);
+    if (vgt_bits(peak, maxima) != 0) {
+      flush<with_entropy>();
+      const A chunk_max = vhmax(peak);
+      if (sum != 0.0) {
+        const double gap = (static_cast<double>(max) - chunk_max) * inv_temperature;
+        const double shrink = ::exp(gap);
+        if (with_entropy) weighted = (weighted + gap * sum) * shrink;
+        sum *= shrink;
+        group *= shrink;
       }
+      max = chunk_max;
+      maxima = L::set(max);
     }
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kChunk; i += 2 * L::width) {
@@ -68,8 +68,17 @@ struct Accumulator {
         if (with_entropy) product[j] = vfma(e, vmax(exp.lowest, x), product[j]);
       }
     }
-    if (every || ++pending == kPending) flush<with_entropy>();
-    return chunk_max;
+    if (++pending == kPending) flush<with_entropy>();
+  }
+
+  // The largest logit since the last call (NaN ignored), and the sum since then, against `max`.
+  A end_group(A* group_sum) {
+    flush<false>();
+    *group_sum = static_cast<A>(group);
+    const A peak = vhmax(group_peak);
+    group = 0.0;
+    group_peak = L::set(-INFINITY);
+    return peak;
   }
 
   RowStats stats() const {
@@ -86,10 +95,10 @@ void stats(const Row& row, double inv_temperature, bool with_entropy, RowStats* 
   Accumulator<L> rows(inv_temperature);
   if (with_entropy)
     for (int64_t c = 0; c < row.valid; c += kChunk)
-      rows.template add<true, false>(fetch(row, c, buffer));
+      rows.template add<true>(fetch(row, c, buffer));
   else
     for (int64_t c = 0; c < row.valid; c += kChunk)
-      rows.template add<false, false>(fetch(row, c, buffer));
+      rows.template add<false>(fetch(row, c, buffer));
   rows.template flush<true>();
   *out = rows.stats();
 }
@@ -108,7 +117,7 @@ void outside(const Row& row, double inv_temperature, const int64_t* ids, int64_t
       for (; num_ids > 0 && *ids < c + kChunk; ++ids, --num_ids) buffer[*ids - c] = -INFINITY;
       z = buffer;
     }
-    rows.template add<false, false>(z);
+    rows.template add<false>(z);
   }
   rows.template flush<false>();
   *out = rows.stats();
@@ -313,9 +322,10 @@ void chunks(const Row& row, double inv_temperature, const ChunkSums<typename L::
   using A = typename L::A;
   alignas(64) A buffer[kChunk];
   Accumulator<L> rows(inv_temperature);
-  for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
-    out.peaks[i] = rows.template add<false, true>(fetch(row, c, buffer));
-    out.sums[i] = static_cast<A>(rows.last);
+  for (int64_t begin = 0, i = 0; begin < row.valid; begin += out.columns, ++i) {
+    const int64_t end = begin + out.columns < row.valid ? begin + out.columns : row.valid;
+    for (int64_t c = begin; c < end; c += kChunk) rows.template add<false>(fetch(row, c, buffer));
+    out.peaks[i] = rows.end_group(out.sums + i);
     out.maxima[i] = rows.max;
   }
   *stats = rows.stats();
@@ -362,17 +372,20 @@ typename L::A kth(const typename L::A* values, int64_t n, int64_t k, void* scrat
 }
 
 template <class L>
-int64_t candidates(const Row& row, const typename L::A* peaks, typename L::A threshold, int64_t k,
-                   typename L::A* values, int64_t* ids) {
+int64_t candidates(const Row& row, const ChunkSums<typename L::A>& chunks,
+                   typename L::A threshold, int64_t k, typename L::A* values, int64_t* ids) {
   using A = typename L::A;
   using V = typename L::V;
   alignas(64) A buffer[kChunk];
   const V bound = L::set(threshold);
   const bool everything = threshold == -INFINITY;
   int64_t count = 0, equal = 0;
-  for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
-    if (!(peaks[i] >= threshold) && !everything) continue;
-    if (peaks[i] == threshold && equal >= k) continue;
+  for (int64_t c = 0; c < row.valid; c += kChunk) {
+    const A peak = chunks.peaks[c / chunks.columns];
+    if ((!(peak >= threshold) && !everything) || (peak == threshold && equal >= k)) {
+      c += chunks.columns - kChunk - c % chunks.columns;  // past this group
+      continue;
+    }
     const A* z = fetch(row, c, buffer);
     const int64_t n = row.valid - c;
     for (int64_t j = 0; j < kChunk; j += L::width) {
@@ -399,19 +412,30 @@ double outside_sum(const Row& row, double inv_temperature, const ChunkSums<typen
   alignas(64) A buffer[kChunk];
   const typename L::Exp exp(inv_temperature);
   const V m = L::set(stats.shift);
+  A before = chunks.maxima[0];
   double sum = 0.0;
-  for (int64_t c = 0, i = 0; c < row.valid; c += kChunk, ++i) {
-    if (num_ids == 0 || *ids >= c + kChunk) {
-      const double gap = static_cast<double>(chunks.maxima[i]) - stats.shift;
-      sum += gap == 0.0 ? chunks.sums[i] : chunks.sums[i] * ::exp(gap * inv_temperature);
+  double factor = ::exp((static_cast<double>(before) - stats.shift) * inv_temperature);
+  for (int64_t begin = 0, i = 0; begin < row.valid; begin += chunks.columns, ++i) {
+    const int64_t end = begin + chunks.columns < row.valid ? begin + chunks.columns : row.valid;
+    if (num_ids == 0 || *ids >= end) {
+      if (chunks.maxima[i] != before) {  // the running maximum rarely changes: few calls of exp
+        before = chunks.maxima[i];
+        factor = ::exp((static_cast<double>(before) - stats.shift) * inv_temperature);
+      }
+      sum += chunks.sums[i] * factor;
       continue;
     }
-    const A* z = fetch(row, c, buffer);
-    if (z != buffer) memcpy(buffer, z, sizeof buffer);
-    for (; num_ids > 0 && *ids < c + kChunk; ++ids, --num_ids) buffer[*ids - c] = -INFINITY;
-    V total = L::set(0.0);
-    for (int64_t j = 0; j < kChunk; j += L::width) total = total + exp(vload(buffer + j) - m);
-    sum += vhsum(total);
+    for (int64_t c = begin; c < end; c += kChunk) {
+      const A* z = fetch(row, c, buffer);
+      if (num_ids > 0 && *ids < c + kChunk) {
+        if (z != buffer) memcpy(buffer, z, sizeof buffer);
+        for (; num_ids > 0 && *ids < c + kChunk; ++ids, --num_ids) buffer[*ids - c] = -INFINITY;
+        z = buffer;
+      }
+      V total = L::set(0.0);
+      for (int64_t j = 0; j < kChunk; j += L::width) total = total + exp(vload(z + j) - m);
+      sum += vhsum(total);
+    }
   }
   return sum;
 }

@@ -38,6 +38,8 @@ const Kernels<double>& kernels<double>() {
   return kernels_double();
 }
 
+constexpr int64_t kGroupsPerWinner = 4;
+
 // ==== checks ====
 
 // With `or_none`, -1 stands for no id.
@@ -371,6 +373,14 @@ void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teache
                        divergence, beta);
 }
 
+// A group is at most four chunks: one maximum and one sum to reduce and to store for all of them.
+// The groups of the winners are read again, so that many winners want small groups.
+static int64_t group_columns(int64_t valid_vocab, int64_t k) {
+  int64_t columns = 4 * kChunk;
+  while (columns > kChunk && valid_vocab < kGroupsPerWinner * k * columns) columns /= 2;
+  return columns;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature) {
@@ -401,8 +411,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     using A = decltype(zero);
     const Rows rows(z, valid_vocab);
     const auto& table = kernels<A>();
-    const int64_t num_chunks = (valid_vocab + kChunk - 1) / kChunk;
-    const int64_t most = std::min(valid_vocab, (kChunk + 1) * k);
+    const int64_t columns = group_columns(valid_vocab, k);
+    const int64_t num_chunks = (valid_vocab + columns - 1) / columns;
+    const int64_t most = std::min(valid_vocab, (columns + 1) * k);
     const int64_t* wanted = with_token ? data<const int64_t>(*token) : nullptr;
     int64_t *out_ids = data<int64_t>(ids), *out_rank = data<int64_t>(token_rank);
     A *out_logp = data<A>(logp), *out_lse = data<A>(lse), *out_tail = data<A>(tail);
@@ -411,7 +422,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
       std::vector<A> space(4 * num_chunks), values(most);
       std::vector<int64_t> found(most), order(most), sorted(k);
       const ChunkSums<A> sums{space.data(), space.data() + num_chunks,
-                              space.data() + 2 * num_chunks};
+                              space.data() + 2 * num_chunks, columns};
       for (int64_t n = begin; n < end; ++n) {
         const Row row = rows[n];
         RowStats r;
@@ -421,7 +432,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
             num_chunks < k ? -INFINITY
                            : table.kth(sums.peaks, num_chunks, k, space.data() + 3 * num_chunks);
         const int64_t count =
-            table.candidates(row, sums.peaks, threshold, k, values.data(), found.data());
+            table.candidates(row, sums, threshold, k, values.data(), found.data());
         for (int64_t i = 0; i < count; ++i) order[i] = i;
         const auto better = [&](int64_t a, int64_t b) {  // candidates are in order of their ids
           return values[a] != values[b] ? values[a] > values[b] : a < b;
