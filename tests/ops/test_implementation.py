@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import opd_ops
 from opd_ops import _ops, reference
@@ -82,6 +83,21 @@ def test_environment():
     assert run(status, OPD_OPS_IMPL="reference").stdout.startswith("False None opd_ops runs as")
     done = run("import opd_ops", OPD_OPS_IMPL="cpp", OPD_OPS_ISA="nonsense")
     assert done.returncode != 0 and "OPD_OPS_ISA: expected portable" in done.stderr
+
+
+def test_what_cuda_kernels_do_not_take_runs_as_reference_and_says_so(monkeypatch):
+    """As on a CUDA device: float64, and K over 1,024."""
+    monkeypatch.setattr(_ops, "_LIMITED", ("cpu",))
+    z, ids = torch.randn(2, 1500), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="token_logp: .* does not take float64; the reference"):
+        logp, _ = opd_ops.token_logp(z.double(), ids)
+    assert torch.equal(logp, reference.token_logp(z.double(), ids)[0])
+    with pytest.warns(UserWarning, match="topk_logp: .* does not take k = 1025 > 1024"):
+        assert torch.equal(opd_ops.topk_logp(z, 1025)[0], reference.topk_logp(z, 1025)[0])
+    monkeypatch.setattr(_ops, "_DEVICES", ())
+    monkeypatch.setattr(_ops, "_IMPL", "cpp")
+    with pytest.raises(RuntimeError, match="OPD_OPS_IMPL=cpp, but it is not compiled for cpu"):
+        opd_ops.token_logp(z, ids)
 
 
 def test_bad_environment(monkeypatch):
