@@ -70,11 +70,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shard-frozen", False, "with --shard fsdp: the frozen models too")
     add("--rank-timeout-s", 1800.0, "wait for other processes", "(0,inf)")
     add("--dry-run", False, "print resolved flags, models, checks and token budget; exit")
+    add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md)")
     add("--debug", False, "show tracebacks")
     add = partial(runs.flag, parser.add_argument_group("data"))
-    add(
-        "--prompts", str(tiny / "prompts/train.jsonl"), "jsonl, reasoning_gym:TASK, `datasets` name"
-    )
+    add("--prompts", str(tiny / "prompts/train.jsonl"), "jsonl, reasoning_gym:TASK, hub name")
     add("--test-prompts", None, "held-out prompts [with the tiny prompts: the tiny test set]")
     add("--prompt-field", "prompt", "field with the user message")
     add("--answer-field", "answer", "field with the right answer, for the verifier")
@@ -115,7 +114,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--importance-cap", 5.0, "largest importance weight, Eq. (3)", "[1,inf]")
     add("--loss-temperature", 1.0, "of every log-prob in the loss, all models alike", "(0,inf)")
     add("--micro-batch-tokens", 16384, "most tokens of a forward pass, with padding", "[1,inf)")
-    add("--max-bad-steps", 0, "steps with non-finite loss or gradient to skip", "[0,inf)")
+    add("--max-bad-steps", 0, "steps that are not finite to skip, before a stop", "[0,inf)")
     add = partial(runs.flag, parser.add_argument_group("evaluation"))
     add("--eval-every", 50, "steps between evaluations, and at both ends; 0: never", "[0,inf)")
     add("--eval-samples", 8, "samples for each test prompt", "[1,inf)")
@@ -493,6 +492,24 @@ def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.O
     return optimizer
 
 
+def accumulate(
+    student: CausalLM,
+    num_trained_tokens: float,
+    args: argparse.Namespace,
+    batch: list[tuple[Rollout, dict[str, Any]]],
+) -> tuple[float, dict[str, list[Tensor]]]:
+    """The gradient of a batch; its loss, and what to log of the trained tokens of each piece."""
+    student.zero_grad()
+    loss, tokens = 0.0, {}
+    for rollout, scores in batch:
+        loss_sum, logged = token_loss(student, rollout, scores, args)
+        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of all processes
+        loss += float(loss_sum.detach()) / num_trained_tokens
+        for name, values in (logged | health.places(rollout)).items():
+            tokens.setdefault(name, []).append(values[rollout.trained_mask])
+    return loss, tokens
+
+
 def train_step(
     student: CausalLM,
     optimizer: torch.optim.Optimizer,
@@ -500,29 +517,22 @@ def train_step(
     args: argparse.Namespace,
     step: int,
 ) -> dict[str, float]:
-    """One optimizer step; it is skipped where loss or gradient is not finite (`bad_step` 1)."""
+    """One optimizer step; skipped where loss, gradient or log-ratio is not finite (`bad_step`)."""
     num_trained_tokens = sum(int(rollout.trained_mask.sum()) for rollout, _ in batch)
-    num_trained_tokens = max(1, ranks.total(num_trained_tokens))
+    num_trained_tokens = max(1, ranks.total(num_trained_tokens))  # of all processes
     student.train()
-    optimizer.zero_grad()
-    loss, tokens = 0.0, {}
-    for rollout, scores in batch:
-        loss_sum, logged = token_loss(student, rollout, scores, args)
-        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of all processes
-        loss += float(loss_sum.detach()) / num_trained_tokens
-        logged["decile"] = health.position_decile(rollout.trained_mask)
-        for name, values in logged.items():
-            tokens.setdefault(name, []).append(values[rollout.trained_mask])
+    work = partial(accumulate, student, num_trained_tokens, args)
+    loss, tokens = rollouts.fit_memory(work, batch, args)
     ranks.sum_gradients(student)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
     loss, grad_norm = ranks.total(loss), float(ranks.whole(grad_norm))
-    good = math.isfinite(loss) and math.isfinite(grad_norm)
+    tokens = {name: ranks.cat(torch.cat(parts)) for name, parts in tokens.items()}
+    metrics = health.token_metrics(tokens)
+    good = math.isfinite(loss + grad_norm) and not metrics["num_bad_log_ratios"]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
-    tokens = {name: ranks.cat(torch.cat(parts)) for name, parts in tokens.items()}
-    metrics = health.token_metrics(tokens)
     done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
     return metrics | done | {"bad_step": float(not good)}
 
@@ -594,27 +604,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         memory.say(model_paths(args), prompts, args)
         return
-    run = runs.Run(args, __file__)
-    verifier = runs.Verifier(function, args.verifier_timeout_s)
     models = load_models(model_paths(args), args)
+    run, verifier = runs.Run(args, __file__), runs.Verifier(function, args.verifier_timeout_s)
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = make_optimizer(student, args)
     if run.resume_from:
-        state = load_checkpoint(run.resume_from, student, optimizer, state)
-        run.rewind(state["step"])
+        state = run.load(load_checkpoint, student, optimizer, state)
 
     for step in tqdm(range(state["step"], args.steps + 1), unit="step", disable=None):
         state["step"] = step
         save = partial(run.save, step, save_checkpoint, student, optimizer, tokenizer, state)
-        run.stop_if_asked(save)
+        run.stop_if_asked(step, save)
         last = step == args.steps
         if test and args.eval_every and (last or step % args.eval_every == 0):
             for name in ("teacher", "student") if step == 0 and args.eval_teacher else ("student",):
                 if not run.has(step, f"eval/{name}/avg@{args.eval_samples}"):
                     with run.phase("eval"):
                         metrics, tokens = evaluate(models, name, tokenizer, verifier, test, args)
-                    run.log(step, metrics)
-                    run.trace(step, tokens)
+                    run.log(step, metrics, tokens)
         if last or (args.save_every and step and step % args.save_every == 0):
             save()
         if last:
@@ -637,10 +644,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if metrics["bad_step"]:
                     break
         run.log_step(step + 1, metrics, health.samples(rollout, tokenizer))
-        if metrics["bad_step"] and state["num_bad_steps"] >= args.max_bad_steps:
-            everything = health.samples(rollout, tokenizer, len(rollout.prompts))
-            raise run.bad_step(step + 1, metrics, everything, save)
-        state["num_bad_steps"] += int(metrics["bad_step"])
+        if metrics["bad_step"]:
+            found = health.offending(student, batch, tokenizer, token_loss, args)
+            run.bad_step(step + 1, metrics, state["num_bad_steps"], found, save)
+            state["num_bad_steps"] += 1
     verifier.close()
     run.finish()
 

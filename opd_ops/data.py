@@ -55,6 +55,12 @@ def _load(source: str, seed: int, tokenizer: Any, args: argparse.Namespace) -> l
             raise runs.RunError(
                 f"{source}: row {number}: expected text in the field {args.prompt_field!r}; {found}"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no text
+            raise runs.RunError(
+                f"{source}: row {number}: expected text, got half a character: {text!r:.60}"
+            ) from None
         templated = args.chat_template and tokenizer.chat_template is not None
         shown = compat.render(tokenizer, text, args.chat_template_args) if templated else text
         ids = tuple(tokenizer.encode(shown, add_special_tokens=not templated))  # template has BOS
@@ -115,24 +121,34 @@ def _read_gym(spec: str, seed: int) -> list[dict[str, Any]]:
     _, task, *size = spec.split(":")
     try:
         items = list(gym.create_dataset(task, size=int(size[0]) if size else 1000, seed=seed))
-    except ValueError as error:
-        raise runs.RunError(f"{spec}: {runs.one_line(error)}") from None
+    except Exception as error:  # each task checks its settings in its own way
+        raise runs.RunError(
+            f"{spec}: expected reasoning_gym:TASK[:SIZE]: {runs.one_line(error)}"
+        ) from error
     return [{"prompt": item["question"], "domain": task} | item for item in items]
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise runs.RunError(f"{path}:{number}: expected a JSON object, got {line:.60}")
-                rows.append(row)
-    except json.JSONDecodeError as error:
-        raise runs.RunError(f"{path}:{number}: not JSON: {error.msg}: {line:.60}") from None
+        # Only a line feed ends a row: U+2028 and its like may stand in a JSON string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise runs.RunError(f"{path}: not UTF-8 text at byte {error.start}") from None
+        raise runs.RunError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+    except OSError as error:
+        raise runs.RunError(f"{path}: cannot be read: {runs.one_line(error)}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits
+                why = getattr(error, "msg", "") or runs.one_line(error, 80)
+                raise runs.RunError(
+                    f"{path}:{number}: expected a JSON object, not JSON: {why}: {line:.60}"
+                ) from None
+            if not isinstance(row, dict):
+                raise runs.RunError(f"{path}:{number}: expected a JSON object, got {line:.60}")
+            rows.append(row)
     return rows
 
 
@@ -191,11 +207,12 @@ def verifier_function(spec: str) -> Function:
     try:
         name_of_module = path.stem if path.suffix == ".py" else module
         function: Function = getattr(importlib.import_module(name_of_module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        if not callable(function):
+            raise TypeError(f"{name} is a {type(function).__name__}, no function")
+    except Exception as error:  # whatever the module raises when it is imported
         raise runs.RunError(
             f"--verifier: expected exact, math, reasoning_gym:TASK, module:function or "
-            f"file.py:function, "
-            f"got {spec!r} ({error})",
+            f"file.py:function, got {spec!r} ({type(error).__name__}: {runs.one_line(error)})",
             code=2,
-        ) from None
+        ) from error
     return function

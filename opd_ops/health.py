@@ -5,6 +5,7 @@ Each key is defined with its formula in docs/metrics.md. Nothing here feeds back
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import opd_ops
-from opd_ops import ranks
+from opd_ops import ranks, rollouts
 from opd_ops.models import by_teacher
 
 
@@ -59,12 +60,18 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
 
 
 def token_metrics(tokens: dict[str, Tensor]) -> dict[str, float]:
-    """Means over trained tokens of what `token_loss` reports; quantiles of the log-ratio."""
-    decile = tokens.pop("decile", None)
+    """Means over trained tokens of what `token_loss` reports; quantiles of the log-ratio.
+
+    `decile` and `end`, from `places`, split the mean of the log-ratio.
+    """
+    decile, end = tokens.pop("decile", None), tokens.pop("end", None)
     metrics = {f"{name}_mean": _mean(values) for name, values in tokens.items()}
+    metrics["num_bad_log_ratios"] = float(num_bad_log_ratios(tokens))
     if "log_ratio" in tokens:
         for tenth in range(10) if decile is not None else ():
             metrics[f"log_ratio_decile_{tenth}"] = _mean(tokens["log_ratio"][decile == tenth])
+        if end is not None:
+            metrics["eos_log_ratio_mean"] = _mean(tokens["log_ratio"][end])
         metrics["log_ratio_p1"] = percentile(tokens["log_ratio"], 0.01)
         metrics["log_ratio_p99"] = percentile(tokens["log_ratio"], 0.99)
     if "advantage" in tokens:
@@ -148,22 +155,40 @@ def exact_divergences(
 ) -> dict[str, float]:
     """Means of `divergences` between student and teacher over the trained tokens of rollouts.
 
-    `read_tokens` is the method file's; `law` holds `temperature` and `valid_vocab`; `names` are the
-    metrics that are wanted, all if empty.
+    With them what `token_metrics` makes of the sampled tokens, for methods whose loss does not say:
+    the advantage is then -log_ratio. `read_tokens` is the method file's; `law` holds `temperature`
+    and `valid_vocab`; `names` are the metrics that are wanted, all if empty.
     """
-    mine = []
+    mine, tokens = [], []
     for micro in micro_batches:
         for teacher, _, part in by_teacher(models, micro):
-            pair = models["student"], teacher
+            pair, mask = (models["student"], teacher), part.trained_mask
             student_rows, teacher_rows = (
-                read_tokens(each, part, lambda rows, head: rows)[part.trained_mask]  # [N, D]
+                read_tokens(each, part, lambda rows, head: rows)[mask]  # [N, D]
                 for each in pair
             )
             heads = models["student"].head, teacher.head
-            mine.append(divergences(student_rows, teacher_rows, *heads, **law, names=names))
-    parts = ranks.gather([{key: part[key].cpu() for key in part} for part in mine])
-    flat = [part for of_rank in parts for part in of_rank]
-    return {key: _mean(torch.cat([part[key] for part in flat])) for key in (flat or [{}])[0]}
+            ids = None if names else part.completion_ids[mask]
+            found = divergences(
+                student_rows, teacher_rows, *heads, **law, names=names, token_ids=ids
+            )
+            if not names:
+                student_logp, log_ratio = found.pop("student_logp"), found.pop("log_ratio")
+                own = part.response_mask & (part.source == 0)[:, None]  # what the student sampled
+                drift = (student_logp - part.behaviour_logp[mask]) * own[mask]
+                each = {"log_ratio": log_ratio, "advantage": -log_ratio, "policy_log_ratio": drift}
+                where = places(part, part.completion_mask)
+                tokens.append(each | {name: value[mask] for name, value in where.items()})
+            mine.append(found)
+    metrics = {key: _mean(values) for key, values in _gathered(mine).items()}
+    return metrics | token_metrics(_gathered(tokens))
+
+
+def _gathered(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The parts of all ranks, put together by name."""
+    every = ranks.gather([{key: part[key].cpu() for key in part} for part in parts])
+    flat = [part for of_rank in every for part in of_rank]
+    return {key: torch.cat([part[key] for part in flat]) for key in (flat or [{}])[0]}
 
 
 def divergences(
@@ -175,10 +200,12 @@ def divergences(
     temperature: float,
     support_size: int = 32,
     names: Sequence[str] = (),
+    token_ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Exact divergences, entropies and masses at N tokens: tensors [N].
 
-    From hidden states (from logits where the head is None), a few full rows at a time.
+    With `token_ids` [N] also `student_logp` and `log_ratio` of these tokens. From hidden states
+    (from logits where the head is None), a few full rows at a time.
     """
     device, k = student_rows.device, min(support_size, valid_vocab)
     heads = [
@@ -206,6 +233,10 @@ def divergences(
                 "student_mass": student.gather(1, support).exp().sum(1),
                 "overlap": (support[:, :, None] == own[:, None, :]).any(-1).float().mean(1),
             }
+        if token_ids is not None:
+            ids = token_ids[start : start + chunk, None].to(device)
+            logp, teacher_logp = student.gather(1, ids)[:, 0], teacher.gather(1, ids)[:, 0]
+            part |= {"student_logp": logp, "log_ratio": logp - teacher_logp}
         for name, values in part.items():
             found.setdefault(name, []).append(values.float())
     return {name: torch.cat(parts) for name, parts in found.items() if not names or name in names}
@@ -214,6 +245,60 @@ def divergences(
 def position_decile(mask: Tensor) -> Tensor:
     """Which tenth of its completion's trained tokens a token stands in: [B, T] int64, 0 to 9."""
     return (mask.cumsum(1) - 1).clamp(min=0) * 10 // mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def places(rollout: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """`decile` of each token among those of `mask` (trained ones), and where the EOS is: [B, T]."""
+    written = rollout.completion_mask
+    last = written & (written.cumsum(1) == written.sum(1, keepdim=True))
+    decile = position_decile(rollout.trained_mask if mask is None else mask)
+    return {"decile": decile, "end": last & rollout.ended[:, None]}
+
+
+def num_bad_log_ratios(tokens: dict[str, Tensor]) -> int:
+    """How many of the log-ratios (to the teacher, to the sampler's policy) are not finite."""
+    found = [values for name, values in tokens.items() if name.endswith("log_ratio")]
+    return sum(int((~values.isfinite()).sum()) for values in found)
+
+
+def offending(
+    student: torch.nn.Module,
+    batch: Iterable[tuple[Any, dict[str, Any]]],
+    tokenizer: Any,
+    token_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rows of `offending.jsonl`: every rollout of a batch that failed, those that fail alone first.
+
+    Each goes through the method's `token_loss` and its backward pass by itself. A failure that no
+    rollout shows alone (an overflow of their sum) leaves all of them with `offending` false.
+    """
+    rows = []
+    for rollout, scores in (one for pair in batch for one in rollouts.cut(*pair, 1)):
+        if ranks.world() > 1 and not rollout.trained_mask.any():
+            continue  # it was there to keep step only
+        if ranks.sharded(student):  # ranks would not keep step: all are written, none is judged
+            rows.append({"offending": False} | samples(rollout, tokenizer, 1)[0])
+            continue
+        student.zero_grad()
+        loss_sum, logged = token_loss(student, rollout, scores, args)
+        loss_sum.backward()  # type: ignore[no-untyped-call]
+        grads = [weight.grad for weight in student.parameters() if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        trained = rollout.trained_mask
+        bad = num_bad_log_ratios({name: each[trained] for name, each in logged.items()})
+        value = float(loss_sum.detach())
+        finite = math.isfinite(value) and math.isfinite(norm) and not bad
+        found = {
+            "offending": not finite,
+            "loss": str(value),
+            "grad_norm": str(norm),
+            "num_bad_log_ratios": bad,
+        }
+        rows.append(found | samples(rollout, tokenizer, 1)[0])
+    student.zero_grad()
+    rows = [row for of_rank in ranks.gather(rows) for row in of_rank]
+    return sorted(rows, key=lambda row: not row["offending"])
 
 
 def _entropy(logp: Tensor) -> Tensor:

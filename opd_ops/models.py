@@ -119,15 +119,22 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
         for key in config.to_dict():
             if "dropout" in key or key.endswith("_pdrop"):
                 setattr(config, key, 0.0)
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=compute if frozen or adapted else torch.float32,
             use_safetensors=True,
+            output_loading_info=True,
             **trust,
         )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # broken files raise whatever their reader does
         raise runs.RunError(f"model {path} cannot be loaded: {runs.one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise runs.RunError(
+            f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
+        )
     sharded = args.shard == "fsdp" and (not frozen or args.shard_frozen)
     if not sharded:  # else it goes to the device in pieces
         lm = lm.to(args.teacher_device if frozen else args.device)
@@ -249,11 +256,11 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
     args.teacher_device = args.device if args.teacher_device == "same" else args.teacher_device
-    for device in {args.device, args.teacher_device}:
+    for flag, device in (("--device", args.device), ("--teacher-device", args.teacher_device)):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise runs.RunError(f"device {device!r}: {runs.one_line(error)}", 2) from None
+            raise runs.RunError(f"{flag} {device!r}: {runs.one_line(error)}", 2) from None
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)  # what timings and memory figures speak of
     for name, device in (("dtype", args.device), ("teacher_dtype", args.teacher_device)):
@@ -269,6 +276,10 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
             raise runs.RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {runs.one_line(error)}"
             ) from error
+        if set(tokenizers[name].get_vocab().values()) <= set(tokenizers[name].all_special_ids):
+            raise runs.RunError(
+                f"--{name.split('/')[0]} {path}: no tokenizer: it has special tokens only"
+            )
         try:
             generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
         except OSError:
@@ -281,8 +292,14 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
         args.chat_template_from,
     )
     for name, config in configs.items():
-        with torch.device("meta"):
-            shape = transformers.AutoModelForCausalLM.from_config(config, **trust)
+        try:
+            with torch.device("meta"):
+                shape = transformers.AutoModelForCausalLM.from_config(config, **trust)
+        except ValueError as error:
+            raise runs.RunError(
+                f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
+                f"{config.model_type}: {runs.one_line(error, 100)}"
+            ) from error
         size = sum(parameter.numel() for parameter in shape.parameters())
         report.facts.append(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"

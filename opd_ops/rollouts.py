@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from opd_ops import ranks
 from opd_ops.data import read_rows
-from opd_ops.runs import RunError
+from opd_ops.runs import OutOfMemory, RunError, is_out_of_memory, one_line, say
+
+Found = TypeVar("Found")
 
 
 def blank(kind: type, prompts: Sequence[Any], width: int, device: torch.device) -> Any:
@@ -69,6 +72,56 @@ def idle(rollout: Any, row: int) -> Any:
     one.response_mask = torch.zeros_like(one.response_mask)
     one.prefix_mask = torch.zeros_like(one.prefix_mask)
     return one
+
+
+def cut(rollout: Any, scores: dict[str, Any], size: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Pieces of `size` rollouts with their scores: [B, T, ...], but for a `_head` of a model."""
+    for rows in torch.split(torch.arange(len(rollout.prompts)), size):
+        part = rollout.select(rows)
+        width = part.completion_ids.shape[1]
+        yield (
+            part,
+            {
+                name: value if name.endswith("_head") else value[rows.to(value.device)][:, :width]
+                for name, value in scores.items()
+            },
+        )
+
+
+def fit_memory(
+    work: Callable[[list[tuple[Any, dict[str, Any]]]], Found],
+    batch: list[tuple[Any, dict[str, Any]]],
+    args: argparse.Namespace,
+) -> Found:
+    """`work(batch)`; where memory runs out, again with its micro-batches cut in half, and said.
+
+    `batch` and `args.micro_batch_tokens` stay smaller, so that the next step need not fail first.
+
+    Raises:
+        OutOfMemory: one rollout at a time is still too much.
+    """
+    while True:
+        try:
+            return work(batch)
+        except RuntimeError as error:
+            largest = max(len(rollout.prompts) for rollout, _ in batch)
+            if not is_out_of_memory(error) or args.shard != "none":  # sharded: all or none repeats
+                raise
+            if largest == 1:
+                raise OutOfMemory(f"not even one rollout fits: {one_line(error)}") from None
+            why = one_line(error, 120)
+        # Here the failed attempt is gone, with the tensors that its traceback held.
+        torch.cuda.empty_cache()
+        sizes = [len(each.prompts) * each.attention_mask.shape[1] for each, _ in batch]
+        args.micro_batch_tokens = max(1, min(args.micro_batch_tokens, max(sizes)) // 2)
+        batch[:] = [
+            piece for pair in batch for piece in cut(*pair, (len(pair[0].prompts) + 1) // 2)
+        ]
+        say(
+            f"! out of memory: the update is repeated with micro-batches of at most "
+            f"{(largest + 1) // 2} rollouts, later ones have --micro-batch-tokens "
+            f"{args.micro_batch_tokens} ({why})"
+        )
 
 
 def join(rollouts: Sequence[Any]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib
@@ -15,10 +16,12 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -27,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception of Python's
 
 from opd_ops import ranks
+from opd_ops.alarms import Alarms
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 """The embedded pair of models that a method file runs when it is called without arguments."""
@@ -44,6 +49,14 @@ class RunError(Exception):
         self.code = code
 
 
+class OutOfMemory(RuntimeError):
+    """Memory ran out before an update had touched a weight, and smaller pieces did not help."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as Python's own KeyboardInterrupt is SIGINT."""
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorator for `main(argv)`: turns an error into one line on stderr and an exit code.
 
@@ -56,16 +69,18 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         debug = "--debug" in (sys.argv[1:] if argv is None else argv)
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is
         try:
-            main(argv)
-            ranks.end()
+            with _signals():
+                main(argv)
+                ranks.end()
         except RunError as error:
             if debug:
                 traceback.print_exc()
             kind = "usage" if error.code == 2 else "error"
             _leave("" if error.said else f"{kind}: {error}", error.code)
-        except KeyboardInterrupt:
-            _leave("error: interrupted before the run had started", 130)
-        except Exception as error:
+        except KeyboardInterrupt as stop:
+            number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+            _leave(f"error: stopped by {number.name} before the run had started", 128 + number)
+        except (Exception, CheckpointException) as error:
             if getattr(error, "said", False):
                 _leave("", 1)
             if ranks.lost(error):
@@ -76,7 +91,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]
             _leave(
-                f"error: {type(error).__name__}: {one_line(error)} "
+                f"error: {type(error).__name__}: {one_line(_root(error))} "
                 f"[{Path(where.filename).name}:{where.lineno}; --debug shows the traceback]",
                 1,
             )
@@ -89,11 +104,42 @@ def _leave(line: str, code: int) -> None:
     if line and ranks.rank():
         line = f"rank {ranks.rank()}: {line}"
     if line:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(" ".join(line.split())), file=sys.stderr, flush=True)
     if ranks.world() > 1:
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code) from None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM stops a start as Ctrl-C does; a `Run` takes both over; then all is as before."""
+    if threading.current_thread() is not threading.main_thread():  # the caller handles them
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Control characters, marks that change the direction of text, half surrogates: what could move a
+# cursor, recolour a terminal or hide a word, if a model or a data set wrote it.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, direction marks and surrogates written as escapes."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def one_line(error: object, limit: int = 400) -> str:
@@ -106,7 +152,7 @@ def say(*lines: str) -> None:
     from tqdm import tqdm
 
     for line in lines if ranks.rank() == 0 else ():
-        tqdm.write(line)
+        tqdm.write(printable(line))
     sys.stdout.flush()
 
 
@@ -130,6 +176,15 @@ def parse(
     check: Callable[[argparse.Namespace], list[str]],
 ) -> argparse.Namespace:
     """Parse flags; bounds, `check(args)` and JSON are checked together, in one message, exit 2."""
+
+    def refuse(message: str) -> None:
+        names = [name for action in parser._actions for name in action.option_strings]
+        for unknown in re.findall(r"--[a-zA-Z0-9-]+", message if "unrecognized" in message else ""):
+            if near := difflib.get_close_matches(unknown, names, 1):
+                message += f" (did you mean {near[0]}?)"
+        raise RunError(f"{message} (--help lists all flags)", code=2)
+
+    parser.error, parser.allow_abbrev = refuse, False  # type: ignore[assignment,method-assign]
     args = parser.parse_args(argv)
     errors = []
     for action in parser._actions:
@@ -140,7 +195,7 @@ def parse(
         args.chat_template_args = json.loads(args.chat_template_args)
         if not isinstance(args.chat_template_args, dict):
             raise ValueError("expected an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         errors.append(f"--chat-template-args must be a JSON object: {error}")
     if args.resume and args.overwrite:
         errors.append("--resume and --overwrite exclude each other")
@@ -287,13 +342,12 @@ class Run:
     `checkpoints/`, the script.
 
     Args:
-        args: the parsed flags; `run_dir`, `resume`, `overwrite`, `keep_checkpoints`, `report_to`
-            are used here.
+        args: the parsed flags; `run_dir`, `resume`, `overwrite`, `keep_checkpoints`, `report_to`,
+            `stop_on_alarm` are used here.
         script: the method file, copied into the folder: the file is the experiment.
 
     Raises:
-        RunError: the folder exists and neither `--resume` nor `--overwrite` was given; or
-            `--resume` finds no complete checkpoint.
+        RunError: `check_folder` has an objection; or `--resume` finds no complete checkpoint.
     """
 
     def __init__(self, args: argparse.Namespace, script: str) -> None:
@@ -302,7 +356,11 @@ class Run:
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
         self.checkpoints = self.path / "checkpoints"
+        self.updates_per_rollout, self.max_bad_steps = args.updates_per_rollout, args.max_bad_steps
+        self.stop_on_alarm, self.stop_alarm = args.stop_on_alarm, ""
+        self._step, self._save = 0, self.newest_checkpoint
         self.resume_from = ranks.first(self._open, args, script)
+        self.alarms = Alarms([])
         kind = args.report_to if ranks.rank() == 0 else "none"
         self._report = _reporter(kind, self.path, vars(args))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -312,29 +370,27 @@ class Run:
     def _open(self, args: argparse.Namespace, script: str) -> Path | None:
         """Make the folder ready; which checkpoint to go on from."""
         text = Path(script).read_text(encoding="utf-8")
-        used = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.glob("step_*"))
-        if used and not (args.resume or args.overwrite):
-            raise RunError(f"run folder {self.path} exists: give --resume or --overwrite", code=2)
-        if used and args.overwrite and not args.resume:
-            if not (self.path / "args.json").is_file():
-                raise RunError(f"--overwrite: {self.path} is not a run folder (no args.json)", 2)
-            shutil.rmtree(self.path)
+        check_folder(args)
+        if args.overwrite and not args.resume:
+            _remove_run(self.path, Path(script).name)
         resume_from = self.newest_checkpoint() if args.resume else None
         if args.resume and resume_from is None:
             raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
         if resume_from:
             say(f"resume: from {resume_from}", *self._changed_flags(args))
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        if resume_from:  # what the run was started with stays beside what goes on with it
-            for name in (Path(script).name, "args.json"):
-                if (self.path / name).is_file():
-                    kept = (self.path / name).read_text(encoding="utf-8")
-                    write_atomically(self.path / f"before_{resume_from.name}_{name}", kept)
-        write_atomically(self.path / Path(script).name, text)
         record = {"args": vars(args), "environment": environment(), "argv": sys.argv}
-        write_atomically(self.path / "args.json", json.dumps(record, indent=1, default=str) + "\n")
+        with self._writing("the run folder"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self.checkpoints.glob(".writing-*"):
+                shutil.rmtree(leftover)
+            if resume_from:  # what the run was started with stays beside what goes on with it
+                for name in (Path(script).name, "args.json"):
+                    if (self.path / name).is_file():
+                        kept = (self.path / name).read_text(encoding="utf-8")
+                        write_atomically(self.path / f"before_{resume_from.name}_{name}", kept)
+            write_atomically(self.path / Path(script).name, text)
+            record_text = json.dumps(record, indent=1, default=str) + "\n"
+            write_atomically(self.path / "args.json", record_text)
         return resume_from
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -351,16 +407,62 @@ class Run:
         start = time.perf_counter()
         try:
             yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(name, error) from None
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view."""
+    def _out_of_memory(self, phase: str, error: RuntimeError) -> RunError:
+        """The error for memory that ran out in a phase; saves, where the weights are those of the
+        last step boundary: not in the middle of updates."""
+        flags = {
+            "generate": "--sampler-batch-size or --max-completion-tokens",
+            "eval": "--sampler-batch-size or --micro-batch-tokens",
+            "diagnose": "--diagnostic-tokens",
+            "student": "--micro-batch-tokens, or give --gradient-checkpointing",
+        }.get(phase, "--micro-batch-tokens")
+        whole = isinstance(error, OutOfMemory) and self.updates_per_rollout == 1
+        alone = ranks.world() == 1  # other processes would not take part in a checkpoint
+        safe = alone and (phase != "student" or whole)
+        kept = "saved" if safe else "last good checkpoint:"
+        path = self._save() if kept == "saved" else self.newest_checkpoint()
+        return RunError(
+            f"out of memory at step {self._step + 1}, phase {phase}: {one_line(error, 160)}; lower "
+            f"{flags}; {kept} {path}; go on with --resume"
+        )
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{what} could not be written: {one_line(error)}; last good checkpoint: "
+                f"{self.newest_checkpoint()}"
+            ) from error
+
+    def log(
+        self, step: int, metrics: dict[str, float], tokens: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view,
+        and `tokens` to `tokens.jsonl`.
+
+        An alarm that goes off for the first time is said, and is a key of the row.
+        """
+        fired = self.alarms.check(metrics)
+        metrics = metrics | {f"alarm/{alarm.name}": 1.0 for alarm, _ in fired}
         row = {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
-        _append(self.path / "metrics.jsonl", {"step": step} | row)
+        with self._writing("metrics.jsonl"):
+            _append(self.path / "metrics.jsonl", {"step": step} | row)
+        self.trace(step, tokens)
         self._report(step, metrics)
+        for alarm, found in fired:
+            say(f"! alarm {alarm.name} at step {step}: {found}. {alarm.cause} Try: {alarm.advice}")
+            self.stop_alarm = alarm.name if self.stop_on_alarm else ""
 
     def log_step(
         self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]
@@ -371,15 +473,17 @@ class Run:
         metrics["step_s"] = sum(seconds for name, seconds in phases.items() if name != "eval")
         metrics["tokens_per_s"] = metrics["num_trained_tokens"] / metrics["step_s"]
         metrics["peak_memory_mib"] = peak_memory_mib()
-        self.log(step, metrics)
-        for sample in samples:
-            _append(self.path / "samples.jsonl", {"step": step} | sample)
         say(step_line(step, self.steps, metrics))
+        self.log(step, metrics)
+        with self._writing("samples.jsonl"):
+            for sample in samples:
+                _append(self.path / "samples.jsonl", {"step": step} | sample)
 
     def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
-        for row in rows:
-            _append(self.path / "tokens.jsonl", {"step": step} | row)
+        with self._writing("tokens.jsonl"):
+            for row in rows:
+                _append(self.path / "tokens.jsonl", {"step": step} | row)
 
     def has(self, step: int, key: str) -> bool:
         """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""
@@ -398,13 +502,14 @@ class Run:
             return target
         try:
             ranks.first(_make_empty, folder)
-            failed = None
+            failed: Exception | None = None
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")
                     write(folder, *args)
-            except Exception as error:
-                failed = error
+            except (Exception, CheckpointException) as error:
+                root = _root(error)
+                failed = root if isinstance(root, Exception) else RuntimeError(one_line(root))
             ranks.together(failed)
             ranks.first(_seal, folder, target)
         except Exception as error:
@@ -416,14 +521,38 @@ class Run:
             )
             refused.said = getattr(error, "said", False)
             raise refused from error
-        complete = sorted(self.checkpoints.glob("step_*"), key=_step_of)
+        # Only those up to this one count: later ones, from before a --resume, may be damaged.
+        complete = [path for path in self._complete() if _step_of(path) <= step]
         for old in complete[: -self.keep] if self.keep and ranks.rank() == 0 else []:
-            shutil.rmtree(old)
+            doomed = old.with_name(f".writing-old-{old.name}")  # half deleted, it is no checkpoint
+            old.rename(doomed)
+            shutil.rmtree(doomed)
         return target
+
+    def _complete(self) -> list[Path]:
+        found = self.checkpoints.glob("step_*")
+        return sorted((path for path in found if path.name[5:].isdigit()), key=_step_of)
+
+    def load(self, read: Callable[..., dict[str, int]], *args: Any) -> dict[str, int]:
+        """`read(folder, *args)` of the checkpoint to resume from; drops what was logged after it.
+
+        Raises:
+            RunError: it is whole, but of another model or optimizer.
+        """
+        try:
+            state = read(self.resume_from, *args)
+        except (Exception, CheckpointException) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
+            ) from error
+        self.rewind(state["step"])
+        return state
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose files match its manifest; damaged ones are named, skipped."""
-        for path in sorted(self.checkpoints.glob("step_*"), key=_step_of, reverse=True):
+        for path in reversed(self._complete()):
             problem = check_manifest(path)
             if problem is None:
                 return path
@@ -433,26 +562,34 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop logged rows after `step`, which a resumed run will write again."""
         ranks.first(self._rewind, step)
+        self.alarms = Alarms(ranks.first(read_metrics, self.path))
 
     def _rewind(self, step: int) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "offending.jsonl"):
             path = self.path / name
             if path.is_file():
                 kept = []
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                    if not line.endswith("\n"):
-                        break  # cut short by the kill: it will be written again
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                write_atomically(path, "".join(kept))
+                for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                    with contextlib.suppress(ValueError):  # cut short by a kill or a full disk
+                        if json.loads(line)["step"] <= step:
+                            kept.append(line + "\n")
+                with self._writing(name):
+                    write_atomically(path, "".join(kept))
 
-    def stop_if_asked(self, save: Callable[[], Path]) -> None:
-        """After SIGINT or SIGTERM: save, then end with exit code 130 or 143."""
-        number = max(ranks.gather(self.stop_signal))
-        if number:
-            name, path = signal.Signals(number).name, save()
+    def stop_if_asked(self, step: int, save: Callable[[], Path]) -> None:
+        """After SIGINT, SIGTERM or an alarm: save, then end with exit code 130, 143 or 1.
+
+        Called at a step boundary; what runs out of memory before the next one saves by `save`, too.
+        """
+        self._step, self._save = step, save
+        asked = ranks.gather((self.stop_signal, self.stop_alarm))
+        number, alarm = max(number for number, _ in asked), asked[0][1]
+        if number or alarm:
+            reason = f"alarm {alarm} (--stop-on-alarm)"
+            reason = signal.Signals(number).name if number else reason
             stopped = RunError(
-                f"stopped by {name}; saved {path}; go on with --resume", 128 + number
+                f"stopped by {reason}; saved {save()}; go on with --resume",
+                128 + number if number else 1,
             )
             stopped.said = ranks.rank() != 0
             raise stopped
@@ -461,23 +598,34 @@ class Run:
         self,
         step: int,
         metrics: dict[str, float],
+        num_before: int,
         offending: Sequence[dict[str, Any]],
         save: Callable[[], Path],
-    ) -> RunError:
-        """The error for a step whose loss or gradient was not finite; keeps what caused it.
+    ) -> None:
+        """Keep what made loss, gradient or a log-ratio not finite; with no more allowed, stop.
 
-        The update was skipped, so the weights are those of the step before, and are saved.
+        `num_before` is the number of bad steps before this one. The update was skipped, so the
+        weights are those of the step before, and are saved.
         """
-        path = self.path / "offending.jsonl"
-        text = "".join(json.dumps(row) + "\n" for row in offending)
-        ranks.first(write_atomically, path, text)
+        path, alone = self.path / "offending.jsonl", sum(row["offending"] for row in offending)
+        with self._writing(path.name):
+            for row in offending:
+                _append(path, {"step": step} | row)
+        what = (
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
+            f"{metrics['num_bad_log_ratios']:.0f} log-ratios not finite: "
+        )
+        where = f"{alone} of its {len(offending)} rollouts are not finite alone: {path}"
+        if num_before < self.max_bad_steps:
+            left = self.max_bad_steps - num_before - 1
+            say(f"! {what}skipped; {left} more allowed (--max-bad-steps); {where}")
+            return
         error = RunError(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: more bad "
-            f"steps than --max-bad-steps; its rollouts are in {path}; the weights before it, which "
-            f"are good, are in {save()}"
+            f"{what}more bad steps than --max-bad-steps; {where}; the weights before it, which are "
+            f"good, are in {save()}"
         )
         error.said = ranks.rank() != 0
-        return error
+        raise error
 
     def finish(self) -> None:
         """Print the evaluations (before, after, teacher), the folder and the picture of the run."""
@@ -512,7 +660,10 @@ class Run:
             say(f"learning curve: {picture}")
 
     def _changed_flags(self, args: argparse.Namespace) -> list[str]:
-        old = json.loads((self.path / "args.json").read_text())["args"]
+        try:
+            old = json.loads((self.path / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError) as error:
+            return [f"! {self.path / 'args.json'} cannot be read: {one_line(error, 80)}"]
         new = json.loads(json.dumps(vars(args), default=str))
         harmless = {"resume", "overwrite", "run_dir", "debug", "report_to"}
         return [
@@ -520,6 +671,61 @@ class Run:
             for key in new
             if key not in harmless and old.get(key) != new[key]
         ]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU, in one of its libraries, or on the host."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad allocation")
+    return isinstance(error, (torch.OutOfMemoryError, OutOfMemory)) or any(
+        text in str(error) for text in texts
+    )
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse a run folder that is in use, or whose removal would take more than a run.
+
+    Raises:
+        RunError: the folder has a run and neither `--resume` nor `--overwrite` was given; it is no
+            folder; `--overwrite` would delete an input of this run, or what is no run.
+    """
+    path = Path(args.run_dir)
+    if not args.run_dir.strip():
+        raise RunError("--run-dir: expected a folder, got an empty name", 2)
+    in_the_way = next((each for each in (path, *path.parents) if each.exists()), path)
+    if not in_the_way.is_dir():
+        raise RunError(f"--run-dir {path}: expected a folder, {in_the_way} is a file", 2)
+    if not os.access(in_the_way, os.W_OK):
+        raise RunError(f"--run-dir {path}: {in_the_way} is not writable", 2)
+    used = (path / "metrics.jsonl").exists() or any(path.glob("checkpoints/step_*"))
+    if used and not (args.resume or args.overwrite):
+        raise RunError(f"run folder {path} exists: give --resume or --overwrite", 2)
+    if used and args.overwrite and not (path / "args.json").is_file():
+        raise RunError(f"--overwrite: {path} is not a run folder (no args.json)", 2)
+    for name, value in vars(args).items() if used and args.overwrite else ():
+        for each in value if isinstance(value, list) else [value]:
+            inside = isinstance(each, str) and name != "run_dir" and Path(each.split("=")[-1])
+            if inside and inside.exists() and path.resolve() in inside.resolve().parents:
+                raise RunError(
+                    f"--overwrite would delete --{name.replace('_', '-')} {each}, which is in it",
+                    2,
+                )
+
+
+def _remove_run(path: Path, script: str) -> None:
+    """Delete what a run writes, and nothing else that is in its folder."""
+    if (path / "args.json").is_file():
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(path / name, ignore_errors=True)
+        own = (
+            "metrics.jsonl",
+            "samples.jsonl",
+            "tokens.jsonl",
+            "offending.jsonl",
+            "curves.png",
+            script,
+        )
+        for file in (*(path / name for name in own), *path.glob("before_step_*")):
+            file.unlink(missing_ok=True)
 
 
 def peak_memory_mib() -> float:
@@ -547,10 +753,15 @@ def ops_line(info: dict[str, Any], device: str) -> str:
 
 
 def say_plan(args: argparse.Namespace) -> None:
-    """Print the op implementation and the token budget; with `--dry-run` the resolved flags too."""
+    """Print the op implementation and the token budget; with `--dry-run` the resolved flags too.
+
+    This is the last word before models are loaded, so a run folder in use is refused here.
+    """
     import opd_ops
 
-    if args.dry_run:
+    if not args.dry_run:
+        check_folder(args)
+    else:
         say(*(f"  --{key.replace('_', '-')} {value}" for key, value in vars(args).items()))
     rollouts = args.prompts_per_step * args.rollouts_per_prompt
     budget = rollouts * args.max_completion_tokens
@@ -565,13 +776,16 @@ def check_manifest(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        parts = {name.split("/")[0] for name in manifest}
+        if not all(isinstance(entry, dict) for entry in manifest.values()) or len(parts) < 2:
+            raise ValueError("not the list of a model's and a trainer's files")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"manifest.json: {one_line(error, 80)}"
     for name, entry in manifest.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        if not path.is_file() or path.stat().st_size != entry.get("bytes"):
             return f"{name}: missing or cut short"
-        if _sha(path) != entry["sha256"]:
+        if _sha(path) != entry.get("sha256"):
             return f"{name}: checksum differs"
     return None
 
@@ -587,8 +801,18 @@ def write_atomically(path: Path, text: str) -> None:
 def _append(path: Path, row: dict[str, Any]) -> None:
     if ranks.rank():
         return
+    # Readable in any script, but nothing that a model wrote reaches a terminal as a control code.
+    line = printable(json.dumps(row, ensure_ascii=False))
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(line + "\n")
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an exception was raised from, at the bottom; `torch.distributed` wraps everything."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        return _root(next(iter(failures.values()))[0])
+    return _root(error.__cause__) if error.__cause__ else error
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -605,13 +829,14 @@ def _make_empty(folder: Path) -> None:
 
 def _seal(folder: Path, target: Path) -> None:
     """Hash the files of `folder` into its manifest, bring all to the disk, then rename it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    every = sorted(folder.rglob("*"))
+    files = [path for path in every if path.is_file()]
     manifest = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha(path)}
         for path in files
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in (*files, folder / "manifest.json", folder):
+    for path in (*every, folder / "manifest.json", folder):
         _sync(path)
     folder.rename(target)
     _sync(target.parent)
@@ -695,7 +920,7 @@ def table(columns: dict[str, dict[str, float]], keys: Sequence[str]) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
 def plot_curves(path: Path, keys: Sequence[str]) -> Path | None:

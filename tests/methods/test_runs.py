@@ -174,10 +174,10 @@ def test_non_finite_loss_stops_at_the_first(folder, capsys, monkeypatch):
     """--max-bad-steps 0: stop, keep the last good checkpoint, say where, keep the sample."""
     whole, calls = opd.token_loss, []
 
-    def broken(*args):
+    def broken(*args, **named):
         if torch.is_grad_enabled():  # training; the trace of tokens asks too
             calls.append(1)
-        loss, logged = whole(*args)
+        loss, logged = whole(*args, **named)
         return (loss * float("nan") if len(calls) >= 3 else loss), logged
 
     monkeypatch.setattr(opd, "token_loss", broken)
@@ -260,7 +260,7 @@ def test_bad_input_costs_one_line_and_writes_nothing(folder, capsys, tmp_path):
         ("--prompts", str(tmp_path / "empty.jsonl")): (1, "no prompt to use", "empty"),
         ("--prompts", str(tmp_path / "broken.jsonl")): (1, "broken.jsonl:2", "not JSON"),
         ("--prompts", str(tmp_path / "list.jsonl")): (1, "list.jsonl:1", "JSON object"),
-        ("--prompts", str(tmp_path / "bytes.jsonl")): (1, "not UTF-8", "byte 12"),
+        ("--prompts", str(tmp_path / "bytes.jsonl")): (1, "UTF-8", "byte 12"),
         ("--prompts", str(tmp_path / "fields.jsonl")): (1, "row 1", "'prompt'", "['question']"),
         ("--prompts", str(tmp_path / "number.jsonl")): (1, "expected text", "got 7"),
         ("--max-prompt-tokens", "2"): (1, "all 12 are longer"),
