@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-gpu test-gpu-memory nvcc lint type sync diffs docs bench toy clean
+.PHONY: help install demo report test test-fast test-engines test-faults test-gpu test-gpu-memory nvcc lint type sync diffs docs bench toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -39,6 +39,9 @@ test: install     ## all tests but those that need a GPU or an engine; fails wit
 
 test-fast: install  ## without the slow ones
 	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "not slow"
+
+test-faults: install  ## kill -9, signals, damaged checkpoints, full disks; rewrites its table
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runner.py --write docs/reproducing.md
 
 test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu

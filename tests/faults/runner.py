@@ -115,10 +115,11 @@ class Process:
         assert code is not None
         return code
 
-    def stop_in(self, phase: str, within_s: float) -> bool:
-        """Halt it (SIGSTOP) at a random moment of a phase; False if it ended before."""
+    def stop_in(self, phase: str, within_s: float, after: Path | None = None) -> bool:
+        """Halt it (SIGSTOP) at a random moment of a phase, once `after` exists; False if it ended
+        before."""
         while self.ended() is None:
-            if self.where() != phase:
+            if self.where() != phase or (after is not None and not after.exists()):
                 time.sleep(0.0005)
                 continue
             time.sleep(random.uniform(0.0, within_s))
@@ -171,7 +172,7 @@ class Faults:
         argv += f" --prompts {self.folder}/prompts.jsonl --test-prompts {self.folder}/prompts.jsonl"
         argv += f" --run-dir {self.folder / run} --max-completion-tokens 24 --prompts-per-step 6"
         argv += " --rollouts-per-prompt 4 --steps 6 --save-every 1 --eval-every 2 --eval-samples 2"
-        argv += " --lr 1e-2 --lr-schedule cosine --warmup-steps 2"
+        argv += " --keep-checkpoints 0 --lr 1e-2 --lr-schedule cosine --warmup-steps 2"
         return [*argv.split(), *METHODS[method], *more]
 
     def start(self, method: str, run: str, *more: str) -> Process:
@@ -232,10 +233,12 @@ class Faults:
         run, phases = f"killed_{method}", list(PHASES)
         random.shuffle(phases)
         killed = []
-        for phase in phases:
+        for number, phase in enumerate(phases, 1):
             saved = any((self.folder / run / "checkpoints").glob("step_*"))
             process = self.start(method, run, "--resume" if saved else "--overwrite")
-            if not process.stop_in(phase, self.seconds[phase]):
+            if not process.stop_in(
+                phase, self.seconds[phase], self.folder / run / f"checkpoints/step_{number}"
+            ):
                 self.note(f"kill -9 while {PHASES[phase]}", "the run was over before")
                 continue
             os.kill(process.pid, signal.SIGKILL)
