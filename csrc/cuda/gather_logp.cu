@@ -69,6 +69,7 @@ __device__ void scatter_dense(const GatherBackward& a, int64_t n, float shift, f
   const T* row = row_of<T>(a.logits, n);
   T* out = static_cast<T*>(a.out) + n * a.out_stride;
   const float scale = static_cast<float>(a.inv_temperature * kLog2e);
+  const float lowest = -160.0f / scale;  // exp is 0 from here on, and linear * x is finite
   for (int64_t c = first_column(row) + threadIdx.x * width; c < a.size;
        c += turns * width * kThreads) {
     float z[turns][width];
@@ -81,7 +82,7 @@ __device__ void scatter_dense(const GatherBackward& a, int64_t n, float shift, f
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const float x = z[t][j] - shift;
-        const float factor = with_slope ? fmaf(linear, fmaxf(x, kLowest), constant) : constant;
+        const float factor = with_slope ? fmaf(linear, fmaxf(x, lowest), constant) : constant;
         z[t][j] = i + j < a.logits.valid ? exp2_fast(x * scale) * factor : 0.0f;
       }
       store_columns(out, i, a.size, z[t]);
