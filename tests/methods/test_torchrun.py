@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 METHODS = ("opd", "sg_opd", "exopd", "topk_opd", "tropd")
 MODES = {"none": [], "fsdp": ["--shard", "fsdp", "--shard-frozen"]}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def torchrun(*command: str, port: int, **how: object) -> subprocess.Popen:
+def torchrun(*command: str, **how: object) -> subprocess.Popen:
     """`torchrun` on two processes; a session of its own, so that a test can end all of it."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [*TORCHRUN, str(port), *command],
+        [*TORCHRUN, *command],
         env=os.environ | ENVIRONMENT,
         start_new_session=True,
         **(pipes | how),
@@ -90,7 +90,7 @@ def folder(tmp_path_factory):
     jobs.append(["opd", flags(folder, "opd", "half-lora", *lora, *half)])
     jobs.append(["opd", flags(folder, "opd", "half", *half)])
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    process = torchrun(str(WORKER), str(folder / "jobs.json"), port=29411)
+    process = torchrun(str(WORKER), str(folder / "jobs.json"))
     try:
         output, errors = process.communicate(timeout=600)
     finally:
@@ -230,8 +230,8 @@ def processes(parent: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("number, port", [(signal.SIGKILL, 29412), (signal.SIGSTOP, 29413)])
-def test_when_one_rank_dies_or_hangs_the_other_ends_within_the_limit(tmp_path, number, port):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_one_rank_dies_or_hangs_the_other_ends_within_the_limit(tmp_path, number):
     tinylm.save_model(tmp_path / "student", 0)
     tinylm.save_model(tmp_path / "teacher", 1)
     tinylm.save_prompts(tmp_path / "prompts.jsonl")
@@ -240,7 +240,7 @@ def test_when_one_rank_dies_or_hangs_the_other_ends_within_the_limit(tmp_path, n
     argv = flags(tmp_path, "opd", "dies", *endless, *limit)
     with (tmp_path / "errors.txt").open("w") as errors:
         process = torchrun(
-            str(ROOT / "methods/opd.py"), *argv, port=port,
+            str(ROOT / "methods/opd.py"), *argv,
             stdout=subprocess.DEVNULL, stderr=errors,
         )  # fmt: skip
         try:
@@ -280,7 +280,7 @@ def test_sg_opd_on_two_processes_improves_the_tiny_student(tmp_path):
     few.write_text("".join(rows[::2]))
     argv = f"--steps 10 --eval-every 10 --eval-samples 3 --device cpu --test-prompts {few}".split()
     argv += ["--run-dir", str(tmp_path / "run"), "--shard", "fsdp"]
-    process = torchrun(str(ROOT / "methods/sg_opd.py"), *argv, port=29414)
+    process = torchrun(str(ROOT / "methods/sg_opd.py"), *argv)
     try:
         _, errors = process.communicate(timeout=1500)
     finally:
