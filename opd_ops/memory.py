@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_ops import ranks, runs
+from opd_ops import engines, ranks, runs
 
 WORKSPACE = 256 * 2**20  # default of the `opd_ops.linear_*` ops
 LOGITS = 4  # copies of [rows, V] float32 that one step of the sampler holds
@@ -31,6 +31,7 @@ def estimate(
     """
     import transformers
 
+    paths = engines.local(paths, args)
     trust = {"trust_remote_code": args.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(paths["student"], **trust)
     compute = getattr(torch, args.dtype)

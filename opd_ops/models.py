@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import DynamicCache
 
-from opd_ops import compat, ranks, rollouts, runs
+from opd_ops import compat, engines, ranks, rollouts, runs
 
 
 class CausalLM(torch.nn.Module):
@@ -31,6 +31,7 @@ class CausalLM(torch.nn.Module):
     def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
+        self.engine: Any = None  # what samples in its stead (`opd_ops.engines`)
 
     @property
     def device(self) -> torch.device:
@@ -174,8 +175,8 @@ def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, Ca
 
     With `--lora-rank`, a frozen model with the student's path is the student without its adapters.
     """
-    models: dict[str, CausalLM] = {}
-    for name, path in paths.items():
+    models: dict[str, Any] = {}
+    for name, path in engines.local(paths, args).items():
         twin = next((n for n in models if n != "student" and paths[n] == path), None)
         if twin:
             models[name] = models[twin]
@@ -184,6 +185,15 @@ def load_models(paths: dict[str, str], args: argparse.Namespace) -> dict[str, Ca
             runs.say(f"{name}: the student without its adapters; no second copy")
         else:
             models[name] = load_lm(path, name != "student", args)
+    if args.teacher_url:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            paths["student"], trust_remote_code=args.trust_remote_code
+        )
+        models["teacher"] = engines.RemoteTeacher(tokenizer, args)
+    if args.sampler == "vllm":
+        models["student"].engine = engines.VllmSampler(paths["student"], args)
     return models
 
 
@@ -252,6 +262,7 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
     """
     import transformers
 
+    paths = engines.local(paths, args)
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device

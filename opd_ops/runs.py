@@ -57,6 +57,10 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, as Python's own KeyboardInterrupt is SIGINT."""
 
 
+class ServerLost(RunError):
+    """A server that the run needs has not answered for as long as it may."""
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorator for `main(argv)`: turns an error into one line on stderr and an exit code.
 
@@ -176,6 +180,7 @@ def parse(
     check: Callable[[argparse.Namespace], list[str]],
 ) -> argparse.Namespace:
     """Parse flags; bounds, `check(args)` and JSON are checked together, in one message, exit 2."""
+    from opd_ops import engines
 
     def refuse(message: str) -> None:
         names = [name for action in parser._actions for name in action.option_strings]
@@ -199,7 +204,7 @@ def parse(
         errors.append(f"--chat-template-args must be a JSON object: {error}")
     if args.resume and args.overwrite:
         errors.append("--resume and --overwrite exclude each other")
-    errors += ranks.check(args) + check(args)
+    errors += ranks.check(args) + engines.check(args) + check(args)
     if errors:
         raise RunError("; ".join(errors), code=2)
     return args
@@ -401,7 +406,10 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to `phases[name]`; synchronises the device."""
+        """Add the wall-clock seconds of the block to `phases[name]`; synchronises the device.
+
+        Where the server of a teacher is lost in it, the run is saved before it ends.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -411,6 +419,10 @@ class Run:
             if not is_out_of_memory(error):
                 raise
             raise self._out_of_memory(name, error) from None
+        except ServerLost as error:
+            if ranks.world() > 1:  # to save, all ranks would have to know
+                raise
+            raise RunError(f"{error}; saved {self._save()}; go on with --resume") from error
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import opd_ops
-from opd_ops import health
+from opd_ops import engines, health
 from opd_ops.models import by_teacher
 
 SUPPORT_SIZE = 5
@@ -38,6 +38,8 @@ def rows(
     `--diagnostic-tokens` tokens of each, with everything that the method logs of a token. Without,
     an evaluation: the same few prompts each time, spread over the test set, whole.
     """
+    if engines.remote(models.values()):
+        return []  # as in `health.exact_divergences`
     total = len(rollout.prompts)
     wanted = min(total, NUM_TESTED if token_loss is None else NUM_TRAINED)
     most = None if token_loss is None else args.diagnostic_tokens
