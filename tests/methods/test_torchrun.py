@@ -245,6 +245,7 @@ def test_when_one_rank_dies_or_hangs_the_other_ends_within_the_limit(tmp_path, n
             str(ROOT / "methods/opd.py"), *argv,
             stdout=subprocess.DEVNULL, stderr=errors,
         )  # fmt: skip
+        ids: dict[int, int] = {}
         try:
             metrics = tmp_path / "dies-opd/metrics.jsonl"
             wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 1, 200)
@@ -254,6 +255,9 @@ def test_when_one_rank_dies_or_hangs_the_other_ends_within_the_limit(tmp_path, n
             wait_until(lambda: ended(ids[0]), 60)
             assert time.monotonic() - start < 15 + 10
         finally:
+            for each in ids.values():  # sessions of their own, and one may be stopped
+                if not ended(each):
+                    os.kill(each, signal.SIGKILL)
             end_session(process)
             process.wait()
     text = (tmp_path / "errors.txt").read_text()
