@@ -230,6 +230,8 @@ class Faults:
     def kills(self, method: str) -> None:
         """kill -9 in four phases of one run, which is resumed after each and goes on to the end."""
         self.whole(method)
+        for phase in PHASES.values():  # rows of the table, in this order
+            self.rows.setdefault(f"kill -9 while {phase}", [0, 0])
         run, phases = f"killed_{method}", list(PHASES)
         random.shuffle(phases)
         killed = []
