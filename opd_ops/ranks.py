@@ -139,7 +139,7 @@ def _portable(error: Exception) -> Exception:
     try:
         copy = pickle.loads(pickle.dumps(error))
         return error if type(copy) is type(error) else RuntimeError(str(error))
-    except Exception:
+    except Exception:  # what pickle meets in another library's exception is not known
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 

@@ -238,7 +238,7 @@ def _verify_forever(pipe: Any, function: Callable[[str, str, dict[str, Any]], bo
             return
         try:
             pipe.send((bool(function(text, answer, row)), ""))
-        except Exception as error:
+        except Exception as error:  # a verifier is the user's: whatever it raises is no verdict
             pipe.send((None, f"{type(error).__name__}: {one_line(error, 200)}"))
 
 
@@ -767,12 +767,14 @@ def ops_line(info: dict[str, Any], device: str) -> str:
 def say_plan(args: argparse.Namespace) -> None:
     """Print the op implementation and the token budget; with `--dry-run` the resolved flags too.
 
-    This is the last word before models are loaded, so a run folder in use is refused here.
+    This is the last word before models are loaded, so a run folder in use is refused here, and so
+    is a live view without its package: `--overwrite` has deleted nothing yet.
     """
     import opd_ops
 
     if not args.dry_run:
         check_folder(args)
+        live_view(args.report_to)
     else:
         say(*(f"  --{key.replace('_', '-')} {value}" for key, value in vars(args).items()))
     rollouts = args.prompts_per_step * args.rollouts_per_prompt
@@ -874,13 +876,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def live_view(kind: str) -> Any:
+    """The package of `--report-to`; None for `none`."""
+    extra = "report" if kind == "tensorboard" else ""
+    return None if kind == "none" else optional(kind, extra, f"--report-to {kind}")
+
+
 def _reporter(
     kind: str, path: Path, config: dict[str, Any]
 ) -> Callable[[int, dict[str, float]], None]:
+    module = live_view(kind)
     if kind == "none":
         return lambda step, metrics: None
     if kind == "tensorboard":
-        optional("tensorboard", "report", "--report-to tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(path / "tensorboard"))
@@ -890,7 +898,6 @@ def _reporter(
                 writer.add_scalar(key, value, step)
 
         return write
-    module = optional(kind, "", f"--report-to {kind}")
     place = {"dir": str(path)} if kind == "wandb" else {}  # trackio has one store for all runs
     session = module.init(project="opd", name=path.name, config=config, **place)
     return lambda step, metrics: session.log(metrics, step=step)

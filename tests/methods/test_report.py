@@ -14,9 +14,9 @@ FLAGS = "--steps 2 --prompts-per-step 2 --rollouts-per-prompt 1 --max-completion
 FLAGS += " --eval-every 0 --save-every 0 --device cpu"
 
 
-def run(folder, kind: str) -> dict[tuple[int, str], float]:
+def run(folder, kind: str, *more: str) -> dict[tuple[int, str], float]:
     """Two steps with a live view; what the file says, by step and key."""
-    opd.main([*FLAGS.split(), "--run-dir", str(folder), "--report-to", kind])
+    opd.main([*FLAGS.split(), "--run-dir", str(folder), "--report-to", kind, *more])
     return {
         (row["step"], key): value
         for row in runs.read_metrics(folder)
@@ -65,9 +65,14 @@ def test_wandb_and_trackio_get_every_number_of_the_file(tmp_path, monkeypatch, k
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_package_is_said_before_anything_runs(tmp_path, monkeypatch, capsys, kind):
+def test_a_missing_package_is_said_before_anything_is_lost(tmp_path, monkeypatch, capsys, kind):
+    """Before models are loaded, and before `--overwrite` deletes the run that is there."""
+    run(tmp_path / "run", "none")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
     monkeypatch.setitem(sys.modules, kind, None)
+    monkeypatch.setattr(opd, "load_models", lambda *_: pytest.fail("models were loaded"))
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", kind)
+        run(tmp_path / "run", kind, "--overwrite")
     assert stop.value.code != 0
-    assert kind in capsys.readouterr().err
+    assert f"--report-to {kind} needs {kind}" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
