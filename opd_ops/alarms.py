@@ -8,30 +8,51 @@ chosen so that a run which learns sets off none; the table in docs/metrics.md is
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 WINDOW = 3
 
 
+@dataclass
+class Series:
+    """Of one metric what the rules look at: its size does not grow with the run."""
+
+    num: int = 0
+    first: list[float] = field(default_factory=list)  # the first 3
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=2 * WINDOW))
+    lowest: float = math.nan
+
+    def add(self, value: float) -> None:
+        """Take in the next value."""
+        self.num += 1
+        self.recent.append(value)
+        if self.num <= WINDOW:
+            self.first.append(value)
+        if self.num >= 2 * WINDOW:  # the older half has ended before the last 3 began
+            mean = sum(list(self.recent)[:WINDOW]) / WINDOW
+            self.lowest = mean if math.isnan(self.lowest) else min(self.lowest, mean)
+
+
 class History:
-    """Values of every metric so far, as lists, and their short means."""
+    """What is left of every metric so far, and its short means."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
+        self.series: dict[str, Series] = {}
 
     def add(self, row: dict[str, Any]) -> None:
         """Take in one row; infinities may be spelt out, as in `metrics.jsonl`."""
         for key, value in row.items():
             number = float(value) if isinstance(value, (int, float)) or value in _INF else math.nan
             if not math.isnan(number):
-                self.values.setdefault(key, []).append(number)
+                self.series.setdefault(key, Series()).add(number)
 
     def last(self, key: str, num: int = 1) -> list[float]:
-        """The last `num` values; none if there are fewer."""
-        values = self.values.get(key, [])
-        return values[-num:] if len(values) >= num else []
+        """The last `num` values, 6 at most; none if there are fewer."""
+        values = self.series.get(key, Series()).recent
+        return list(values)[-num:] if len(values) >= num else []
 
     def mean(self, key: str, num: int = WINDOW) -> float:
         """Mean of the last `num` values; NaN (so that every comparison is false) without them."""
@@ -40,14 +61,12 @@ class History:
 
     def start(self, key: str) -> float:
         """Mean of the first 3 values, NaN before there are 6."""
-        values = self.values.get(key, [])
-        return sum(values[:WINDOW]) / WINDOW if len(values) >= 2 * WINDOW else math.nan
+        series = self.series.get(key, Series())
+        return sum(series.first) / WINDOW if series.num >= 2 * WINDOW else math.nan
 
     def lowest(self, key: str) -> float:
         """The lowest mean of 3 values in a row that ended before the last 3 began."""
-        values = self.values.get(key, [])
-        means = [sum(values[i : i + WINDOW]) / WINDOW for i in range(len(values) - 2 * WINDOW + 1)]
-        return min(means, default=math.nan)
+        return self.series.get(key, Series()).lowest
 
 
 _INF = ("inf", "-inf")
