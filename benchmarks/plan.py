@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import opd  # noqa: E402
 
 from opd_ops import memory, ranks  # noqa: E402
+from opd_ops.models import num_parameters  # noqa: E402
 
 FLOPS, BANDWIDTH = 0.4 * 989e12, 0.6 * 3.35e12
 PROMPT, COMPLETION, ROLLOUTS = 200, 4096, 512
@@ -54,12 +54,6 @@ PLANS = [  # student, teacher, devices, flags
     ("7B", "Qwen3-32B", 8, "--shard fsdp --shard-frozen"),
     ("Qwen3-32B", "Qwen3-235B-A22B", 64, "--shard fsdp --shard-frozen"),
 ]
-
-
-def num_parameters(config: Any) -> int:
-    with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config)
-    return sum(weight.numel() for weight in lm.parameters())
 
 
 def main() -> None:

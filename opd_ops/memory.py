@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_ops import engines, ranks, runs
+from opd_ops.models import num_parameters
 
 WORKSPACE = 256 * 2**20  # default of the `opd_ops.linear_*` ops
 LOGITS = 4  # copies of [rows, V] float32 that one step of the sampler holds
@@ -47,7 +48,7 @@ def estimate(
     for path, name in frozen.items():
         theirs = transformers.AutoConfig.from_pretrained(path, **trust)
         found[f"{name} weights"] = (
-            _num_parameters(theirs, args)
+            num_parameters(theirs, **trust)
             * (getattr(torch, args.teacher_dtype).itemsize)
             // (parts if args.shard_frozen else 1)
         )
@@ -170,13 +171,3 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
             self._kept.append(value)
             self.num_bytes += storage.nbytes()
         return value
-
-
-def _num_parameters(config: Any, args: argparse.Namespace) -> int:
-    import transformers
-
-    with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=args.trust_remote_code
-        )
-    return sum(weight.numel() for weight in lm.parameters())

@@ -251,6 +251,15 @@ def by_teacher(
             yield model, rows, rollouts.idle(rollout, 0)
 
 
+def num_parameters(config: Any, **trust: bool) -> int:
+    """Of a model with this configuration; a tied head is counted once, no weight is made."""
+    import transformers
+
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(config, **trust)
+    return sum(weight.numel() for weight in lm.parameters())
+
+
 def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
     """Everything that can refuse a set of models before a weight is read.
 
@@ -304,14 +313,12 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
     )
     for name, config in configs.items():
         try:
-            with torch.device("meta"):
-                shape = transformers.AutoModelForCausalLM.from_config(config, **trust)
+            size = num_parameters(config, **trust)
         except ValueError as error:
             raise runs.RunError(
                 f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
                 f"{config.model_type}: {runs.one_line(error, 100)}"
             ) from error
-        size = sum(parameter.numel() for parameter in shape.parameters())
         report.facts.append(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
         )
