@@ -1,5 +1,5 @@
-// Argument checks of the op library, the same for every device. Kernels assume what is checked
-// here.
+// Argument checks of the op library and small helpers, the same for every device. Kernels assume
+// what is checked here.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -150,6 +150,18 @@ inline void check_buffer(const Tensor& buffer, const Tensor& hidden) {
   check_inplace("buffer", buffer);
   OPD_CHECK(result_type(buffer) == result_type(hidden),
             "buffer: float64 only together with float64 hidden");
+}
+
+// ==== helpers ====
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// A new tensor of the shape and type of `t` [N, V], without its strides.
+inline Tensor new_rows(const Tensor& t) {
+  return torch::stable::new_empty(t, {t.size(0), t.size(1)}, t.scalar_type());
 }
 
 }  // namespace opd

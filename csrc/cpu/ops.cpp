@@ -53,11 +53,6 @@ Tensor checked_ids(const Tensor& first, const char* name, const Tensor& ids, int
   return dense;
 }
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 struct Rows {
   const char* base;
   int64_t stride;  // bytes
@@ -196,11 +191,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather_logp(
 
 namespace {
 
-void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const Tensor& grad,
-                  const Tensor& stats, const Tensor& dense, const std::optional<Tensor>& slope,
-                  const std::optional<Tensor>& tail_stats,
-                  const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                  double temperature) {
+void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const Tensor& grad,
+                   const Tensor& stats, const Tensor& dense, const std::optional<Tensor>& slope,
+                   const std::optional<Tensor>& tail_stats, const std::optional<Tensor>& tail_dense,
+                   int64_t valid_vocab, double temperature) {
   check_vocab(z, valid_vocab, temperature);
   const int64_t num_rows = z.size(0);
   const Tensor members = checked_ids(z, "ids", ids, num_rows, valid_vocab, true);
@@ -257,31 +251,6 @@ void scatter_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const T
 }
 
 }  // namespace
-
-Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                                const Tensor& stats, const Tensor& dense,
-                                const std::optional<Tensor>& slope,
-                                const std::optional<Tensor>& tail_stats,
-                                const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                                double temperature) {
-  const Tensor z = with_dense_rows("logits", logits);
-  Tensor out = torch::stable::new_empty(z, {z.size(0), z.size(1)}, z.scalar_type());
-  scatter_rows(z, out, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
-               temperature);
-  return out;
-}
-
-void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                                      const Tensor& stats, const Tensor& dense,
-                                      const std::optional<Tensor>& slope,
-                                      const std::optional<Tensor>& tail_stats,
-                                      const std::optional<Tensor>& tail_dense,
-                                      int64_t valid_vocab, double temperature) {
-  const Tensor z = with_dense_rows("logits", logits);
-  check_inplace("logits", logits);
-  scatter_rows(z, z, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
-               temperature);
-}
 
 namespace {
 
@@ -349,28 +318,6 @@ std::tuple<Tensor, Tensor> full_kl(const Tensor& student_logits, const Tensor& t
     });
   });
   return {value, stats};
-}
-
-Tensor full_kl_backward(const Tensor& student_logits, const Tensor& teacher_logits,
-                            const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                            double temperature, int64_t divergence, double beta) {
-  const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  Tensor out = torch::stable::new_empty(student, {student.size(0), student.size(1)},
-                                        student.scalar_type());
-  divergence_grad_rows(student, teacher, out, stats, grad, valid_vocab, temperature, divergence,
-                       beta);
-  return out;
-}
-
-void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
-                                  const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                                  double temperature, int64_t divergence, double beta) {
-  const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  check_inplace("student_logits", student_logits);
-  divergence_grad_rows(student, teacher, student, stats, grad, valid_vocab, temperature,
-                       divergence, beta);
 }
 
 // A group is at most four chunks: one maximum and one sum to reduce and to store for all of them.
@@ -516,7 +463,7 @@ Tensor gather_linear_backward_hidden(const Tensor& hidden, const Tensor& head,
   const Tensor wanted = checked_ids(w, "ids", ids, num_rows, w.size(0));
   const int64_t k = wanted.size(1);
   const Tensor g = small(w, "grad", grad, {num_rows, k}, result_type(w));
-  Tensor out = torch::stable::new_empty(hidden, {num_rows, width}, hidden.scalar_type());
+  Tensor out = new_rows(hidden);
   with_type(w, [&](auto zero) {
     using A = decltype(zero);
     const Matrix by = matrix("head", w);
@@ -582,5 +529,7 @@ void gather_linear_backward_head(const Tensor& buffer, const Tensor& hidden, con
              });
   });
 }
+
+#include "../backward_forms.inl"
 
 }  // namespace opd::cpu

@@ -58,19 +58,10 @@ Rows rows(const char* name, const Tensor& t, int64_t valid) {
   return {t.data_ptr(), t.stride(0), t.size(0), valid, dtype};
 }
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 float* data_or_null(const std::optional<Tensor>& t) { return t ? data<float>(*t) : nullptr; }
 
 Tensor floats(const Tensor& first, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(first, sizes, ScalarType::Float);
-}
-
-Tensor like(const Tensor& t) {
-  return torch::stable::new_empty(t, {t.size(0), t.size(1)}, t.scalar_type());
 }
 
 }  // namespace
@@ -148,31 +139,6 @@ void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const 
 
 }  // namespace
 
-Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                            const Tensor& stats, const Tensor& dense,
-                            const std::optional<Tensor>& slope,
-                            const std::optional<Tensor>& tail_stats,
-                            const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                            double temperature) {
-  const Tensor z = with_dense_rows("logits", logits);
-  const Tensor out = like(z);
-  backward_rows(z, out, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
-                temperature);
-  return out;
-}
-
-void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                                  const Tensor& stats, const Tensor& dense,
-                                  const std::optional<Tensor>& slope,
-                                  const std::optional<Tensor>& tail_stats,
-                                  const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                                  double temperature) {
-  const Tensor z = with_dense_rows("logits", logits);
-  check_inplace("logits", logits);
-  backward_rows(z, z, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
-                temperature);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature) {
@@ -249,27 +215,6 @@ void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Te
 
 }  // namespace
 
-Tensor full_kl_backward(const Tensor& student_logits, const Tensor& teacher_logits,
-                        const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                        double temperature, int64_t divergence, double beta) {
-  const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  const Tensor out = like(student);
-  divergence_grad_rows(student, teacher, out, stats, grad, valid_vocab, temperature, divergence,
-                       beta);
-  return out;
-}
-
-void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
-                              const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                              double temperature, int64_t divergence, double beta) {
-  const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  check_inplace("student_logits", student_logits);
-  divergence_grad_rows(student, teacher, student, stats, grad, valid_vocab, temperature, divergence,
-                       beta);
-}
-
 Tensor gather_linear(const Tensor& hidden, const Tensor& head, const Tensor& ids, double scale) {
   const Tensor h = with_dense_rows("hidden", hidden), w = with_dense_rows("head", head, h);
   check_product(h, w);
@@ -293,7 +238,7 @@ Tensor gather_linear_backward_hidden(const Tensor& hidden, const Tensor& head, c
   const int64_t num = hidden.size(0);
   const Tensor wanted = id_rows(w, "ids", ids, num);
   const Tensor g = small(w, "grad", grad, {num, wanted.size(1)}, ScalarType::Float);
-  const Tensor out = like(hidden);
+  const Tensor out = new_rows(hidden);
   GatherLinearHidden args{};
   args.head = rows("head", w, w.size(1));
   args.ids = data<int64_t>(wanted);
@@ -331,5 +276,7 @@ void gather_linear_backward_head(const Tensor& buffer, const Tensor& hidden, con
   args.total = total;
   run("gather_linear_backward_head", h, args);
 }
+
+#include "../backward_forms.inl"
 
 }  // namespace opd::cuda
