@@ -1,86 +1,112 @@
 """Experiments that anyone can rerun: cells of one run each, resumable, with seeds and spread.
 
-    python benchmarks/evidence.py --suite sweep --jobs 2     # learning rates of every arm, 1 seed
+    python benchmarks/evidence.py --suite sweep --jobs 2     # learning rates, 1 seed
     python benchmarks/evidence.py --suite smoke --jobs 2     # five methods and a merge, 3 seeds
-    python benchmarks/evidence.py --suite smoke --table      # print the table of what has been run
+    python benchmarks/evidence.py --suite full --jobs 2      # all claims, 5 seeds: hours
+    python benchmarks/evidence.py --claim 4 --jobs 2         # the arms of one claim, 5 seeds
+    python benchmarks/evidence.py --claim 4 --table          # print what has been run of it
 
-Every arm gets the same number of rollouts and the same limits: one budget of sampled tokens. The
-smoke suite uses, for each arm, the learning rate that won the sweep, on a seed of its own.
-A cell is a subprocess of a method file on the embedded tiny family; a finished cell is a row of
-`benchmarks/results/evidence.csv` and its curve a file in `benchmarks/results/evidence/`; it is not
-run again. The interval is the 95 % one of Student's t over seeds.
+Arms and claims stand in `claims.py`. Every arm gets the same number of rollouts and the same
+limits: one budget of sampled tokens, which each cell prints. An arm uses the learning rate that won
+the sweep of its method, on a seed of its own. A cell is a subprocess on one thread, at most three
+minutes on a quiet core; a finished cell is a row of `benchmarks/results/evidence.csv` and its curve
+a file in `benchmarks/results/evidence/`; it is not run again. Suites share cells. The interval is
+the 95 % one of Student's t over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import csv
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from claims import ARMS, CLAIMS, FOLDER, SMOKE, SWEPT, Comparison  # noqa: E402
+
 from opd_ops import runs  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile with n - 1 degrees
-SHARED = "--prompts-per-step 32 --rollouts-per-prompt 4 --lr-schedule linear --warmup-steps 3"
-SHARED += " --save-every 0 --device cpu"
-LENGTH = {  # a sweep is shorter: half the steps, a quarter of the test samples
-    "smoke": "--steps 30 --eval-every 30 --eval-samples 8",
-    "sweep": "--steps 15 --eval-every 15 --eval-samples 2",
-}
 RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
-EXPERTS = [f"--teacher {name}={runs.TINY}/expert_{name}" for name in ("add", "sub", "mul")]
+STEPS, SWEEP_STEPS, SWEEP_SEED = 30, 15, 3
 FIELDS = (
     "suite,arm,seed,avg_before,avg_after,pass8_before,pass8_after,kl_before,kl_after,length,"
-    "truncated,grad_norm,sampled_tokens,wall_s,commit,dirty,device,num_threads,torch,date,command"
+    "truncated,grad_norm,sampled_tokens,wall_s,commit,dirty,device,num_threads,torch,date,command,"
+    "cpu_s,train_s"
+)
+CURVE = (
+    *("step", "log_ratio_mean", "log_ratio_p1", "log_ratio_p99", "log_ratio_decile_0"),
+    *("log_ratio_decile_9", "eos_log_ratio_mean", "advantage_negative_share", "reverse_kl"),
+    *("student_entropy", "teacher_mass", "verifier_pass_rate", "grad_norm", "length_mean"),
+    *("truncated_share", "gate_mean", "accepted_mean"),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method file, its flags, a seed."""
+    """One run: an arm and a seed; in a sweep also a learning rate."""
 
-    suite: str
     arm: str
-    method: str
-    flags: str
     seed: int
+    rate: str
+    sweep: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What names its row: suite, arm, seed."""
+        return (
+            ("sweep", f"{self.arm}@{self.rate}", self.seed)
+            if self.sweep
+            else ("run", self.arm, self.seed)
+        )
 
     @property
     def name(self) -> str:
-        return f"{self.suite}-{self.arm}-{self.seed}"
+        """The name of its folder and of its curve."""
+        return "-".join(map(str, self.key))
 
     def command(self) -> list[str]:
-        flags = f"{LENGTH[self.suite]} {SHARED} {self.flags} --seed {self.seed}".split()
-        folder = f"runs/evidence/{self.name}"
-        return [f"methods/{self.method}.py", *flags, "--run-dir", folder, "--overwrite"]
+        """The script and its flags, with paths relative to the project."""
+        arm, steps = ARMS[self.arm], SWEEP_STEPS if self.sweep else STEPS
+        flags = f"--steps {steps} --eval-samples {2 if self.sweep else 8} --lr {self.rate} "
+        if arm.is_baseline:
+            flags += "--linear-decay "
+            supervised = "supervised" in arm.script
+            flags += (
+                "--batch 128 " if supervised else "--prompts-per-step 32 --rollouts-per-prompt 4 "
+            )
+        else:
+            flags += f"--eval-every {steps} --prompts-per-step 32 --rollouts-per-prompt 4 "
+            flags += "--lr-schedule linear --warmup-steps 3 --save-every 0 --device cpu "
+            flags += f"--run-dir {FOLDER}/{self.name} --overwrite "
+        flags += f"--seed {self.seed} {arm.flags}"
+        return [arm.script, *flags.replace(f"{ROOT}/", "").split()]
 
 
-def suite(name: str, best: dict[str, str]) -> list[Cell]:
-    """The cells of a suite, seeds outermost, so that a portion is balanced."""
-    arms = [(method, method, "") for method in ("opd", "sg_opd", "exopd", "topk_opd", "tropd")]
-    arms.append(("exopd-merge", "exopd", " ".join(EXPERTS)))
-    if name == "sweep":
-        return [
-            Cell(name, f"{arm}@{rate}", method, f"--lr {rate} {flags}".strip(), 3)
-            for rate in RATES for arm, method, flags in arms
-        ]  # fmt: skip
-    return [
-        Cell(name, arm, method, f"--lr {best[arm]} {flags}".strip(), seed)
-        for seed in range(3) for arm, method, flags in arms if arm in best
-    ]  # fmt: skip
+def sweep() -> list[Cell]:
+    """The cells of the sweep."""
+    return [Cell(arm, SWEEP_SEED, rate, sweep=True) for rate in RATES for arm in SWEPT]
+
+
+def cells(arms: list[str], num_seeds: int, best: dict[str, str]) -> list[Cell]:
+    """The cells of some arms, seeds outermost, so that a portion is balanced."""
+    return [Cell(arm, seed, best[ARMS[arm].rate]) for seed in range(num_seeds) for arm in arms]
 
 
 def best_rates(rows: list[dict[str, str]]) -> dict[str, str]:
@@ -93,53 +119,128 @@ def best_rates(rows: list[dict[str, str]]) -> dict[str, str]:
     return {arm: max(of, key=of.__getitem__) for arm, of in swept.items() if len(of) == len(RATES)}
 
 
-def run(cell: Cell) -> dict[str, object]:
-    """Run one cell on one thread and return its row."""
+def make_models() -> None:
+    """The two models of the claims that assets/tiny does not have, if they are not there yet."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = ROOT / FOLDER / "models"
+    tokenizer = AutoTokenizer.from_pretrained(runs.TINY / "student")
+    if not (folder / "other_end").is_dir():  # <|end|> and <|unk|> change places in its vocabulary
+        model = AutoModelForCausalLM.from_pretrained(runs.TINY / "teacher")
+        end, other = tokenizer.convert_tokens_to_ids(["<|end|>", "<|unk|>"])
+        rows = model.get_input_embeddings().weight.data
+        rows[[end, other]] = rows[[other, end]]
+        model.save_pretrained(folder / "other_end")
+        tokenizer.save_pretrained(folder / "other_end")
+    if not (folder / "early").is_dir():  # a student after few steps from random weights
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(runs.TINY / "student")
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
+            folder / "new"
+        )
+        tokenizer.save_pretrained(folder / "new")
+        script = "benchmarks/baselines/supervised.py"
+        flags = f"--student {folder}/new --steps {EARLY_STEPS} --lr 2e-3 --eval-samples 2"
+        execute([script, *flags.split(), "--out", str(folder / "early")])
+
+
+EARLY_STEPS = 150
+
+
+def execute(command: list[str]) -> tuple[str, float, float]:
+    """Run a script on one thread: (its output, wall-clock seconds, CPU seconds)."""
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *cell.command()], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{cell.name}: {done.stderr.strip().splitlines()[-1]}")
-    wall_s = time.perf_counter() - start
-    folder = ROOT / "runs/evidence" / cell.name
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=out, stderr=error,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), error.seek(0)
+        if process.returncode:
+            last = error.read().strip().splitlines()[-1:]
+            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {last}")
+        return out.read(), time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+
+
+def run(cell: Cell) -> dict[str, object]:
+    """Run one cell and return its row."""
+    output, wall_s, cpu_s = execute(cell.command())
+    read = read_baseline if ARMS[cell.arm].is_baseline else read_run
+    suite, arm, seed = cell.key
+    row, seconds = read(cell, output)
+    return {"suite": suite, "arm": arm, "seed": seed} | row | {
+        "wall_s": round(wall_s, 1),
+        "cpu_s": round(cpu_s, 1),
+        "train_s": round(seconds * cpu_s / wall_s, 1),  # of a quiet core: less what others took
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python " + " ".join(cell.command()),
+    }  # fmt: skip
+
+
+def read_run(cell: Cell, output: str) -> tuple[dict[str, object], float]:
+    """(columns, seconds of training) of a method's run; its curve is kept."""
+    folder = ROOT / FOLDER / cell.name
     rows = runs.read_metrics(folder)
-    most = 2 if cell.suite == "sweep" else 8
+    most = 2 if cell.sweep else 8
     before, *_, after = [row for row in rows if f"eval/student/avg@{most}" in row]
     steps = [row for row in rows if "loss" in row]
     seen = json.loads((folder / "args.json").read_text())["environment"]
-    curve = RESULTS / f"evidence/{cell.name}.jsonl"
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    keys = (
-        "step",
-        "log_ratio_mean",
-        "reverse_kl",
-        "verifier_pass_rate",
-        "grad_norm",
-        "length_mean",
-    )
-    curve.write_text("".join(json.dumps({k: r[k] for k in keys if k in r}) + "\n" for r in steps))
-    row: dict[str, object] = {"suite": cell.suite, "arm": cell.arm, "seed": cell.seed}
+    write_curve(cell, [{k: r[k] for k in r if k in CURVE or k.startswith("alarm/")} for r in steps])
+    row: dict[str, object] = {}
     for key, name in (("avg", f"avg@{most}"), ("pass8", "pass@8"), ("kl", "reverse_kl")):
-        if name == "pass@8" and most < 8:
-            continue
-        row[f"{key}_before"] = round(before[f"eval/student/{name}"], 5)
-        row[f"{key}_after"] = round(after[f"eval/student/{name}"], 5)
+        if f"eval/student/{name}" in after:
+            row[f"{key}_before"] = round(before[f"eval/student/{name}"], 5)
+            row[f"{key}_after"] = round(after[f"eval/student/{name}"], 5)
+    phases = sum(
+        float(r[f"{phase}_s"]) for r in steps for phase in ("generate", "teacher", "student")
+    )
     return row | {
         "length": round(after["eval/student/length_mean"], 2),
         "truncated": round(after["eval/student/truncated_share"], 5),
         "grad_norm": round(statistics.median(float(r["grad_norm"]) for r in steps), 4),
         "sampled_tokens": int(sum(r["num_rollouts"] * r["length_mean"] for r in steps)),
-        "wall_s": round(wall_s, 1),
         "commit": seen["commit"][:10],
         "dirty": seen["dirty"],
         "device": seen["device"],
         "num_threads": seen["num_threads"],
         "torch": seen["torch"],
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join(cell.command()).replace(str(ROOT) + "/", ""),
-    }
+    }, phases
+
+
+def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
+    """The same from what a baseline prints: a line a step, then a dictionary of scores."""
+    *_, last = output.strip().splitlines()
+    after = ast.literal_eval(last)
+    seconds = [float(s) for s in re.findall(r"([\d.]+) s$", output, re.MULTILINE)]
+    environment = runs.environment()
+    return {
+        "avg_after": round(after["avg"], 5),
+        "pass8_after": "" if cell.sweep else round(after["pass"], 5),
+        "length": round(after["mean_length"], 2),
+        "truncated": round(after["truncated"], 5),
+        "commit": environment["commit"][:10],
+        "dirty": environment["dirty"],
+        "device": "cpu",
+        "num_threads": 1,
+        "torch": environment["torch"],
+    }, sum(seconds)
+
+
+def write_curve(cell: Cell, rows: list[dict[str, Any]]) -> None:
+    """The curve of a cell, as JSON lines with four significant digits."""
+    path = RESULTS / f"evidence/{cell.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    short = [
+        {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in short))
+
+
+# ==== Tables ======================================================================================
 
 
 def finished(path: Path) -> list[dict[str, str]]:
@@ -147,38 +248,102 @@ def finished(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
+def half_width(values: list[float]) -> float:
+    """Of the 95 % interval of the mean."""
+    return STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def spread(values: list[float]) -> str:
     """Mean and half-width of the 95 % interval."""
+    if not values:
+        return "-"
     mean = statistics.mean(values)
     digits = 1 if abs(mean) >= 20 else 3
     if len(values) < 2:
         return f"{mean:.{digits}f}"
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:.{digits}f} ± {half_width(values):.{digits}f}"
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def of_arm(rows: list[dict[str, str]], arm: str, column: str) -> dict[str, float]:
+    """Seed to value; `gain_per_min` is accuracy gained in a minute of training on a quiet core."""
+    mine = {row["seed"]: row for row in rows if row["suite"] == "run" and row["arm"] == arm}
+    if column != "gain_per_min":
+        return {seed: float(row[column]) for seed, row in mine.items() if row[column]}
+    start = statistics.mean(of_arm(rows, "opd", "avg_before").values())  # the same student in all
+    return {
+        seed: 60 * (float(row["avg_after"]) - start) / float(row["train_s"])
+        for seed, row in mine.items() if row["train_s"]
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, str]], arms: list[str], gains: bool = True) -> str:
     """A Markdown table: arms, seeds, means with intervals; the gain over opd is paired by seed."""
     titles = {
         "avg_after": "accuracy", "pass8_after": "pass@8", "kl_after": "reverse KL to its teacher",
-        "length": "length", "grad_norm": "gradient norm", "wall_s": "seconds",
+        "length": "length", "truncated": "cut", "grad_norm": "gradient norm",
+        "train_s": "training, s",
     }  # fmt: skip
-    titles = {key: title for key, title in titles.items() if rows[0][key]}
-    base = {row["seed"]: float(row["avg_after"]) for row in rows if row["arm"] == "opd"}
-    lines = ["| arm | seeds | " + " | ".join(titles.values()) + " | accuracy minus opd's |"]
-    lines.append("|---" * (len(titles) + 3) + "|")
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
-        cells = [spread([float(row[key]) for row in mine]) for key in titles]
-        gains = [float(row["avg_after"]) - base[row["seed"]] for row in mine if row["seed"] in base]
-        cells.append(spread(gains) if gains and arm != "opd" else "-")
-        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(cells) + " |")
+    if gains:
+        titles["gain"] = "accuracy minus opd's"
+    lines = [
+        "| arm | seeds | " + " | ".join(titles.values()) + " |",
+        "|---" * (len(titles) + 2) + "|",
+    ]
+    base = of_arm(rows, "opd", "avg_after")
+    for arm in arms:
+        mine = of_arm(rows, arm, "avg_after")
+        paired = [mine[seed] - base[seed] for seed in mine if seed in base and arm != "opd"]
+        found = [
+            spread(paired if key == "gain" else list(of_arm(rows, arm, key).values()))
+            for key in titles
+        ]
+        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(found) + " |")
     return "\n".join(lines)
+
+
+def judge(rows: list[dict[str, str]], comparison: Comparison) -> tuple[str, str, str, str]:
+    """(its arm, what it is compared with, the difference, the verdict)."""
+    mine = of_arm(rows, comparison.arm, comparison.column)
+    if isinstance(comparison.than, str):
+        other = of_arm(rows, comparison.than, comparison.column)
+        shown = spread([other[seed] for seed in other if seed in mine])
+    else:
+        other = dict.fromkeys(mine, comparison.than)
+        shown = f"{comparison.than}"
+    gains = [mine[seed] - other[seed] for seed in mine if seed in other]
+    own = spread([mine[seed] for seed in mine if seed in other])
+    if len(gains) < 2:
+        return own, shown, spread(gains), "too few seeds"
+    mean, half = statistics.mean(gains), half_width(gains)
+    right = mean if comparison.more else -mean
+    verdict = (
+        "not decidable" if half >= abs(mean) else "reproduced" if right > 0 else "not reproduced"
+    )
+    return own, shown, spread(gains), f"**{verdict}**, {len(gains)} seeds"
+
+
+def claim_table(rows: list[dict[str, str]], key: str) -> str:
+    """Comparisons of a claim with their verdicts, then its arms."""
+    claim = CLAIMS[key]
+    lines = [f"Paper: {claim.paper}.", ""]
+    lines += ["| here | arm | against | of the one | of the other | difference | verdict |"]
+    lines.append("|---" * 7 + "|")
+    for each in claim.comparisons:
+        own, other, gain, verdict = judge(rows, each)
+        side = "more" if each.more else "less"
+        against = f"`{each.than}`" if isinstance(each.than, str) else "recorded score"
+        found = [f"{each.text}: {side}", f"`{each.arm}`", against, own, other, gain, verdict]
+        lines.append("| " + " | ".join(found) + " |")
+    return "\n".join([*lines, "", table(rows, claim.arms, gains=False)])
 
 
 def sweep_table(rows: list[dict[str, str]]) -> str:
     """A Markdown table: arms against learning rates, accuracy, the best one in bold."""
-    found = {tuple(row["arm"].split("@")): float(row["avg_after"]) for row in rows}
+    found = {
+        tuple(row["arm"].split("@")): float(row["avg_after"])
+        for row in rows
+        if row["suite"] == "sweep"
+    }
     lines = ["| arm | " + " | ".join(RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
     for arm in dict.fromkeys(arm for arm, _ in found):
         scores = [found.get((arm, rate)) for rate in RATES]
@@ -188,26 +353,43 @@ def sweep_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+# ==== Command line ================================================================================
+
+
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", default="smoke", choices=list(LENGTH))
+    parser.add_argument("--suite", choices=["sweep", "smoke", "full"], help="default: smoke")
+    parser.add_argument("--claim", choices=list(CLAIMS), action="append", help="its arms, 5 seeds")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
+    parser.add_argument("--seeds", type=int, help="fewer than 5, in a smoke suite 3")
     parser.add_argument("--most", type=int, default=10**6, help="run at most so many cells")
-    parser.add_argument("--table", action="store_true", help="print the table and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument(
+        "--again", action="store_true", help="run finished cells again, keep no row"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "evidence.csv")
     args = parser.parse_args()
+    if args.suite and args.claim:
+        parser.error("--suite and --claim: give one of them")
     rows = finished(args.out)
     have = {(row["suite"], row["arm"], int(row["seed"])) for row in rows}
-    best = best_rates(rows)
-    if args.suite == "smoke" and len(best) < len(suite("sweep", {})) / len(RATES):
-        parser.error(f"--suite smoke needs the whole sweep, found {best}: run --suite sweep first")
-    todo = [
-        cell for cell in suite(args.suite, best) if (cell.suite, cell.arm, cell.seed) not in have
-    ][: args.most]
+    claims = args.claim or (list(CLAIMS) if args.suite == "full" else [])
+    if args.suite == "sweep":
+        wanted = sweep()
+    else:
+        arms = list(dict.fromkeys(arm for key in claims for arm in CLAIMS[key].arms)) or list(SMOKE)
+        best = best_rates(rows)
+        missing = sorted({ARMS[arm].rate for arm in arms} - set(best))
+        if missing:
+            parser.error(f"no complete sweep of {missing}: run --suite sweep first")
+        wanted = cells(arms, args.seeds or (5 if claims else 3), best)
+    todo = [cell for cell in wanted if args.again or cell.key not in have][: args.most]
     if not args.table and todo:
+        if any(FOLDER in ARMS[cell.arm].flags for cell in todo):
+            make_models()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         fresh = not args.out.is_file()
         with (
@@ -219,13 +401,22 @@ def main() -> None:
                 writer.writeheader()
             jobs = [pool.submit(run, cell) for cell in todo]
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="cell"):
-                writer.writerow(job.result())
-                file.flush()
-    rows = [row for row in finished(args.out) if row["suite"] == args.suite]
-    if rows:
-        before = statistics.mean(float(row["avg_before"]) for row in rows)
-        print(f"student before, mean over the cells: accuracy {before:.3f}\n")
-        print(sweep_table(rows) if args.suite == "sweep" else table(rows))
+                row = job.result()
+                print(
+                    f"{row['arm']} seed {row['seed']}: accuracy {row['avg_after']}, "
+                    f"{row.get('sampled_tokens', '')} sampled tokens, {row['cpu_s']} CPU s"
+                )
+                if not args.again:
+                    writer.writerow(row)
+                    file.flush()
+    rows = finished(args.out)
+    if args.suite == "sweep":
+        print(sweep_table(rows))
+    elif claims:
+        for key in claims:
+            print(f"\n## {key}. {CLAIMS[key].title}\n\n{claim_table(rows, key)}")
+    else:
+        print(table(rows, list(SMOKE)))
 
 
 if __name__ == "__main__":

@@ -334,10 +334,10 @@ def sample(
 def add_method_args(parser: argparse.ArgumentParser) -> None:
     """Hyper-parameters of the method."""
     add = partial(runs.flag, parser.add_argument_group("method"))
-    outliers, draws = ["forward_kl", "clip", "mask"], ["sampled", "expected", "always"]
+    outliers, draws = ["forward_kl", "clip", "mask"], ["sampled", "expected", "always", "never"]
     forms = ["differentiable", "scalar"]
     add("--outlier", "forward_kl", "Eq. (5) or (6); paper: forward_kl", choices=outliers)
-    add("--acceptance", "sampled", "Eq. (2), its mean, or 1; paper: sampled", choices=draws)
+    add("--acceptance", "sampled", "Eq. (2), its mean, 1, or 0; paper: sampled", choices=draws)
     add("--outlier-support", 64, "K of Eq. (4), or the vocabulary if smaller; paper: 64", "[1,inf)")
     add("--outlier-form", "differentiable", "Eq. (4) as loss or as advantage", choices=forms)
     add("--outlier-renormalise", True, "the teacher on S in Eq. (4); paper: no, its code: yes")
@@ -469,8 +469,8 @@ def acceptance(advantage: Tensor, rollout: Rollout, args: argparse.Namespace) ->
     """How much of each token is inside of the trust region, [B, T], 0 to 1; no gradient."""
     if args.outlier != "forward_kl":
         return (advantage >= args.outlier_threshold).float()  # Eq. (6)
-    if args.acceptance == "always":
-        return torch.ones_like(advantage)
+    if args.acceptance in ("always", "never"):
+        return torch.full_like(advantage, float(args.acceptance == "always"))
     probability = advantage.exp().clamp(max=1.0)
     if args.acceptance == "expected":
         return probability

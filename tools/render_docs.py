@@ -4,7 +4,7 @@
     python tools/render_docs.py --check    # 1 if something would change
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
-`diff` is the golden diff against opd.py; `smoke` and `sweep` are the tables of those suites from
+`diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
 benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `size NAME` is
 the number of lines of a golden diff.
 """
@@ -43,14 +43,17 @@ def tags(text: str) -> list[str]:
     return re.findall(r"\((\d+)\)", text)
 
 
-def suite_table(suite: str, method: str = "") -> str:
-    """The Markdown table of what has been run of a suite; of `method` and opd alone if given."""
+def evidence_tables(method: str) -> dict[str, str]:
+    """Markdown tables of what has been run; in the page of a method its arms and opd alone."""
     rows = evidence.finished(evidence.RESULTS / "evidence.csv")
-    rows = [row for row in rows if row["suite"] == suite]
-    arms = {"", "opd", method}
-    chosen = [row for row in rows if not method or row["arm"].split("@")[0].split("-")[0] in arms]
-    of = evidence.sweep_table if suite == "sweep" else evidence.table
-    return str(of(chosen)) if chosen else "Not run yet."
+    if not method:
+        tables = {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
+        return tables | {
+            "smoke": evidence.table(rows, list(evidence.SMOKE)),
+            "sweep": evidence.sweep_table(rows),
+        }
+    arms = [arm for arm in evidence.SMOKE if arm == "opd" or arm.split("-")[0] == method]
+    return {"smoke": evidence.table(rows, arms)}
 
 
 def render(page: str, parts: dict[str, str]) -> str:
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     pages = [*sorted((ROOT / "docs/methods").glob("*.md")), ROOT / "docs/evidence.md"]
     for path in [*pages, ROOT / "README.md"]:
         method = path.stem if path.parent.name == "methods" else ""
-        parts = {name: suite_table(name, method) for name in ("smoke", "sweep")}
+        parts = evidence_tables(method)
         if method:
             parts["equations"] = equation_table((ROOT / f"methods/{method}.py").read_text())
         golden = ROOT / f"docs/diffs/opd-{method}.diff"

@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-completion-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--linear-decay", action="store_true", help="of the rate, to 0 at --steps")
     parser.add_argument("--eval-samples", type=int, default=8, help="0: no evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the trained model")
@@ -181,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
     for step in range(args.steps):
         start = time.perf_counter()
+        if args.linear_decay:
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         picks = torch.randint(len(rows), (args.prompts_per_step,), generator=generator).tolist()
         batch = [rows[i] for i in picks for _ in range(args.rollouts_per_prompt)]
         prompts = encode_prompts(tokenizer, [row["prompt"] for row in batch])

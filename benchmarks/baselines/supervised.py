@@ -9,6 +9,7 @@ The teacher answers the prompts of each step anew, unless `--completions` names 
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-completion-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--linear-decay", action="store_true", help="of the rate, to 0 at --steps")
     parser.add_argument("--eval-samples", type=int, default=8, help="0: no evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the trained model")
@@ -176,6 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0)
     limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
     for step in range(args.steps):
+        start = time.perf_counter()
+        if args.linear_decay:
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         batch = [rows[i] for i in torch.randint(len(rows), (args.batch,), generator=generator)]
         if teacher is None:
             rollout = gold_rollout(tokenizer, batch)
@@ -186,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 right = verify(tokenizer, rollout, [row["answer"] for row in batch]) > 0
                 rollout = Rollout(*(field[right] for field in rollout))
         loss = supervised_step(student, optimizer, rollout)
-        print(f"step {step:4d}  loss {loss:.4f}", flush=True)
+        print(f"step {step:4d}  loss {loss:.4f}  {time.perf_counter() - start:5.1f} s", flush=True)
     if args.eval_samples:
         test = load_prompts(args.test_prompts)
         print(evaluate(student, tokenizer, test, args.eval_samples, args.seed, **limits))

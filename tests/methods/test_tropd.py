@@ -226,6 +226,18 @@ def test_always_is_the_reverse_kl(pair):
     assert torch.allclose(estimate(pair, arguments("--acceptance", "always")), want, atol=1e-9)
 
 
+def test_never_is_the_forward_kl(pair):
+    """Every token is an outlier: with the whole vocabulary as support, KL(teacher to student)."""
+    student, teacher = pair
+    completions = all_completions(VOCAB, LENGTH)
+    p, q = student.logp(completions), teacher.logp(completions).detach()
+    visits = student.token_logp(completions).sum(1).exp().detach()
+    value = (visits[:, None] * (q.exp() * (q - p)).sum(-1)).sum()
+    want = torch.autograd.grad(value, student.table)[0]
+    args = arguments("--acceptance", "never", "--outlier-support", f"{VOCAB}")
+    assert torch.allclose(estimate(pair, args), want, atol=1e-6)
+
+
 def test_renormalising_divides_the_outlier_gradient_by_the_teachers_mass(pair):
     """sum_S q log(q/p) = q(S) (KL(q^||p) + log q(S)): one fixed point, p = q^ on S."""
     rollout = exact_rollout(all_completions(VOCAB, LENGTH))
