@@ -197,8 +197,9 @@ def test_a_run_with_both_engines(server, tmp_path):
     argv += f" --run-dir {tmp_path / 'run'}"
     script = runs.TINY.parents[1] / "methods/opd.py"
     done = subprocess.run(
-        [sys.executable, str(script), *argv.split()], capture_output=True, text=True
-    )
+        [sys.executable, str(script), *argv.split()], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for row in runs.read_metrics(tmp_path / "run") if "loss" in row]
     assert len(rows) == 2 and all(abs(row["policy_log_ratio_mean"]) < TOLERANCE for row in rows)
