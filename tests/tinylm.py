@@ -64,3 +64,22 @@ def save_prompts(path: Path, num: int = 12) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def save_family(folder: Path, **student: Any) -> Path:
+    """Two models of unlike weights and prompts for them, in `folder`, which is returned."""
+    save_model(folder / "student", 0, **student)
+    save_model(folder / "teacher", 1)
+    save_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+def weights(folder: Path, run: str, step: int = 3) -> dict[str, torch.Tensor]:
+    """The student that a run has saved after `step` steps."""
+    path = folder / run / f"checkpoints/step_{step}/model"
+    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether two models have the same weights, bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

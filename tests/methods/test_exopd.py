@@ -11,8 +11,8 @@ import opd
 import pytest
 import tinylm
 import torch
-import transformers
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
+from tinylm import equal, weights
 
 from opd_ops import models
 
@@ -34,15 +34,6 @@ def flags(folder, run: str, *more: str, teacher: bool = True) -> list[str]:
     named = [item for flag, name in paths.items() for item in (flag, str(folder / name))]
     sizes = "--max-completion-tokens 8 --prompts-per-step 3 --rollouts-per-prompt 2 --steps 3"
     return [*named, *sizes.split(), *"--save-every 2 --eval-every 0 --device cpu".split(), *more]
-
-
-def weights(folder, run: str, step: int = 3) -> dict[str, torch.Tensor]:
-    path = folder / run / f"checkpoints/step_{step}/model"
-    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
-
-
-def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def named(folder, **teachers: str) -> list[str]:

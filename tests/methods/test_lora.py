@@ -17,11 +17,7 @@ FLAGS = ["--max-completion-tokens", "8", "--device", "cpu", "--lora-rank", "4", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    tinylm.save_model(folder / "student", 0)
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("lora"))
 
 
 def setup(folder, module, *flags: str):

@@ -37,11 +37,7 @@ def documented(section: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("metrics")
-    tinylm.save_model(folder / "student", 0, eos_token_id=[1, 7, 8, 9])
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("metrics"), eos_token_id=[1, 7, 8, 9])
 
 
 def flags(folder, run: str, *more: str) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import tinylm
 import torch
 import transformers
+from tinylm import weights
 
 from opd_ops import runs
 
@@ -23,11 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    tinylm.save_model(folder / "student", 0)
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("runs"))
 
 
 def flags(folder, run: str, *more: str) -> list[str]:
@@ -37,11 +34,6 @@ def flags(folder, run: str, *more: str) -> list[str]:
     sizes = "--max-completion-tokens 8 --prompts-per-step 3 --rollouts-per-prompt 2 --steps 4"
     sizes += " --save-every 2 --eval-every 2 --eval-samples 2 --device cpu"
     return [*named, *sizes.split(), "--lr-schedule", "cosine", "--warmup-steps", "1", *more]
-
-
-def weights(folder, run: str, step: int) -> dict[str, torch.Tensor]:
-    path = folder / run / f"checkpoints/step_{step}/model"
-    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
 def rows(folder, run: str, *keys: str) -> list[dict]:

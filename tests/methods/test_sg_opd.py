@@ -10,8 +10,8 @@ import pytest
 import sg_opd
 import tinylm
 import torch
-import transformers
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
+from tinylm import equal, weights
 
 import opd_ops
 from opd_ops import models
@@ -45,15 +45,6 @@ def flags(folder, run: str, *more: str) -> list[str]:
     sizes = "--max-completion-tokens 8 --prompts-per-step 3 --rollouts-per-prompt 4 --steps 3"
     sizes += " --save-every 2 --eval-every 0 --device cpu --verifier parity:even"
     return [*named, *sizes.split(), *more]
-
-
-def weights(folder, run: str, step: int = 3) -> dict[str, torch.Tensor]:
-    path = folder / run / f"checkpoints/step_{step}/model"
-    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
-
-
-def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 # ------------------------------------------------------------------------------------- collapse

@@ -11,6 +11,7 @@ import tinylm
 import torch
 import transformers
 import tropd
+from tinylm import weights
 
 from opd_ops import health, runs
 
@@ -19,11 +20,7 @@ METHODS = ["opd", "sg_opd", "exopd", "topk_opd", "tropd"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("steps")
-    tinylm.save_model(folder / "student", 0, eos_token_id=[1, 7])
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("steps"), eos_token_id=[1, 7])
 
 
 def flags(folder, run: str, *more: str) -> list[str]:
@@ -31,11 +28,6 @@ def flags(folder, run: str, *more: str) -> list[str]:
     argv += f" --run-dir {folder}/{run} --max-completion-tokens 8 --prompts-per-step 3 --steps 3"
     argv += " --rollouts-per-prompt 2 --save-every 0 --eval-every 0 --device cpu --lr 1e-2"
     return [*argv.split(), *more]
-
-
-def weights(folder, run: str, step: int = 3) -> dict[str, torch.Tensor]:
-    path = folder / run / f"checkpoints/step_{step}/model"
-    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
 def same(one: dict, two: dict, atol: float = 0.0) -> bool:

@@ -24,11 +24,7 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    tinylm.save_model(folder / "student", 0)
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import topk_opd
 import torch
 import transformers
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
+from tinylm import weights
 
 from opd_ops import models
 
@@ -21,11 +22,7 @@ FORMS = [["--renormalise"], ["--no-renormalise"], ["--tail", "bucket"]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("topk")
-    tinylm.save_model(folder / "student", 0, eos_token_id=[1, 7, 8, 9])
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("topk"), eos_token_id=[1, 7, 8, 9])
 
 
 def flags(folder, run: str, *more: str) -> list[str]:
@@ -34,11 +31,6 @@ def flags(folder, run: str, *more: str) -> list[str]:
     named = [item for flag, name in paths.items() for item in (flag, str(folder / name))]
     sizes = "--max-completion-tokens 8 --prompts-per-step 3 --rollouts-per-prompt 2 --steps 3"
     return [*named, *sizes.split(), *"--save-every 2 --eval-every 0 --device cpu".split(), *more]
-
-
-def weights(folder, run: str, step: int = 3) -> dict[str, torch.Tensor]:
-    path = folder / run / f"checkpoints/step_{step}/model"
-    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
 def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:

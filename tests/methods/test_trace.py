@@ -18,11 +18,7 @@ LENGTH = 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trace")
-    tinylm.save_model(folder / "student", 0)
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("trace"))
 
 
 def train(folder, method: str, name: str, *more: str) -> None:

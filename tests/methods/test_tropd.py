@@ -10,9 +10,9 @@ import opd
 import pytest
 import tinylm
 import torch
-import transformers
 import tropd
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
+from tinylm import equal, weights
 
 from opd_ops import models, rollouts
 
@@ -22,11 +22,7 @@ WIDTH = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tropd")
-    tinylm.save_model(folder / "student", 0, eos_token_id=[1, 7])
-    tinylm.save_model(folder / "teacher", 1)
-    tinylm.save_prompts(folder / "prompts.jsonl")
-    return folder
+    return tinylm.save_family(tmp_path_factory.mktemp("tropd"), eos_token_id=[1, 7])
 
 
 def flags(folder, run: str, *more: str) -> list[str]:
@@ -36,15 +32,6 @@ def flags(folder, run: str, *more: str) -> list[str]:
     sizes = f"--max-completion-tokens {WIDTH} --prompts-per-step 3 --rollouts-per-prompt 2"
     rest = "--steps 3 --save-every 2 --eval-every 0 --device cpu"
     return [*named, *sizes.split(), *rest.split(), *more]
-
-
-def weights(folder, run: str, step: int = 3) -> dict[str, torch.Tensor]:
-    path = folder / run / f"checkpoints/step_{step}/model"
-    return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
-
-
-def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def setup(folder, *more: str, step: int = 0):

@@ -1,0 +1,131 @@
+"""How noisy is one batch's gradient? Every method on the tiny pair, before any training.
+
+    python benchmarks/gradient_variance.py            # 6 arms, 3 sets of prompts, 8 batches of each
+
+The same 32 prompts are answered again and again by the same weights (128 rollouts a batch), so what
+varies is sampling alone. With gradients g_1 ... g_M of the loss, g their mean:
+
+    variance  = 1/(M-1) sum |g_m - g|^2          (trace of the covariance)
+    signal    = |g|^2 - variance / M             (unbiased for the square of the true gradient)
+    noise     = variance / signal                (1: one batch is as much noise as signal)
+    cosine    = of g with the g of `opd --objective full`, the exact reverse KL at the same prompts
+
+Losses differ in scale, so that `noise` compares and `variance` does not. Rows go to
+benchmarks/results/gradient_variance.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from evidence import spread  # noqa: E402
+
+from opd_ops import data, models, ranks, runs  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/gradient_variance.csv"
+FIELDS = "arm,seed,batches,variance,signal,noise,cosine,commit,torch,date,command"
+ARMS = {  # without rollouts or prefixes of the teacher: the losses, at prefixes of the student
+    "opd --objective full": ("opd", "--objective full"),
+    "opd": ("opd", ""),
+    "sg_opd": ("sg_opd", "--teacher-phase-steps 0"),
+    "exopd": ("exopd", ""),
+    "topk_opd": ("topk_opd", ""),
+    "tropd": ("tropd", "--no-guidance"),
+}
+
+
+def load(name: str) -> ModuleType:
+    """A method file as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"methods/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
+    """[batches, parameters]: the gradient of each batch, divided by its trained tokens."""
+    method: Any = load(name)
+    args = method.parse_args([*flags.split(), "--device", "cpu", "--seed", str(seed)])
+    ranks.start(args)
+    paths = method.model_paths(args)
+    tokenizer = models.prepare(paths, args)
+    prompts, _ = data.load_prompts(tokenizer, args)
+    loaded = models.load_models(paths, args)
+    verifier = runs.Verifier(data.verifier_function(args.verifier), args.verifier_timeout_s)
+    chosen = method.prompts_of_step(prompts, 0, args)
+    found = []
+    for each in range(batches):
+        args.seed = 1000 * (seed + 1) + each  # of sampling; the prompts are chosen
+        rollout, _ = method.collect(loaded, tokenizer, verifier, chosen, args, 0)
+        batch = [(m, method.score(loaded, m, args)) for m in method.micro_batches(rollout, args)]
+        tokens = sum(int(rollout.trained_mask.sum()) for rollout, _ in batch)
+        loaded["student"].train()
+        method.accumulate(loaded["student"], tokens, args, batch)
+        grads = [w.grad for w in loaded["student"].parameters() if w.grad is not None]
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    verifier.close()
+    return torch.stack(found).double()
+
+
+def main() -> None:
+    """Measure, append rows, print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="sets of prompts")
+    parser.add_argument("--batches", type=int, default=8)
+    args = parser.parse_args()
+    environment, rows = runs.environment(), []
+    for seed in range(args.seeds):
+        exact = None
+        for arm, (name, flags) in ARMS.items():
+            each = gradients(name, flags, seed, args.batches)
+            mean = each.mean(0)
+            exact = mean if exact is None else exact
+            variance = float((each - mean).square().sum() / (args.batches - 1))
+            signal = float(mean.square().sum()) - variance / args.batches
+            cosine = float(torch.cosine_similarity(mean, exact, dim=0))
+            rows.append({
+                "arm": arm, "seed": seed, "batches": args.batches, "variance": f"{variance:.4g}",
+                "signal": f"{signal:.4g}", "noise": f"{variance / signal:.4f}",
+                "cosine": f"{cosine:.4f}", "commit": environment["commit"][:10],
+                "torch": environment["torch"], "date": time.strftime("%Y-%m-%d"),
+                "command": "python " + " ".join(["benchmarks/gradient_variance.py", *sys.argv[1:]]),
+            })  # fmt: skip
+            print(f"seed {seed}  {arm:22s} noise {variance / signal:8.3f}  cosine {cosine:.3f}")
+    new = not RESULTS.is_file()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS.split(","), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(table())
+
+
+def table() -> str:
+    """A Markdown table of the rows: means over sets of prompts with 95 % intervals."""
+    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.is_file() else []
+    lines = ["| arm | sets of prompts | noise / signal | cosine with the exact reverse KL |"]
+    lines.append("|---" * 4 + "|")
+    for arm in ARMS:
+        mine = [row for row in rows if row["arm"] == arm]
+        shown = [spread([float(row[key]) for row in mine]) for key in ("noise", "cosine")]
+        lines.append(f"| `{arm}` | {len(mine)} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
