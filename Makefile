@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENGINES := .venv-engines
+TRL := .venv-trl
 STAMP := $(VENV)/installed
 THREADS ?= 2
 # Not in constraints.txt: a torch with CUDA pins its own nvidia-cuda-runtime.
@@ -13,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-faults test-gpu test-gpu-memory nvcc lint type sync diffs docs bench toy clean
+.PHONY: help install demo report test test-fast test-engines test-faults test-gpu test-gpu-memory nvcc lint type sync diffs docs bench bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -86,6 +87,16 @@ toy: install      ## the bias-variance study
 
 bench: install    ## the ops against plain PyTorch
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/bench_ops.py
+
+$(TRL)/installed: constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install -q -c constraints.txt torch numpy transformers "trl==1.16.*"
+	@touch $@
+
+bench-step: install $(TRL)/installed  ## one training step against TRL's trainers, in an environment of their own
+	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(TRL)/bin/python benchmarks/bench_step.py \
+	    --equality --completion 64
+	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(TRL)/bin/python benchmarks/bench_step.py
 
 clean:            ## remove the environment and everything that was built
 	rm -rf $(VENV) build *.egg-info opd_ops/*.so

@@ -1,0 +1,577 @@
+"""One whole training step, ours against TRL's: same models, prompts, lengths and settings.
+
+    make bench-step                               # equality, then time, in .venv-trl
+    python benchmarks/bench_step.py --vocab 512 --completion 64 256
+    python benchmarks/bench_step.py --equality    # loss and gradient on one batch, no timing
+    python benchmarks/bench_step.py --device cuda # Qwen3-0.6B <- 1.7B shapes; has not run yet
+
+A step is: sample rollouts, teacher, student's forward and backward pass, optimizer. Each
+implementation lives in a process of its own; they take turns, one step each, so that all meet the
+same machine, and memory is theirs alone. The models are random: time and memory do not ask what a
+model knows. No rollout ends early: all have exactly `--completion` tokens. Gradient checkpointing
+(TRL's default) is off everywhere, `lmbda` is 1 (all on-policy), the learning rate is constant.
+
+Rows go to benchmarks/results/step.csv and step_equality.csv. A case with rows of this commit is
+skipped unless --again. `peak_mib` is the rise over the process after its imports; an implementation
+that needs more than --memory-limit-gib fails, and its row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
+RESULTS = ROOT / "benchmarks/results"
+PROMPT, ANSWER = 32, 8  # tokens of a prompt, and of the answer that the data set has for it
+LR, BETA2 = 1e-5, 0.95
+OBJECTIVES = ("sampled", "reverse", "jsd")
+TRAINERS = ("GKDTrainer", "DistillationTrainer")
+BETAS = {"reverse": 1.0, "jsd": 0.5}  # TRL's name of a divergence
+LAWS = [  # divergence, beta, temperature, of --equality: a beta of 0.5 would hide swapped models
+    ("reverse", 1.0, 1.0),
+    ("forward", 0.0, 1.0),
+    ("jsd", 0.2, 1.0),
+    ("reverse", 1.0, 0.7),
+    ("jsd", 0.2, 0.7),
+]
+ARMS = [("opd.py", "sampled")]
+ARMS += [(who, what) for what in ("reverse", "jsd") for who in ("opd.py", *TRAINERS)]
+
+
+def shape(hidden: int, inner: int, heads: int, kv: int, layers: int, dim: int) -> dict[str, Any]:
+    """Of a Qwen3 with random weights; their size leaves the two models clearly apart."""
+    return {
+        "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "num_hidden_layers": layers, "head_dim": dim,
+        "initializer_range": 1.1 / hidden**0.5, "max_position_embeddings": 4096,
+        "eos_token_id": None,
+    }  # fmt: skip
+
+
+SHAPES = {  # of student and teacher: as in assets/tiny; as Qwen3-0.6B and Qwen3-1.7B
+    "cpu": (shape(128, 480, 4, 2, 4, 32), shape(192, 640, 6, 2, 4, 32)),
+    "cuda": (shape(1024, 3072, 16, 8, 28, 128), shape(2048, 6144, 16, 8, 28, 128)),
+}
+SIZES = ("vocab", "completion", "rollouts")
+STEP_COLUMNS = (
+    "implementation,objective,vocab,completion,rollouts,prompt,dtype,total_s,generate_s,teacher_s,"
+    "student_s,every_total_s,peak_mib,num_tokens,divided_by,failed,num_threads,load,device,torch,"
+    "transformers,trl,commit,dirty,date,command"
+)
+EQUALITY_COLUMNS = (
+    "implementation,objective,beta,temperature,vocab,completion,rollouts,num_tokens,loss,"
+    "loss_difference,gradient_difference,loss_error,gradient_error,num_threads,device,torch,"
+    "transformers,trl,commit,dirty,date,command"
+)
+
+
+# ==== what all share ====
+
+
+def make_inputs(folder: Path, case: argparse.Namespace) -> None:
+    """Two random models with one vocabulary, and prompts of PROMPT tokens (fewer with `ragged`)."""
+    import tinylm
+
+    words = tinylm.WORDS + [f"w{i}" for i in range(case.vocab - len(tinylm.WORDS))]
+    for seed, (role, config) in enumerate(zip(("student", "teacher"), SHAPES[case.device])):
+        tinylm.save_model(folder / role, seed, words=words, **config)
+    chance = random.Random(0)
+    rows = []
+    for number in range(case.rollouts * 4):
+        length = PROMPT - 2 - (5 * number % 16 if case.ragged else 0)  # the template has two tokens
+        text = "".join(chance.choices("0123456789abcdefghijklmnopqrstuvwxyz", k=length))
+        rows.append(json.dumps({"prompt": text, "answer": text[:ANSWER]}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(rows))
+
+
+def load_ours(folder: Path, case: argparse.Namespace, objective: str) -> tuple[Any, ...]:
+    """Arguments, tokenizer, models and prompts of methods/opd.py."""
+    import opd
+
+    from opd_ops import models
+
+    argv = ["--student", f"{folder}/student", "--teacher", f"{folder}/teacher"]
+    argv += ["--prompts", f"{folder}/prompts.jsonl", "--device", case.device]
+    argv += ["--prompts-per-step", str(case.rollouts), "--rollouts-per-prompt", "1"]
+    argv += ["--max-completion-tokens", str(case.completion), "--lr", str(LR)]
+    if objective != "sampled":
+        argv += ["--objective", "full", "--divergence", objective]
+    args = opd.parse_args([*argv, "--adam-beta2", str(BETA2)])
+    tokenizer = models.prepare(opd.model_paths(args), args)
+    args.eos_ids = []  # nothing ends a rollout
+    return args, tokenizer, opd.load_models(opd.model_paths(args), args), opd.load_prompts(
+        tokenizer, args
+    )[0]  # fmt: skip
+
+
+def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -> Any:
+    """One of TRL's trainers, with the settings of `load_ours`."""
+    import datasets
+    import torch
+    import transformers
+    import trl
+    import trl.experimental.gkd
+
+    from opd_ops import compat
+
+    cuda = case.device == "cuda"
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    student = load(folder / "student")
+    teacher = load(folder / "teacher", **({"dtype": torch.bfloat16} if cuda else {}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "student")
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "trl"), "per_device_train_batch_size": case.rollouts,
+        "max_steps": case.rounds + 2, "learning_rate": LR, "adam_beta2": BETA2,
+        "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": cuda,
+        "use_cpu": not cuda, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
+        "disable_tqdm": True, "beta": BETAS[objective], "temperature": 1.0,
+    }  # fmt: skip
+    rows = []
+    for line in (folder / "prompts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        text = compat.render(tokenizer, row["prompt"], {})
+        ids, answer = tokenizer.encode(text), tokenizer.encode(row["answer"])
+        mask = [0] * len(ids) + [1] * len(answer)
+        rows.append({"prompt": text, "input_ids": ids + answer, "completion_mask": mask})
+    if who == "GKDTrainer":
+        config = trl.experimental.gkd.GKDConfig(
+            **settings, lmbda=1.0, max_new_tokens=case.completion
+        )
+        kind = trl.experimental.gkd.GKDTrainer
+    else:
+        how = {
+            "max_completion_length": case.completion,
+            "generation_kwargs": {"eos_token_id": None},
+        }
+        config, kind = trl.DistillationConfig(**settings, **how), trl.DistillationTrainer
+        rows = [{"prompt": row["prompt"]} for row in rows]
+    trainer = kind(
+        model=student, teacher_model=teacher, args=config, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )  # fmt: skip
+    trainer.eos_token_ids = [-1]  # DistillationTrainer cuts completions there: never
+    return trainer
+
+
+class Clock:
+    """Seconds by phase, and the peak of memory, of the step between `begin` and `end`."""
+
+    def __init__(self, pipe: Any, device: str) -> None:
+        import torch
+
+        self.pipe, self.cuda = pipe, torch.cuda if device == "cuda" else None
+        self.phases: dict[str, float] = {}
+        self.start, self.base = 0.0, memory("VmRSS")
+
+    def now(self) -> float:
+        """After what the GPU still has to do."""
+        if self.cuda:
+            self.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(self) -> None:
+        """Wait for one's turn."""
+        self.pipe.recv()
+        self.phases = {"generate": 0.0, "teacher": 0.0}
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        self.start = self.now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of a block."""
+        start = self.now()
+        yield
+        self.phases[name] += self.now() - start
+
+    def end(self, num_tokens: int, divided_by: int) -> None:
+        """Report the step."""
+        total = self.now() - self.start
+        peak = self.cuda.max_memory_allocated() if self.cuda else memory("VmHWM") - self.base
+        student = total - self.phases["generate"] - self.phases["teacher"]
+        self.pipe.send(
+            {f"{name}_s": value for name, value in self.phases.items()}
+            | {"student_s": student, "total_s": total, "peak_mib": peak / 2**20}
+            | {"num_tokens": num_tokens, "divided_by": divided_by}
+        )
+
+
+def memory(key: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+# ==== the steps ====
+
+
+def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: str) -> None:
+    """The main loop of methods/opd.py, without verifier, diagnostics and log."""
+    import opd
+
+    args, tokenizer, models, prompts = load_ours(folder, case, objective)
+    optimizer = opd.make_optimizer(models["student"], args)
+
+    def unverified(items: Any) -> list[float]:
+        return [0.0] * len(items)
+
+    for step in range(case.rounds + 1):
+        chosen = opd.prompts_of_step(prompts, step, args)
+        clock.begin()
+        with clock.phase("generate"):
+            rollout, _ = opd.collect(models, tokenizer, unverified, chosen, args, step)
+        with clock.phase("teacher"):
+            batch = [
+                (micro, opd.score(models, micro, args))
+                for micro in opd.micro_batches(rollout, args)
+            ]
+        opd.train_step(models["student"], optimizer, batch, args, step)
+        num_tokens = int(rollout.trained_mask.sum())
+        clock.end(num_tokens, num_tokens)
+
+
+def run_trl(clock: Clock, folder: Path, case: argparse.Namespace, who: str, objective: str) -> None:
+    """`trainer.train()`, timed from outside."""
+    import transformers
+
+    trainer = load_trl(folder, case, who, objective)
+    generate, compute_loss = trainer.model.generate, trainer.compute_loss
+    tokens: dict[str, int] = {}
+
+    def timed_generate(*args: Any, **kwargs: Any) -> Any:
+        with clock.phase("generate"):
+            return generate(*args, **kwargs)
+
+    def watched_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"]
+        items = inputs.get("num_items_in_batch", kwargs.get("num_items_in_batch"))
+        tokens.update(num_tokens=int(found.sum()), divided_by=int(items))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    class Turns(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            trainer.model.generation_config.eos_token_id = None  # `train` takes the tokenizer's
+            clock.begin()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.end(**tokens)
+
+    starts: list[float] = []
+    trainer.model.generate, trainer.compute_loss = timed_generate, watched_loss
+    trainer.teacher_model.register_forward_pre_hook(lambda *_: starts.append(clock.now()))
+    trainer.teacher_model.register_forward_hook(
+        lambda *_: clock.phases.update(teacher=clock.phases["teacher"] + clock.now() - starts.pop())
+    )
+    trainer.add_callback(Turns())
+    trainer.train()
+
+
+def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective: str) -> None:
+    """A process: one implementation, one step at each word from the parent."""
+    import opd  # noqa: F401
+    import transformers
+
+    sys.stdout = open(os.devnull, "w")  # the parent reports
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if case.device == "cpu":
+        limit = memory("VmData") + int(case.memory_limit_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    clock = Clock(pipe, case.device)
+    try:
+        if who == "opd.py":
+            run_ours(clock, folder, case, objective)
+        else:
+            run_trl(clock, folder, case, who, objective)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        pipe.send({"failed": f"out of memory at {case.memory_limit_gib:g} GiB"})
+
+
+def measure(folder: Path, case: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one case: all implementations in turn, the first round a warm-up."""
+    make_inputs(folder, case)
+    context = multiprocessing.get_context("spawn")
+    arms = [arm for arm in ARMS if arm[1] in case.objectives]
+    pipes, workers = {}, []
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for arm in arms:
+        pipes[arm], end = context.Pipe()
+        workers.append(context.Process(target=work, args=(end, folder, case, *arm), daemon=True))
+        workers[-1].start()
+        end.close()
+    for step in range(case.rounds + 1):
+        for arm in list(pipes):
+            try:
+                pipes[arm].send("step")
+                report = pipes[arm].recv()
+            except (EOFError, OSError):
+                raise SystemExit(f"{arm}: its process died") from None
+            if "failed" in report:
+                found[arm] = [report]
+                del pipes[arm]
+            elif report["num_tokens"] != case.rollouts * case.completion:
+                raise SystemExit(f"{arm}: rollouts ended early: {report['num_tokens']} tokens")
+            elif step:
+                found[arm].append(report)
+            print(step, *arm, {k: v if k == "failed" else round(v, 2) for k, v in report.items()})
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    rows = []
+    for (who, objective), steps in found.items():
+        row: dict[str, Any] = {"implementation": who, "objective": objective}
+        row |= {key: getattr(case, key) for key in SIZES}
+        row |= {"prompt": PROMPT, "dtype": "bfloat16" if case.device == "cuda" else "float32"}
+        if "failed" in steps[0]:
+            row |= steps[0]
+        else:
+            for key in ("total_s", "generate_s", "teacher_s", "student_s"):
+                row[key] = f"{statistics.median(step[key] for step in steps):.4f}"
+            row["every_total_s"] = " ".join(f"{step['total_s']:.4f}" for step in steps)
+            row["peak_mib"] = round(max(step["peak_mib"] for step in steps))
+            row |= {key: steps[0][key] for key in ("num_tokens", "divided_by")}
+        rows.append(row)
+    return rows
+
+
+# ==== equality ====
+
+
+def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
+    """Loss and gradient of each implementation on one ragged batch, and their error."""
+    import opd
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    args, tokenizer, models, prompts = load_ours(folder, case, "reverse")
+    rollout, _ = opd.collect(
+        models, tokenizer, lambda items: [0.0] * len(items), prompts[: case.rollouts], args, 0
+    )
+    for row in range(case.rollouts):  # completions of different lengths
+        rollout.completion_mask[row, case.completion - 7 * row :] = False
+    rollout.completion_ids[~rollout.completion_mask] = 0
+    rollout.response_mask = rollout.completion_mask.clone()
+    num_tokens = int(rollout.trained_mask.sum())
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
+    labels = ids.clone()
+    labels[:, : rollout.prompt_ids.shape[1]] = -100
+    labels[~rollout.attention_mask] = -100
+    gkd, chunked = (load_trl(folder, case, who, "jsd") for who in TRAINERS)
+    exact = [load_double(folder / name) for name in ("student", "teacher")]
+
+    def ours() -> Any:
+        student, losses = models["student"], []
+        for micro in opd.micro_batches(rollout, args):
+            losses.append(opd.token_loss(student, micro, opd.score(models, micro, args), args)[0])
+        return sum(losses)
+
+    for objective, beta, temperature in LAWS:
+        args.divergence, args.loss_temperature = objective, temperature
+        args.jsd_beta = beta
+        for trainer in (gkd, chunked):
+            trainer.beta, trainer.temperature = beta, temperature
+            trainer.model.train()
+        calls: dict[str, tuple[Any, Callable[[], Any]]] = {
+            "float64": (
+                exact[0],
+                lambda: plain_divergence(exact, rollout, args) / num_tokens,
+            ),
+            "opd.py": (models["student"].lm, lambda: ours() / num_tokens),
+            "GKDTrainer": (
+                gkd.model,
+                lambda: gkd.compute_loss(
+                    gkd.model,
+                    {"input_ids": ids, "attention_mask": rollout.attention_mask.long(),
+                     "labels": labels},
+                ),
+            ),
+            "DistillationTrainer": (
+                chunked.model,
+                lambda: chunked.compute_loss(
+                    chunked.model,
+                    {"prompt_ids": rollout.prompt_ids, "prompt_mask": rollout.prompt_mask.long(),
+                     "completion_ids": rollout.completion_ids,
+                     "completion_mask": rollout.completion_mask.long()},
+                    num_items_in_batch=num_tokens,
+                ),
+            ),
+        }  # fmt: skip
+        losses, gradients = {}, {}
+        for name, (model, call) in calls.items():
+            model.zero_grad()
+            loss = call()
+            loss.backward()
+            losses[name] = float(loss.detach())
+            gradients[name] = torch.cat([w.grad.double().flatten() for w in model.parameters()])
+            model.zero_grad()
+
+        for name in ("opd.py", *TRAINERS):
+            found: dict[str, Any] = {"implementation": name, "objective": objective, "beta": beta}
+            found |= {"temperature": temperature, "num_tokens": num_tokens}
+            found["loss"] = f"{losses[name]:.9g}"
+            for other, kind in (("opd.py", "difference"), ("float64", "error")):
+                truth = gradients[other]
+                found[f"loss_{kind}"] = f"{abs(losses[name] - losses[other]):.2e}"
+                found[f"gradient_{kind}"] = f"{(gradients[name] - truth).norm() / truth.norm():.2e}"
+            pipe.send(found | {key: getattr(case, key) for key in SIZES})
+    pipe.send(None)
+
+
+def load_double(folder: Path) -> Any:
+    """A model in float64: the truth."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def plain_divergence(models: list[Any], rollout: Any, args: argparse.Namespace) -> Any:
+    """The full divergence, summed over trained tokens, as its definition says."""
+    import torch
+
+    width, mask = rollout.prompt_ids.shape[1], rollout.attention_mask
+    inputs = {
+        "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], 1),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+    logits = [model(**inputs).logits[:, width - 1 : -1][rollout.trained_mask] for model in models]
+    student, teacher = ((each / args.loss_temperature).log_softmax(-1) for each in logits)
+    teacher = teacher.detach()
+
+    def divergence(this: Any, that: Any) -> Any:
+        return (this.exp() * (this - that)).sum()
+
+    if args.divergence != "jsd":
+        pair = (student, teacher) if args.divergence == "reverse" else (teacher, student)
+        return divergence(*pair)
+    b = args.jsd_beta
+    middle = torch.logaddexp(student + math.log(1 - b), teacher + math.log(b))
+    return b * divergence(teacher, middle) + (1 - b) * divergence(student, middle)
+
+
+def measure_equality(folder: Path, case: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one batch, from a process of its own."""
+    make_inputs(folder, case)
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    context.Process(target=compare, args=(end, folder, case), daemon=True).start()
+    end.close()
+    rows = []
+    while (row := pipe.recv()) is not None:
+        print(row)
+        rows.append(row)
+    return rows
+
+
+# ==== rows ====
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, commit and hardware of a row."""
+    import torch
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if device == "cpu" else []:
+        if line.startswith("model name"):
+            name = line.split(":")[1].strip()
+            break
+    code = ["methods", "opd_ops", "csrc", "benchmarks/bench_step.py"]
+    return {
+        "num_threads": torch.get_num_threads(),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "device": name,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "trl": importlib.metadata.version("trl"),
+        "commit": git("rev-parse", "HEAD")[:10],
+        "dirty": bool(git("status", "--porcelain", "--", *code)),
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/bench_step.py " + " ".join(sys.argv[1:]),
+    }
+
+
+def finished(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    """Measure what has no rows of this commit yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vocab", type=int, nargs="+", default=[512, 151936])
+    parser.add_argument("--completion", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--rollouts", type=int, nargs="+", default=[4, 2, 1], help="of each length")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each, after a warm-up")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
+    parser.add_argument("--memory-limit-gib", type=float, default=10.0, help="of a process, on CPU")
+    parser.add_argument("--equality", action="store_true", help="of loss and gradient, not time")
+    parser.add_argument("--device", default="cpu", choices=list(SHAPES))
+    parser.add_argument("--again", action="store_true", help="measure what has rows already")
+    args = parser.parse_args()
+    path = RESULTS / ("step_equality.csv" if args.equality else "step.csv")
+    columns = (EQUALITY_COLUMNS if args.equality else STEP_COLUMNS).split(",")
+    for vocab, (completion, rollouts) in itertools.product(
+        args.vocab, zip(args.completion, itertools.cycle(args.rollouts))
+    ):
+        sizes = dict(zip(SIZES, (vocab, completion, rollouts)))
+        case = argparse.Namespace(**vars(args) | sizes | {"ragged": args.equality})
+        seen = environment(args.device)
+        same = sizes | {key: seen[key] for key in ("commit", "device", "num_threads")}
+        done = {
+            row["objective"]
+            for row in finished(path)
+            if not args.again and all(row[key] == str(value) for key, value in same.items())
+        }
+        case.objectives = [] if args.equality and done else set(args.objectives) - done
+        if not case.objectives:
+            print(f"{sizes}: has rows of this commit")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            rows = (measure_equality if args.equality else measure)(Path(folder), case)
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if new:
+                writer.writeheader()
+            writer.writerows({key: (row | seen).get(key, "") for key in columns} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
