@@ -119,7 +119,15 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
             result |= {f"compile({name})": compiled(call) for name, call in named.items()}
         return result
 
-    yield "memory", "read", 0, 0, (1, 0), {"torch.sum": lambda: z.view(torch.float32).sum()}, z
+    yield (
+        "memory",
+        "read",
+        0,
+        0,
+        (1, 0),
+        {"torch.sum": lambda: z.view(-1).view(torch.float32).sum()},
+        z,
+    )
     yield "memory", "read+write", 0, 0, (0, 1), {"torch.neg_": lambda: scratch.neg_()}, z
 
     for k in args.k:
@@ -394,6 +402,93 @@ def bench(
                 flush=True,
             )
     return table
+
+
+# ==== Tables of docs/benchmarks.md ================================================================
+
+SHOWN = {  # op, direction, K, our implementation: what it is called
+    ("token_logp", "forward", "", "opd_ops"): "`token_logp`, forward",
+    ("token_logp", "forward+backward", "", "opd_ops in place"): "`token_logp` in place, both",
+    ("topk_logp", "forward", "8", "opd_ops"): "`topk_logp` K = 8",
+    ("topk_logp", "forward", "32", "opd_ops"): "`topk_logp` K = 32",
+    ("topk_logp", "forward", "128", "opd_ops"): "`topk_logp` K = 128",
+    ("full_kl reverse", "forward", "", "opd_ops"): "`full_kl` reverse, forward",
+    ("full_kl reverse", "forward+backward", "", "opd_ops in place"): "`full_kl` reverse in place",
+    ("full_kl jsd", "forward", "", "opd_ops"): "`full_kl` jsd, forward",
+    ("full_kl jsd", "forward+backward", "", "opd_ops in place"): "`full_kl` jsd in place, both",
+    (
+        "linear_support_kl",
+        "forward+backward",
+        "32",
+        "opd_ops buffer",
+    ): "`linear_support_kl`, buffer",
+    ("linear_support_kl", "forward+backward", "32", "opd_ops rows"): "`linear_support_kl`, rows",
+    ("linear_support_kl", "forward+backward", "32", "opd_ops dense"): "`linear_support_kl`, dense",
+    ("linear_token_logp", "forward+backward", "", "opd_ops"): "`linear_token_logp`, both",
+}
+
+
+def grid_tables() -> dict[str, str]:
+    """Markdown of the newest wall-clock rows: `ops allocators`, `ops sizes`, `ops dtypes`."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    keys = "op", "direction", "k", "implementation", "dtype", "rows", "vocab", "threads"
+    for row in csv.DictReader(RESULTS.open()):
+        key = (*(row[key] for key in keys), row["allocator"])
+        less = "--no-compile" in row["command"] and key in found  # has fewer baselines
+        if row["clock"] == "wall" and not row["cuda"] and not less:
+            found[key] = row
+
+    def cell(which: tuple[str, ...], place: tuple[str, ...]) -> str:
+        """Milliseconds, x floor, and how many times slower eager torch and torch.compile are."""
+        op, direction, k, _ = which
+        own = found.get((*which, *place))
+        if own is None:
+            return "-"
+        others = {}
+        for name in ("torch", "torch head + gather", "torch head + log_softmax", "reference"):
+            for short, full in (("eager", name), ("compile", f"compile({name})")):
+                row = found.get((op, direction, k, full, *place))
+                if row is not None and short not in others and row["command"] == own["command"]:
+                    others[short] = f"{float(row['best_ms']) / float(own['best_ms']):.3g}x"
+        floor = [f"{own['x_floor']} of floor"] if own["x_floor"] else []
+        return ", ".join([f"{float(own['best_ms']):.3g} ms", *floor, *others.values()])
+
+    def table(names: list[str], title: str, line: Callable[[Any], list[str]], of: list[Any]) -> str:
+        lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        return "\n".join(lines + ["| " + " | ".join(line(each)) + " |" for each in of])
+
+    big = ("float32", "256", "151936", "2")
+    vocabularies = ["32000", "32003", "50257", "128256", "151936"]
+    few = [key for key in SHOWN if key[0] in ("token_logp", "topk_logp") and key[2] in ("", "32")]
+    sizes = [(key, dtype, rows) for key in few for dtype in ("float32", "bfloat16", "float16")
+             for rows in ("64", "256", "1024")]  # fmt: skip
+    return {
+        "ops allocators": table(
+            ["fresh pages (default)", "recycled buffers", "huge pages", "one thread, fresh pages"],
+            "op",
+            lambda key: [
+                SHOWN[key], *(cell(key, (*big, name)) for name in ("default", "reuse", "thp")),
+                cell(key, (*big[:3], "1", "default")),
+            ],
+            list(SHOWN),
+        ),
+        "ops sizes": table(
+            [f"V = {int(v):,}" for v in vocabularies], "op, dtype, N",
+            lambda of: [
+                f"{SHOWN[of[0]]}, {of[1]}, {of[2]}",
+                *(cell(of[0], (of[1], of[2], v, "2", "default")) for v in vocabularies),
+            ],
+            sizes,
+        ),
+        "ops dtypes": table(
+            ["float32, 2 threads", "bfloat16, 2 threads", "float32, 1", "bfloat16, 1"], "op",
+            lambda key: [SHOWN[key]] + [
+                cell(key, (dtype, "256", "151936", threads, "default"))
+                for threads in ("2", "1") for dtype in ("float32", "bfloat16")
+            ],
+            list(SHOWN),
+        ),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python benchmarks/evidence.py --suite full --jobs 2      # all claims, 5 seeds: hours
     python benchmarks/evidence.py --claim 4 --jobs 2         # the arms of one claim, 5 seeds
     python benchmarks/evidence.py --claim 4 --table          # print what has been run of it
+    python benchmarks/evidence.py --figure docs/images/evidence.png
 
 Arms and claims stand in `claims.py`. Every arm gets the same number of rollouts and the same
 limits: one budget of sampled tokens, which each cell prints. An arm uses the learning rate that won
@@ -301,25 +302,37 @@ def table(rows: list[dict[str, str]], arms: list[str], gains: bool = True) -> st
     return "\n".join(lines)
 
 
-def judge(rows: list[dict[str, str]], comparison: Comparison) -> tuple[str, str, str, str]:
-    """(its arm, what it is compared with, the difference, the verdict)."""
-    mine = of_arm(rows, comparison.arm, comparison.column)
-    if isinstance(comparison.than, str):
-        other = of_arm(rows, comparison.than, comparison.column)
-        shown = spread([other[seed] for seed in other if seed in mine])
-    else:
-        other = dict.fromkeys(mine, comparison.than)
-        shown = f"{comparison.than}"
-    gains = [mine[seed] - other[seed] for seed in mine if seed in other]
-    own = spread([mine[seed] for seed in mine if seed in other])
-    if len(gains) < 2:
-        return own, shown, spread(gains), "too few seeds"
-    mean, half = statistics.mean(gains), half_width(gains)
-    right = mean if comparison.more else -mean
-    verdict = (
-        "not decidable" if half >= abs(mean) else "reproduced" if right > 0 else "not reproduced"
+@dataclass(frozen=True)
+class Finding:
+    """What came of a comparison: both arms and their difference, over the seeds of both."""
+
+    own: list[float]
+    other: list[float]
+
+    @property
+    def gains(self) -> list[float]:
+        """The difference of each seed."""
+        return [one - two for one, two in zip(self.own, self.other)]
+
+    def verdict(self, more: bool) -> str:
+        """Whether the interval of the difference lies on the claim's side of 0."""
+        if len(self.own) < 2:
+            return "too few seeds"
+        mean, half = statistics.mean(self.gains), half_width(self.gains)
+        if half >= abs(mean):
+            return "not decidable"
+        return "reproduced" if (mean > 0) == more else "not reproduced"
+
+
+def find(rows: list[dict[str, str]], comparison: Comparison) -> Finding:
+    """The finding of a comparison, over the seeds that both arms have."""
+    own = of_arm(rows, comparison.arm, comparison.column)
+    than = comparison.than
+    other = (
+        of_arm(rows, than, comparison.column) if isinstance(than, str) else dict.fromkeys(own, than)
     )
-    return own, shown, spread(gains), f"**{verdict}**, {len(gains)} seeds"
+    seeds = [seed for seed in own if seed in other]
+    return Finding([own[seed] for seed in seeds], [other[seed] for seed in seeds])
 
 
 def claim_table(rows: list[dict[str, str]], key: str) -> str:
@@ -329,12 +342,82 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
     lines += ["| here | arm | against | of the one | of the other | difference | verdict |"]
     lines.append("|---" * 7 + "|")
     for each in claim.comparisons:
-        own, other, gain, verdict = judge(rows, each)
+        found = find(rows, each)
         side = "more" if each.more else "less"
-        against = f"`{each.than}`" if isinstance(each.than, str) else "recorded score"
-        found = [f"{each.text}: {side}", f"`{each.arm}`", against, own, other, gain, verdict]
-        lines.append("| " + " | ".join(found) + " |")
+        than = f"`{each.than}`" if isinstance(each.than, str) else "its recorded score"
+        shown = [f"{each.text}: {side}", f"`{each.arm}`", than]
+        shown += [spread(found.own), spread(found.other), spread(found.gains)]
+        shown.append(f"**{found.verdict(each.more)}**, {len(found.own)} seeds")
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", table(rows, claim.arms, gains=False)])
+
+
+def summary_table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table: each claim, and which of its comparisons came out how."""
+    verdicts = ("reproduced", "not decidable", "not reproduced")
+    lines = ["| claim | " + " | ".join(verdicts) + " |", "|---" * 4 + "|"]
+    for key, claim in CLAIMS.items():
+        found = [(find(rows, each).verdict(each.more), each.text) for each in claim.comparisons]
+        shown = ["; ".join(text for what, text in found if what == each) for each in verdicts]
+        left = sum(what == "too few seeds" for what, _ in found)
+        title = f"{key}. {claim.title}" + (f" ({left} not run)" if left else "")
+        lines.append(f"| {title} | " + " | ".join(each or "-" for each in shown) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """A figure of every comparison of accuracies: difference and interval, colour by verdict."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"reproduced": "#2a7d4f", "not decidable": "#8a8a8a", "not reproduced": "#b5382f"}
+    bars = []
+    for key, claim in CLAIMS.items():
+        for each in claim.comparisons:
+            found = find(rows, each)
+            if each.column == "avg_after" and len(found.own) > 1:
+                side = "" if each.more else " (less is claimed)"
+                bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each.more))
+    figure, axes = plt.subplots(figsize=(9, 0.34 * len(bars) + 1.2), layout="constrained")
+    for place, (_, found, more) in enumerate(reversed(bars)):
+        how = {"fmt": "o", "color": colours[found.verdict(more)], "capsize": 3}
+        axes.errorbar(statistics.mean(found.gains), place, xerr=half_width(found.gains), **how)
+    for name, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=name)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)])
+    axes.set_xlabel("difference in accuracy, mean and 95 % interval over seeds")
+    axes.legend(loc="best")
+    figure.savefig(path, dpi=120)
+
+
+FAILURES = {  # arXiv:2603.25562v2: what goes wrong, the arm that shows it, by which metric
+    "share of tokens with a negative advantage": ("opd", "advantage_negative_share"),
+    "1st percentile of log_ratio, nats": ("opd", "log_ratio_p1"),
+    "99th percentile of log_ratio, nats": ("opd", "log_ratio_p99"),
+    "log_ratio in the first tenth of a completion": ("opd-early", "log_ratio_decile_0"),
+    "log_ratio in the last tenth": ("opd-early", "log_ratio_decile_9"),
+    "log_ratio at the end token": ("opd-other_end", "eos_log_ratio_mean"),
+    "log_ratio of all tokens": ("opd-other_end", "log_ratio_mean"),
+    "share of cut completions": ("opd-other_end", "truncated_share"),
+}
+
+
+def failure_table() -> str:
+    """A Markdown table of the metrics of FAILURES in the curves: their first and last 3 steps."""
+    lines = ["| metric | arm | runs | first 3 steps | last 3 steps |", "|---" * 5 + "|"]
+    for text, (arm, key) in FAILURES.items():
+        curves = []
+        for path in sorted((RESULTS / "evidence").glob(f"run-{arm}-[0-9].jsonl")):
+            found = [json.loads(line).get(key) for line in path.read_text().splitlines()]
+            values = [value for value in found if value is not None and not math.isnan(value)]
+            curves += [values] if len(values) >= 6 else []
+        ends = [[statistics.mean(v[:3]) for v in curves], [statistics.mean(v[-3:]) for v in curves]]
+        shown = [f"`{arm}`", f"{len(curves)}", *map(spread, ends)]
+        lines.append(f"| {text} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def sweep_table(rows: list[dict[str, str]]) -> str:
@@ -367,6 +450,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="fewer than 5, in a smoke suite 3")
     parser.add_argument("--most", type=int, default=10**6, help="run at most so many cells")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--figure", type=Path, help="draw all claims into this file, run nothing")
     parser.add_argument(
         "--again", action="store_true", help="run finished cells again, keep no row"
     )
@@ -375,6 +459,9 @@ def main() -> None:
     if args.suite and args.claim:
         parser.error("--suite and --claim: give one of them")
     rows = finished(args.out)
+    if args.figure:
+        draw(rows, args.figure)
+        return
     have = {(row["suite"], row["arm"], int(row["seed"])) for row in rows}
     claims = args.claim or (list(CLAIMS) if args.suite == "full" else [])
     if args.suite == "sweep":

@@ -5,8 +5,9 @@
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
 `diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
-benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `size NAME` is
-the number of lines of a golden diff.
+benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...` and
+`gradient variance` come from the other files of that folder; `size NAME` is the number of lines of
+a golden diff.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+import bench_ops  # noqa: E402
 import evidence  # noqa: E402
+import gradient_variance  # noqa: E402
 import sync_methods  # noqa: E402
 
 
@@ -43,15 +46,17 @@ def tags(text: str) -> list[str]:
     return re.findall(r"\((\d+)\)", text)
 
 
-def evidence_tables(method: str) -> dict[str, str]:
+def result_tables(method: str) -> dict[str, str]:
     """Markdown tables of what has been run; in the page of a method its arms and opd alone."""
     rows = evidence.finished(evidence.RESULTS / "evidence.csv")
     if not method:
-        tables = {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
-        return tables | {
-            "smoke": evidence.table(rows, list(evidence.SMOKE)),
-            "sweep": evidence.sweep_table(rows),
-        }
+        tables: dict[str, str] = bench_ops.grid_tables()
+        tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
+        tables["gradient variance"] = gradient_variance.table()
+        tables["summary"] = evidence.summary_table(rows)
+        tables["failures"] = evidence.failure_table()
+        tables["smoke"] = evidence.table(rows, list(evidence.SMOKE))
+        return tables | {"sweep": evidence.sweep_table(rows)}
     arms = [arm for arm in evidence.SMOKE if arm == "opd" or arm.split("-")[0] == method]
     return {"smoke": evidence.table(rows, arms)}
 
@@ -84,10 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     stale = []
-    pages = [*sorted((ROOT / "docs/methods").glob("*.md")), ROOT / "docs/evidence.md"]
+    pages = [*sorted((ROOT / "docs/methods").glob("*.md"))]
+    pages += [ROOT / "docs/evidence.md", ROOT / "docs/benchmarks.md"]
     for path in [*pages, ROOT / "README.md"]:
         method = path.stem if path.parent.name == "methods" else ""
-        parts = evidence_tables(method)
+        parts = result_tables(method)
         if method:
             parts["equations"] = equation_table((ROOT / f"methods/{method}.py").read_text())
         golden = ROOT / f"docs/diffs/opd-{method}.diff"
