@@ -22,6 +22,7 @@ import argparse
 import csv
 import datetime
 import functools
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -74,6 +75,12 @@ SHAPES = {  # of student and teacher: as in assets/tiny; as Qwen3-0.6B and Qwen3
     "cpu": (shape(128, 480, 4, 2, 4, 32), shape(192, 640, 6, 2, 4, 32)),
     "cuda": (shape(1024, 3072, 16, 8, 28, 128), shape(2048, 6144, 16, 8, 28, 128)),
 }
+IMPORTS = (  # of every process, so that all count memory from the same base
+    "opd",
+    "datasets",
+    "trl.experimental.gkd.gkd_trainer",
+    "trl.trainer.distillation_trainer",
+)
 SIZES = ("vocab", "completion", "rollouts")
 STEP_COLUMNS = (
     "implementation,objective,vocab,completion,rollouts,prompt,dtype,total_s,generate_s,teacher_s,"
@@ -292,9 +299,10 @@ def run_trl(clock: Clock, folder: Path, case: argparse.Namespace, who: str, obje
 
 def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective: str) -> None:
     """A process: one implementation, one step at each word from the parent."""
-    import opd  # noqa: F401
     import transformers
 
+    for name in IMPORTS:
+        importlib.import_module(name)
     sys.stdout = open(os.devnull, "w")  # the parent reports
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
