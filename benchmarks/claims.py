@@ -133,13 +133,13 @@ CLAIMS = {
         "400,000 examples",
         (
             Comparison("than supervision on the teacher's outputs, accuracy", "opd", "supervised"),
+            Comparison("the same with the full divergence", "opd-full", "supervised"),
             Comparison("than GRPO with the verifier, accuracy", "opd", "grpo"),
             Comparison(
                 "than supervision, gain per minute of training", "opd", "supervised", "gain_per_min"
             ),
             Comparison("than GRPO, gain per minute of training", "opd", "grpo", "gain_per_min"),
         ),
-        ("opd-full",),
     ),
     "2": Claim(
         "Top-K matching is more stable than sampled-token OPD",

@@ -352,7 +352,8 @@ class Run:
         script: the method file, copied into the folder: the file is the experiment.
 
     Raises:
-        RunError: `check_folder` has an objection; or `--resume` finds no complete checkpoint.
+        RunError: `check_folder` has an objection; another process runs in the folder; or `--resume`
+            finds no complete checkpoint.
     """
 
     def __init__(self, args: argparse.Namespace, script: str) -> None:
@@ -376,6 +377,8 @@ class Run:
         """Make the folder ready; which checkpoint to go on from."""
         text = Path(script).read_text(encoding="utf-8")
         check_folder(args)
+        with self._writing("the run folder"):
+            self._hold()
         if args.overwrite and not args.resume:
             _remove_run(self.path, Path(script).name)
         resume_from = self.newest_checkpoint() if args.resume else None
@@ -397,6 +400,19 @@ class Run:
             record_text = json.dumps(record, indent=1, default=str) + "\n"
             write_atomically(self.path / "args.json", record_text)
         return resume_from
+
+    def _hold(self) -> None:
+        """Lock the folder until this process ends: two runs in one folder would mix their rows."""
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RunError(f"run folder {self.path}: another process runs in it", 2) from error
+        except OSError as error:  # a file system without locks
+            say(f"! run folder {self.path}: not locked ({error}); start no second run in it")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stop_signal and ranks.world() == 1:  # torchrun itself hands signals on twice

@@ -76,6 +76,33 @@ def test_resume_equals_an_uninterrupted_run(folder):
     assert not list((parts / "checkpoints").glob(".writing*"))
 
 
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_folder_that_another_process_writes_to_is_refused(folder, capsys, flag):
+    run = folder / f"shared{flag}"
+    opd.main(flags(folder, run.name, "--steps", "2"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, run / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit) as stop:
+            opd.main(flags(folder, run.name, "--steps", "2", flag))
+        other.stdin.close()
+    assert stop.value.code == 2
+    assert f"run folder {run}: another process runs in it" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    opd.main(flags(folder, run.name, "--steps", "2", flag))  # the other one is gone
+
+
 def test_a_run_is_a_function_of_its_seed(folder):
     opd.main(flags(folder, "seed0", "--steps", "2"))
     opd.main(flags(folder, "seed0b", "--steps", "2"))
