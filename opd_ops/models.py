@@ -164,7 +164,7 @@ def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
         twice = dict(model.lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
         weights = {name: weight for name, weight in weights.items() if name not in twice}
     if _adapted(model.lm) and ranks.rank() == 0:
-        weights = merged(model.lm, weights or model.lm.state_dict())
+        weights = dict(merged(model.lm, weights or model.lm.state_dict()))
     if ranks.rank() == 0:
         model.lm.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
@@ -218,18 +218,22 @@ def _adapted(lm: Any) -> dict[str, Any]:
     return {name: each for name, each in lm.named_modules() if hasattr(each, "lora_A")}
 
 
-def merged(lm: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adapters added to the weights that they adapt, under the names of the plain model."""
+def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Adapters added to the weights that they adapt, under the names of the plain model.
+
+    Sharded weights are put together, one at a time; all ranks have to ask for all of them.
+    """
     scale = {name: each.scaling["default"] for name, each in _adapted(lm).items()}
-    plain = {}
     for name, weight in weights.items():
+        if ".lora_" in name:
+            continue
+        weight = ranks.whole(weight)
         layer, at, rest = name.partition(".base_layer.")
         if at and rest == "weight":
-            down, up = (weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            names = (f"{layer}.lora_{side}.default.weight" for side in "AB")
+            down, up = (ranks.whole(weights[each]).float() for each in names)
             weight = (weight.float() + scale[layer] * (up @ down)).to(weight.dtype)
-        if ".lora_" not in name:
-            plain[name.replace(".base_layer.", ".")] = weight
-    return plain
+        yield name.replace(".base_layer.", "."), weight
 
 
 def by_teacher(

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
+at_end: list[Callable[[], None]] = []
+"""What else has joined the processes, and leaves before they part."""
 
 
 def rank() -> int:
@@ -69,6 +71,8 @@ def start(args: argparse.Namespace) -> None:
 
 def end() -> None:
     """Leave in good order."""
+    while at_end:
+        at_end.pop()()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -191,10 +195,14 @@ def shard(model: Any, args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def unsharded(model: torch.nn.Module) -> Iterator[None]:
-    """All weights whole for the block, so that ranks may compute in it without keeping step."""
+    """All weights whole for the block, so that ranks may compute in it without keeping step.
+
+    Not those of a model that an engine computes for.
+    """
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [each for each in model.modules() if isinstance(each, FSDPModule)]
+    modules = () if getattr(model, "engine", None) else model.modules()
+    parts = [each for each in modules if isinstance(each, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

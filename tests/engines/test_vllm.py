@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from opd_ops import engines, models, runs
 
 pytestmark = pytest.mark.engines
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3  # nats, float32
 START_S = 900  # a server on busy cores
 TEXTS = ["Compute 12+34.", "Compute 9-4.", "Compute 3*4.", "12 + 7 = ?"]
@@ -187,20 +189,50 @@ def test_another_tokenizer_is_refused(server, tmp_path):
         setup(opd, "--student", other, "--teacher-url", server)
 
 
+def run(folder: Path, command: list[str], *flags: str) -> tuple[list[dict], str, str]:
+    """A run with an engine: its steps, its samples, what it printed. It ends without a complaint.
+
+    One test prompt: of two processes one has nothing to generate in an evaluation.
+    """
+    few = folder.with_suffix(".jsonl")
+    few.write_text((runs.TINY / "prompts/test.jsonl").read_text().splitlines(keepends=True)[0])
+    argv = "--device cpu --sampler vllm --prompts-per-step 7 --rollouts-per-prompt 1 --lr 1e-3"
+    argv += f" --eval-every 2 --eval-samples 1 --test-prompts {few} --run-dir {folder}"
+    done = subprocess.run(
+        [sys.executable, *command, *argv.split(), *flags], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    rows = [row for row in runs.read_metrics(folder) if "loss" in row]
+    return rows, (folder / "samples.jsonl").read_text(), done.stdout
+
+
 def test_a_run_with_both_engines(server, tmp_path):
     """Two steps and an evaluation, started as a user does."""
-    few = tmp_path / "few.jsonl"
-    lines = (runs.TINY / "prompts/test.jsonl").read_text().splitlines(keepends=True)
-    few.write_text("".join(lines[:8]))
-    argv = "--steps 2 --prompts-per-step 4 --rollouts-per-prompt 2 --eval-every 2 --eval-samples 1"
-    argv += f" --device cpu --sampler vllm --teacher-url {server} --test-prompts {few}"
-    argv += f" --run-dir {tmp_path / 'run'}"
-    script = runs.TINY.parents[1] / "methods/opd.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *argv.split()], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [row for row in runs.read_metrics(tmp_path / "run") if "loss" in row]
+    more = ["--steps", "2", "--teacher-url", server]
+    rows, _, output = run(tmp_path / "run", [str(ROOT / "methods/opd.py")], *more)
     assert len(rows) == 2 and all(abs(row["policy_log_ratio_mean"]) < TOLERANCE for row in rows)
-    assert engines.KEY not in done.stdout
+    assert engines.KEY not in output
+
+
+SHARDED = ["--shard", "fsdp"]
+
+
+@pytest.mark.parametrize(
+    ("common", "modes"),
+    [([], {"none": [], "fsdp": SHARDED}), (["--lora-rank", "4"], {"fsdp": SHARDED})],
+    ids=["all weights", "adapters"],
+)
+def test_of_several_processes_each_has_an_engine(tmp_path, common, modes):
+    """Samples and steps are those of one process, so each engine has the new weights in time."""
+    common = [*common, "--steps", "3"]
+    one, samples, _ = run(tmp_path / "one", [str(ROOT / "methods/opd.py")], *common)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    for mode, more in modes.items():
+        worker = str(Path(__file__).with_name("vllm_worker.py"))
+        two, found, _ = run(tmp_path / mode, [*torchrun, worker], *common, *more)
+        assert found == samples
+        for left, right in zip(one, two, strict=True):
+            assert right["loss"] == pytest.approx(left["loss"], abs=1e-4)
+            assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-2)
+            assert abs(right["policy_log_ratio_mean"]) < TOLERANCE

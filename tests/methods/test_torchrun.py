@@ -212,8 +212,6 @@ def test_flags_of_several_processes(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(runs.RunError, match="gives each process a device"):
         opd.parse_args(["--device", "cuda:1"])
-    with pytest.raises(runs.RunError, match="--sampler vllm: not under torchrun"):
-        opd.parse_args(["--sampler", "vllm"])
     with pytest.raises(runs.RunError, match="leave --teacher-device out"):
         opd.parse_args(["--shard", "fsdp", "--shard-frozen", "--teacher-device", "cpu"])
 
