@@ -12,18 +12,23 @@ import sys
 import time
 from pathlib import Path
 
+import opd
 import pytest
 import tinylm
 import torch
+import torchrun_worker
 import transformers
 
-from opd_ops import ranks, runs
+from opd_ops import ranks, rollouts, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 METHODS = ("opd", "sg_opd", "exopd", "topk_opd", "tropd")
 MODES = {"none": [], "fsdp": ["--shard", "fsdp", "--shard-frozen"]}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+REPLAY = (
+    "--objective sampled --discount 0.9 --updates-per-rollout 2 --steps 4 --save-every 1".split()
+)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
@@ -58,6 +63,24 @@ def flags(folder: Path, method: str, run: str, *more: str) -> list[str]:
     return [*named, *sizes.split(), *teachers, *own.get(method, []), *more]
 
 
+def save_rollouts(path: Path, tokenizer, steps: int) -> str:
+    """Six rollouts for each step, of 1 to 40 tokens, by another policy than the student."""
+    generator, stored = torch.Generator().manual_seed(0), []
+    prompts = [opd.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in ("1+2=", "345+6=")]
+    for step in range(steps):
+        rollout = rollouts.blank(opd.Rollout, prompts * 3, 40, torch.device("cpu"))
+        lengths = torch.tensor([40, 1, 1, 2, 17, 1]).roll(step)
+        rollout.completion_mask = torch.arange(40) < lengths[:, None]
+        ids = torch.randint(4, len(tinylm.WORDS), rollout.completion_ids.shape, generator=generator)
+        rollout.completion_ids = ids * rollout.completion_mask
+        rollout.response_mask = rollout.completion_mask.clone()
+        logp = -3.0 * torch.rand(ids.shape, generator=generator) * rollout.completion_mask
+        rollout.behaviour_logp = rollout.rollout_logp = logp
+        stored.append(rollout)
+    torch.save(stored, path)
+    return str(path)
+
+
 def cut(folder: Path, source: str, run: str) -> None:
     """A copy of a run as it was after step 2."""
     shutil.copytree(folder / source, folder / run)
@@ -78,9 +101,12 @@ def folder(tmp_path_factory):
         importlib.import_module(method).main(flags(folder, method, "one"))
         for mode, more in MODES.items():
             jobs.append([method, flags(folder, method, mode, *more)])
+    stored = save_rollouts(folder / "rollouts.pt", tinylm.tokenizer(), 4)
+    torchrun_worker.run("opd", flags(folder, "opd", "one-stored", *REPLAY), stored)
     for mode, more in MODES.items():
         cut(folder, "one-opd", f"from-one-{mode}-opd")
         jobs.append(["opd", flags(folder, "opd", f"from-one-{mode}", "--resume", *more)])
+        jobs.append(["opd", flags(folder, "opd", f"{mode}-stored", *REPLAY, *more), stored])
         lonely = ["--prompts-per-step", "1", "--rollouts-per-prompt", "1"]  # a rank has no rollout
         jobs.append(["opd", flags(folder, "opd", f"lonely-{mode}", *lonely, *more)])
     lora = ["--lora-rank", "2"]
@@ -131,8 +157,8 @@ def weights(run: Path, step: int = 3) -> dict[str, torch.Tensor]:
     return transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
-def apart(one: Path, two: Path) -> float:
-    left, right = weights(one), weights(two)
+def apart(one: Path, two: Path, step: int = 3) -> float:
+    left, right = weights(one, step), weights(two, step)
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
@@ -150,6 +176,17 @@ def test_two_processes_are_one(folder, method, mode):
     assert apart(one, two) < 1e-5
     start = transformers.AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
     assert not torch.equal(start["model.norm.weight"], weights(two)["model.norm.weight"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stored_rollouts_give_one_trajectory(folder, mode):
+    """1 to 40 tokens each, two updates of a step: losses and weights, after every step."""
+    one, two = folder / "one-stored-opd", folder / f"{mode}-stored-opd"
+    assert not differences(one, two)
+    (row, *_) = [row for row in lines(two, "metrics.jsonl") if "loss" in row]
+    assert row["num_trained_tokens"] == 62 and abs(row["policy_log_ratio_mean"]) > 0.1
+    assert all(apart(one, two, step) < 1e-5 for step in range(1, 5))
+    assert apart(one, folder / "one-opd") > 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -203,7 +240,6 @@ def test_shares_of_all_ranks_are_everything(monkeypatch):
 
 
 def test_flags_of_several_processes(capsys, monkeypatch):
-    opd = importlib.import_module("opd")
     with pytest.raises(SystemExit) as stop:
         opd.main(["--shard", "fsdp"])
     assert stop.value.code == 2 and "start with torchrun" in capsys.readouterr().err
