@@ -1,18 +1,23 @@
-"""The sampler of the method files against `model.generate`: same model, prompts and law.
+"""The sampler of the method files against others: same model, prompts, law and process.
 
     python benchmarks/bench_sampler.py --model assets/tiny/student --repeats 7
+    .venv-engines/bin/python benchmarks/bench_sampler.py    # with vLLM, after make test-engines
 
-Both are run in turn within one process; a row holds the median, 20th and 80th percentile of the
-tokens per second of each, and the row `ratio` the quotients pair by pair. `generate` is called with
-top_k 0 and top_p 1, so that it samples from the full softmax as ours does. Ours also records two
-log-probs per token, and drops finished rows from the batch.
+All are run in turn within one process: `opd.sample`, `model.generate`, `model.generate_batch`
+(transformers' continuous batching) and, where it is installed, vLLM as `--sampler vllm` calls it. A
+row holds the median, 20th and 80th percentile of the tokens per second, or of our rate over
+another's, turn by turn. The others are called with top_k 0 and top_p 1, so that they sample from
+the full softmax as ours does. Ours records two log-probs per token, vLLM one, the others none.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import datetime
+import importlib.metadata
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -25,7 +30,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import opd  # noqa: E402
 
-from opd_ops import data, models, runs  # noqa: E402
+from opd_ops import data, engines, models, runs  # noqa: E402
+
+PAGE = 32  # tokens; of the cache of `generate_batch`
+
+
+def law(args: argparse.Namespace) -> transformers.GenerationConfig:
+    """The full softmax at temperature 1."""
+    return transformers.GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=args.eos_ids,
+        pad_token_id=0, max_new_tokens=args.max_completion_tokens,
+    )  # fmt: skip
 
 
 def generate(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
@@ -36,28 +51,45 @@ def generate(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.N
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
         mask[row, width - len(prompt.ids) :] = 1
-    config = transformers.GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=args.eos_ids,
-        pad_token_id=0, max_new_tokens=args.max_completion_tokens,
-    )  # fmt: skip
     total = 0
     for part, part_mask in zip(
         ids.split(args.sampler_batch_size), mask.split(args.sampler_batch_size), strict=True
     ):
-        made = model.lm.generate(part, attention_mask=part_mask, generation_config=config)
+        made = model.lm.generate(part, attention_mask=part_mask, generation_config=law(args))
         ends = torch.isin(made[:, width:], torch.tensor(args.eos_ids)).cumsum(1)
         total += int((ends == 0).sum() + (ends.max(1).values > 0).sum())
     return total
 
 
+def generate_batch(
+    model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace
+) -> int:
+    """Tokens that continuous batching made; its cache is just large enough for all at once."""
+    ids = [list(prompt.ids) for prompt in prompts]
+    pages = sum(-(-(len(each) + args.max_completion_tokens) // PAGE) for each in ids)
+    how = transformers.ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=pages + 1, max_batch_tokens=max(256, len(ids))
+    )
+    found = model.lm.generate_batch(ids, law(args), how, warmup=False).values()
+    if len(found) < len(ids) or any(each.error for each in found):
+        raise SystemExit(f"generate_batch: {[each.error for each in found]}")
+    return sum(len(each.generated_tokens) for each in found)
+
+
 def ours(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
-    """Tokens that the method files' sampler made, EOS included."""
+    """Tokens that the method files' sampler made, EOS included; or the model's engine for it."""
     uniform = opd.uniforms(len(prompts), 2, 0, args)
     return int(opd.sample(model, prompts, uniform, args, 1.0).completion_mask.sum())
 
 
+def vllm_version() -> str:
+    """Of the package that is installed: its CPU build has another name."""
+    package = importlib.metadata.packages_distributions()["vllm"][0]
+    return importlib.metadata.version(package)
+
+
 def main() -> None:
-    """Time both and append three rows."""
+    """Time them and append their rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=str(runs.TINY / "student"))
     parser.add_argument("--prompts", default=str(runs.TINY / "prompts/test.jsonl"))
@@ -79,16 +111,27 @@ def main() -> None:
     tokenizer = models.prepare({"student": own.model}, args)
     model = models.load_lm(own.model, False, args)
     chosen = data.load_prompts(tokenizer, args)[0][: own.num_prompts]
-    kinds = {"opd.sample": ours, "transformers.generate": generate}
+    kinds = {
+        "opd.sample": (ours, model),
+        "transformers.generate": (generate, model),
+        "transformers.generate_batch": (generate_batch, model),
+    }
+    if importlib.util.find_spec("vllm"):
+        driven = copy.copy(model)
+        driven.engine = engines.VllmSampler(own.model, args)
+        kinds[f"vllm {vllm_version()}"] = (ours, driven)
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(own.repeats + 1):
-        for name, function in kinds.items():
+        for name, (function, which) in kinds.items():
+            some = chosen if repeat else chosen[:4]  # the first turn is a warm-up
             start = time.perf_counter()
-            rate = function(model, chosen, args) / (time.perf_counter() - start)
-            if repeat:  # the first is a warm-up
+            rate = function(which, some, args) / (time.perf_counter() - start)
+            if repeat:
                 rates[name].append(rate)
-    pairs = np.array(rates["opd.sample"]) / np.array(rates["transformers.generate"])
-    found = {name: np.array(values) for name, values in rates.items()} | {"ratio": pairs}
+                print(f"{repeat} {name}: {rate:.1f} tokens/s", flush=True)
+    found = {name: np.array(values) for name, values in rates.items()}
+    for name in list(kinds)[1:]:
+        found[f"opd.sample / {name}"] = found["opd.sample"] / found[name]
     seen = runs.environment()
     own.out.parent.mkdir(parents=True, exist_ok=True)
     new = not own.out.exists()
@@ -101,9 +144,9 @@ def main() -> None:
             )
         for name, values in found.items():
             low, mid, high = np.percentile(values, [20, 50, 80])
-            print(f"{name:24s} {mid:10.2f}  [{low:.2f}, {high:.2f}]")
+            print(f"{name:44s} {mid:10.2f}  [{low:.2f}, {high:.2f}]")
             writer.writerow(
-                [name, "" if name == "ratio" else "tokens/s", Path(own.model).name, len(chosen),
+                [name, "" if "/" in name else "tokens/s", Path(own.model).name, len(chosen),
                  own.max_completion_tokens, f"{mid:.3f}", f"{low:.3f}", f"{high:.3f}", own.repeats,
                  seen["device"], seen["num_threads"], seen["torch"], seen["transformers"],
                  seen["commit"][:10], seen["dirty"], datetime.date.today().isoformat()]
