@@ -220,5 +220,6 @@ CLAIMS = {
                 more=False,
             ),
         ),
+        ("opd", "tropd"),
     ),
 }

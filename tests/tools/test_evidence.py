@@ -1,0 +1,77 @@
+"""Arms, budgets and verdicts of benchmarks/evidence.py."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+import evidence  # noqa: E402
+from claims import ARMS, CLAIMS, Comparison  # noqa: E402
+
+
+def rows_of(**arms: list[float]) -> list[dict[str, str]]:
+    """Rows of runs with these accuracies at seeds 0, 1, ..."""
+    return [
+        {"suite": "run", "arm": arm, "seed": str(seed), "avg_after": str(value)}
+        for arm, values in arms.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def verdict(own: list[float], other: list[float], more: bool = True) -> str:
+    rows = rows_of(sg_opd=own, opd=other)
+    return evidence.find(rows, Comparison("", "sg_opd", "opd", more=more)).verdict(more)
+
+
+def test_the_interval_is_students():
+    """scipy.stats.t.interval(0.95, 4, 3, sem) of 1..5 is (1.0368, 4.9632)."""
+    assert evidence.half_width([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.9632, abs=1e-3)
+
+
+def test_a_verdict_needs_an_interval_on_one_side_of_zero():
+    assert verdict([0.7, 0.71, 0.72], [0.6, 0.6, 0.62]) == "reproduced"
+    assert verdict([0.7, 0.71, 0.72], [0.6, 0.6, 0.62], more=False) == "not reproduced"
+    assert verdict([0.6, 0.6, 0.62], [0.7, 0.71, 0.72]) == "not reproduced"
+    assert verdict([0.7, 0.5, 0.6], [0.6, 0.6, 0.6]) == "not decidable"
+    assert verdict([0.7], [0.6]) == "too few seeds"
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds move both arms far more than the arms differ."""
+    assert verdict([0.51, 0.71, 0.92], [0.50, 0.70, 0.91]) == "reproduced"
+    found = evidence.find(
+        rows_of(sg_opd=[0.5, 0.6, 0.7], opd=[0.4]), Comparison("", "sg_opd", "opd")
+    )
+    assert (found.own, found.other) == ([0.5], [0.4])
+
+
+def test_every_arm_is_a_command_that_its_script_takes(monkeypatch):
+    """Flags parse, and every arm has the same budget: 30 steps of 128 completions."""
+    monkeypatch.chdir(ROOT)
+    for arm in ARMS:
+        script, *flags = evidence.Cell(arm, 0, "3e-4").command()
+        if ARMS[arm].is_baseline:
+            assert "--batch 128" in " ".join(flags) or "--rollouts-per-prompt 4" in " ".join(flags)
+            continue
+        args = importlib.import_module(Path(script).stem).parse_args(flags)
+        assert (args.steps, args.prompts_per_step * args.rollouts_per_prompt) == (30, 128)
+        assert (args.lr, args.lr_schedule, args.eval_samples) == (3e-4, "linear", 8)
+
+
+def test_claims_name_arms_that_exist_with_rates_that_are_swept():
+    named = {arm for claim in CLAIMS.values() for arm in claim.arms}
+    assert named == set(ARMS)
+    assert {ARMS[arm].rate for arm in named} == set(evidence.SWEPT)
+
+
+def test_the_best_rate_is_taken_from_a_whole_sweep_alone():
+    rows = [
+        {"suite": "sweep", "arm": f"opd@{rate}", "avg_after": str(score)}
+        for rate, score in zip(evidence.RATES, (0.5, 0.7, 0.6, 0.1))
+    ]
+    assert evidence.best_rates(rows) == {"opd": evidence.RATES[1]}
+    assert evidence.best_rates(rows[:-1]) == {}
