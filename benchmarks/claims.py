@@ -24,7 +24,7 @@ FOLDER = "runs/evidence"
 METHODS = ("opd", "sg_opd", "exopd", "topk_opd", "tropd")
 MERGE = " ".join(f"--teacher {name}={runs.TINY}/expert_{name}" for name in ("add", "sub", "mul"))
 WEAK = f"--teacher {runs.TINY}/expert_add"  # right in one domain of three
-EARLY = f"--student {FOLDER}/models/early"
+NOISY = f"--student {FOLDER}/models/noisy"  # far from its teacher
 OTHER_END = f"--teacher {FOLDER}/models/other_end"  # ends its turns with another token
 
 
@@ -77,13 +77,13 @@ ARMS = {name: method(name) for name in METHODS} | {
     "sg_opd-weak-random": method("sg_opd", f"{WEAK} --gate-control random"),
     "sg_opd-weak-inverse": method("sg_opd", f"{WEAK} --gate-control inverse"),
     # 5: a student that is far from the teacher
-    "opd-early": method("opd", EARLY),
-    "tropd-early": method("tropd", EARLY),
-    "tropd-early-clip": method("tropd", f"{EARLY} --outlier clip"),
-    "tropd-early-mask": method("tropd", f"{EARLY} --outlier mask"),
-    "tropd-early-no_guidance": method("tropd", f"{EARLY} --no-guidance"),
-    "tropd-early-scalar": method(
-        "tropd", f"{EARLY} --no-guidance --acceptance never --outlier-form scalar"
+    "opd-noisy": method("opd", NOISY),
+    "tropd-noisy": method("tropd", NOISY),
+    "tropd-noisy-clip": method("tropd", f"{NOISY} --outlier clip"),
+    "tropd-noisy-mask": method("tropd", f"{NOISY} --outlier mask"),
+    "tropd-noisy-no_guidance": method("tropd", f"{NOISY} --no-guidance"),
+    "tropd-noisy-scalar": method(
+        "tropd", f"{NOISY} --no-guidance --acceptance never --outlier-form scalar"
     ),
 }
 SMOKE = (*METHODS, "exopd-merge")
@@ -209,14 +209,14 @@ CLAIMS = {
         "arXiv:2606.01249v3: average of mathematics 49.85 against 46.79 by OPD; outliers by "
         "forward KL 49.00, clipped 47.86, masked 47.72; forward KL alone 1.40",
         (
-            Comparison("accuracy", "tropd-early", "opd-early"),
-            Comparison("outliers by forward KL, not clipped", "tropd-early", "tropd-early-clip"),
-            Comparison("outliers by forward KL, not masked", "tropd-early", "tropd-early-mask"),
-            Comparison("guidance", "tropd-early", "tropd-early-no_guidance"),
+            Comparison("accuracy", "tropd-noisy", "opd-noisy"),
+            Comparison("outliers by forward KL, not clipped", "tropd-noisy", "tropd-noisy-clip"),
+            Comparison("outliers by forward KL, not masked", "tropd-noisy", "tropd-noisy-mask"),
+            Comparison("guidance", "tropd-noisy", "tropd-noisy-no_guidance"),
             Comparison(
                 "forward KL alone, as a scalar: accuracy",
-                "tropd-early-scalar",
-                "opd-early",
+                "tropd-noisy-scalar",
+                "opd-noisy",
                 more=False,
             ),
         ),

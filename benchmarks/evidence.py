@@ -46,6 +46,7 @@ RESULTS = ROOT / "benchmarks/results"
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile with n - 1 degrees
 RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
 STEPS, SWEEP_STEPS, SWEEP_SEED = 30, 15, 3
+NOISE = 0.4  # of the noisy student, in standard deviations of each matrix
 FIELDS = (
     "suite,arm,seed,avg_before,avg_after,pass8_before,pass8_after,kl_before,kl_after,length,"
     "truncated,grad_norm,sampled_tokens,wall_s,commit,dirty,device,num_threads,torch,date,command,"
@@ -123,7 +124,7 @@ def best_rates(rows: list[dict[str, str]]) -> dict[str, str]:
 def make_models() -> None:
     """The two models of the claims that assets/tiny does not have, if they are not there yet."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = ROOT / FOLDER / "models"
     tokenizer = AutoTokenizer.from_pretrained(runs.TINY / "student")
@@ -134,19 +135,15 @@ def make_models() -> None:
         rows[[end, other]] = rows[[other, end]]
         model.save_pretrained(folder / "other_end")
         tokenizer.save_pretrained(folder / "other_end")
-    if not (folder / "early").is_dir():  # a student after few steps from random weights
-        torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(runs.TINY / "student")
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
-            folder / "new"
-        )
-        tokenizer.save_pretrained(folder / "new")
-        script = "benchmarks/baselines/supervised.py"
-        flags = f"--student {folder}/new --steps {EARLY_STEPS} --lr 2e-3 --eval-samples 2"
-        execute([script, *flags.split(), "--out", str(folder / "early")])
-
-
-EARLY_STEPS = 150
+    if not (folder / "noisy").is_dir():  # right 15 % of the time instead of 43 %
+        model = AutoModelForCausalLM.from_pretrained(runs.TINY / "student", dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.data += NOISE * weight.data.std() * noise
+        model.save_pretrained(folder / "noisy")
+        tokenizer.save_pretrained(folder / "noisy")
 
 
 def execute(command: list[str]) -> tuple[str, float, float]:
@@ -397,8 +394,8 @@ FAILURES = {  # arXiv:2603.25562v2: what goes wrong, the arm that shows it, by w
     "share of tokens with a negative advantage": ("opd", "advantage_negative_share"),
     "1st percentile of log_ratio, nats": ("opd", "log_ratio_p1"),
     "99th percentile of log_ratio, nats": ("opd", "log_ratio_p99"),
-    "log_ratio in the first tenth of a completion": ("opd-early", "log_ratio_decile_0"),
-    "log_ratio in the last tenth": ("opd-early", "log_ratio_decile_9"),
+    "log_ratio in the first tenth of a completion": ("opd-noisy", "log_ratio_decile_0"),
+    "log_ratio in the last tenth": ("opd-noisy", "log_ratio_decile_9"),
     "log_ratio at the end token": ("opd-other_end", "eos_log_ratio_mean"),
     "log_ratio of all tokens": ("opd-other_end", "log_ratio_mean"),
     "share of cut completions": ("opd-other_end", "truncated_share"),
