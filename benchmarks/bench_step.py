@@ -150,7 +150,7 @@ def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "student")
     settings: dict[str, Any] = {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": case.rollouts,
-        "max_steps": case.rounds + 2, "learning_rate": LR, "adam_beta2": BETA2,
+        "max_steps": case.warm_up + case.rounds + 1, "learning_rate": LR, "adam_beta2": BETA2,
         "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": cuda,
         "use_cpu": not cuda, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "beta": BETAS[objective], "temperature": 1.0,
@@ -246,7 +246,7 @@ def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: st
     def unverified(items: Any) -> list[float]:
         return [0.0] * len(items)
 
-    for step in range(case.rounds + 1):
+    for step in range(case.warm_up + case.rounds):
         chosen = opd.prompts_of_step(prompts, step, args)
         clock.begin()
         with clock.phase("generate"):
@@ -322,7 +322,7 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
 
 
 def measure(folder: Path, case: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one case: all implementations in turn, the first round a warm-up."""
+    """Rows of one case: all implementations in turn."""
     make_inputs(folder, case)
     context = multiprocessing.get_context("spawn")
     arms = [arm for arm in ARMS if arm[1] in case.objectives]
@@ -333,7 +333,7 @@ def measure(folder: Path, case: argparse.Namespace) -> list[dict[str, Any]]:
         workers.append(context.Process(target=work, args=(end, folder, case, *arm), daemon=True))
         workers[-1].start()
         end.close()
-    for step in range(case.rounds + 1):
+    for step in range(case.warm_up + case.rounds):
         for arm in list(pipes):
             try:
                 pipes[arm].send("step")
@@ -345,7 +345,7 @@ def measure(folder: Path, case: argparse.Namespace) -> list[dict[str, Any]]:
                 del pipes[arm]
             elif report["num_tokens"] != case.rollouts * case.completion:
                 raise SystemExit(f"{arm}: rollouts ended early: {report['num_tokens']} tokens")
-            elif step:
+            elif step >= case.warm_up:
                 found[arm].append(report)
             print(step, *arm, {k: v if k == "failed" else round(v, 2) for k, v in report.items()})
     for worker in workers:
@@ -546,7 +546,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[512, 151936])
     parser.add_argument("--completion", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rollouts", type=int, nargs="+", default=[4, 2, 1], help="of each length")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each, after a warm-up")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before these")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     parser.add_argument("--memory-limit-gib", type=float, default=10.0, help="of a process, on CPU")
     parser.add_argument("--equality", action="store_true", help="of loss and gradient, not time")
