@@ -15,8 +15,7 @@ Differences from opd.py:
 1. A frozen reference (the student's initial weights, or for "reward correction" the model that the
    teacher was trained from) scores the sampled tokens too; --reward-scale above 1 extrapolates.
 2. Several teachers, each for one domain of the prompts: --teacher NAME=PATH, --teacher-field.
-3. --teacher-offload: the models that only score take turns on the device.
-4. Left out: --objective full, --discount (the paper has 0).
+3. Left out: --objective full, --discount (the paper has 0).
 Deviations: one importance weight (3), where the authors' code has a capped weight for the sampling
 engine and a clipped ratio for the updates; with one update on own rollouts all of them are 1.
 
@@ -92,6 +91,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-timeout-s", 600.0, "wait for the server, then save and stop", "(0,inf)")
     add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
     add("--teacher-device", "same", "device of frozen models; same: --device")
+    add("--teacher-offload", False, "frozen models wait in CPU memory, come one by one to score")
     add("--lora-rank", 0, "train adapters of this rank, all layers but the head; 0: off", "[0,inf)")
     add("--lora-alpha", 32.0, "an adapter's product is multiplied by this / rank", "(0,inf)")
     add("--gradient-checkpointing", False, "recompute activations in the backward pass")
@@ -336,7 +336,6 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     add = partial(runs.flag, group)
     add("--reward-scale", 1.25, "lambda, Eq. (2); paper: 1.25; 1: opd; < 1: in between", "(0,inf)")
     add("--reference", None, "frozen model of Eq. (5) [the student's initial weights]")
-    add("--teacher-offload", False, "frozen models come to --device in turn, to score")
     alias = {"dest": "domain_field", "default": argparse.SUPPRESS}
     group.add_argument("--teacher-field", help="--domain-field: names the teacher", **alias)
 
@@ -349,8 +348,6 @@ def check_method_args(args: argparse.Namespace) -> list[str]:
         errors.append("--teacher: of several each needs a NAME= of its own")
     if any(names) and args.eval_teacher:
         errors.append("--eval-teacher: with named teachers there is not one to evaluate")
-    if args.teacher_offload and args.teacher_device != "cpu":
-        errors.append("--teacher-offload: give --teacher-device cpu, where the models wait")
     for source in filter(None, (args.prompts, args.test_prompts) if any(names) else ()):
         rows = opd_ops.data.read_rows(source, args.seed)
         domains = (row.get(args.domain_field) for row in rows)
@@ -393,8 +390,8 @@ def score(
     """Everything that comes from frozen models."""
     teacher_logp = torch.zeros_like(rollout.behaviour_logp)  # [B, T]
     for teacher, rows, part in opd_ops.models.by_teacher(models, rollout):  # of their domain
-        teacher_logp[rows, : part.completion_ids.shape[1]] = frozen_logp(teacher, part, args)
-    reference_logp = frozen_logp(models["reference"], rollout, args)
+        teacher_logp[rows, : part.completion_ids.shape[1]] = token_logp(teacher, part, args)
+    reference_logp = token_logp(models["reference"], rollout, args)
     return {"teacher_logp": teacher_logp, "reference_logp": reference_logp}
 
 
@@ -422,16 +419,6 @@ def split_name(teacher: str) -> tuple[str, str]:
     """[NAME=]PATH as (name, path), the name empty where there is none; a name has no slash."""
     name, equals, path = teacher.partition("=")
     return (name, path) if equals and "/" not in name else ("", teacher)
-
-
-def frozen_logp(model: CausalLM, rollout: Rollout, args: argparse.Namespace) -> Tensor:
-    """`token_logp` of a model that, with --teacher-offload, is on --device only meanwhile."""
-    home = model.device
-    if args.teacher_offload:
-        model.to(args.device)
-    logp = token_logp(model, rollout, args)
-    model.to(home)
-    return logp
 
 
 def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Tensor | float:

@@ -93,6 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-timeout-s", 600.0, "wait for the server, then save and stop", "(0,inf)")
     add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
     add("--teacher-device", "same", "device of frozen models; same: --device")
+    add("--teacher-offload", False, "frozen models wait in CPU memory, come one by one to score")
     add("--lora-rank", 0, "train adapters of this rank, all layers but the head; 0: off", "[0,inf)")
     add("--lora-alpha", 32.0, "an adapter's product is multiplied by this / rank", "(0,inf)")
     add("--gradient-checkpointing", False, "recompute activations in the backward pass")

@@ -45,13 +45,18 @@ def estimate(
     if args.lora_rank:
         frozen.pop(paths["student"], None)  # the student without its adapters
     found = {"student weights": student.weight_bytes // parts}
-    for path, name in frozen.items():
-        theirs = transformers.AutoConfig.from_pretrained(path, **trust)
-        found[f"{name} weights"] = (
-            num_parameters(theirs, **trust)
-            * (getattr(torch, args.teacher_dtype).itemsize)
-            // (parts if args.shard_frozen else 1)
+    sizes = {
+        f"{name} weights": num_parameters(
+            transformers.AutoConfig.from_pretrained(path, **trust), **trust
         )
+        * getattr(torch, args.teacher_dtype).itemsize
+        // (parts if args.shard_frozen else 1)
+        for path, name in frozen.items()
+    }
+    if args.teacher_offload:  # one at a time
+        found["teacher: largest frozen model"] = max(sizes.values(), default=0)
+    else:
+        found |= sizes
     found["gradients"] = 4 * student.num_trained // parts
     found["optimizer"] = 8 * student.num_trained // parts
     whole = student.num_parameters * compute.itemsize if parts > 1 else 0
@@ -73,8 +78,8 @@ def rows_of_rank(args: argparse.Namespace) -> int:
 
 
 def peak(found: dict[str, int]) -> int:
-    """The components that are always there, and the larger of the two phases."""
-    phases = {"generate": 0, "student": 0}
+    """The components that are always there, and the largest of the phases."""
+    phases = {"generate": 0, "teacher": 0, "student": 0}
     always = 0
     for name, size in found.items():
         phase = name.partition(":")[0]
@@ -92,6 +97,8 @@ def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace)
     what = "and what libraries take" if args.device == "cpu" else "and the CUDA context"
     total = f"memory: {'peak, calculated':<30} {peak(found) / 2**20:>10.0f} MiB, {what}"
     away = args.teacher_device.partition(":")[0] != args.device.partition(":")[0]
+    if args.teacher_offload:
+        total += "; frozen models wait in CPU memory"
     runs.say(*lines, total + (f"; frozen models are on {args.teacher_device}" if away else ""))
 
 

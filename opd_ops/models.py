@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,10 @@ class CausalLM(torch.nn.Module):
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype, enabled)
 
+    def present(self) -> contextlib.AbstractContextManager[None]:
+        """The weights on `device` for the block."""
+        return contextlib.nullcontext()
+
     def new_cache(self) -> DynamicCache:
         """An empty key/value cache in the compute type. (Under autocast, keys and values come out
         of norm and rotation in float32: twice the memory, for numbers that are cast at use.)"""
@@ -85,6 +91,53 @@ class WithoutAdapter(CausalLM):
         finally:
             for layer in layers:
                 layer.set_scale("default", 1.0)
+
+
+class Offloaded(CausalLM):
+    """A frozen model that waits in CPU memory and is on `place` only while it computes."""
+
+    def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype, place: str) -> None:
+        super().__init__(lm, plain_head, compute_dtype)
+        self.place, self.is_present = torch.device(place), False
+        self._head: Callable[[], Tensor | None] = lambda: None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.place
+
+    @property
+    def head(self) -> Tensor | None:
+        """As of `CausalLM`; outside of `forward` one copy on the device, while anyone holds it."""
+        head, copy = super().head, self._head()
+        if head is None or self.is_present:
+            return head
+        if copy is None:
+            copy = head.to(self.place, copy=True)
+            self._head = weakref.ref(copy)
+        return copy
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """Copies of the weights on the device for the block; those that wait stay as they are."""
+        if self.is_present:
+            yield
+            return
+        waiting = [(each, each.data) for each in (*self.lm.parameters(), *self.lm.buffers())]
+        try:
+            for each, values in waiting:
+                each.data = values.to(self.place, copy=True)
+            self.is_present = True
+            yield
+        finally:
+            self.is_present = False
+            for each, values in waiting:
+                each.data = values
+
+    def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
+        """As of `CausalLM`."""
+        with self.present():
+            return super().forward(read, where, **inputs)
 
 
 class _TypedCache(DynamicCache):  # type: ignore[misc]
@@ -137,7 +190,8 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
             f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
         )
     sharded = args.shard == "fsdp" and (not frozen or args.shard_frozen)
-    if not sharded:  # else it goes to the device in pieces
+    offload = frozen and args.teacher_offload
+    if not sharded and not offload:  # sharded it goes to the device in pieces
         lm = lm.to(args.teacher_device if frozen else args.device)
     lm = lm.requires_grad_(not frozen).eval()
     if peft is not None:
@@ -148,6 +202,8 @@ def load_lm(path: str, frozen: bool, args: argparse.Namespace) -> CausalLM:
     if args.gradient_checkpointing and not frozen:
         enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
         enable({"use_reentrant": False})  # renamed in transformers 5.2x
+    if offload:
+        return Offloaded(lm, plain, torch.float32, args.teacher_device).eval()
     model = CausalLM(lm, plain, torch.float32 if frozen else compute).eval()
     if sharded:
         ranks.shard(model, args)
@@ -285,6 +341,8 @@ def prepare(paths: dict[str, str], args: argparse.Namespace) -> Any:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise runs.RunError(f"{flag} {device!r}: {runs.one_line(error)}", 2) from None
+    if args.teacher_offload and args.teacher_device == "cpu":
+        raise runs.RunError("--teacher-offload: frozen models are in CPU memory already", 2)
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)  # what timings and memory figures speak of
     for name, device in (("dtype", args.device), ("teacher_dtype", args.teacher_device)):

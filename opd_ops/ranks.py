@@ -44,6 +44,8 @@ def check(args: argparse.Namespace) -> list[str]:
         errors.append("--shard-frozen: needs --shard fsdp")
     if args.shard_frozen and args.teacher_device != "same":
         errors.append("--shard-frozen: sharded models are on --device; leave --teacher-device out")
+    if args.shard_frozen and args.teacher_offload:
+        errors.append("--teacher-offload: models of --shard-frozen stay on their devices")
     if "RANK" in os.environ and ":" in args.device + args.teacher_device:
         errors.append("--device, --teacher-device: torchrun gives each process a device; no number")
     return errors
@@ -194,20 +196,21 @@ def shard(model: Any, args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def unsharded(model: torch.nn.Module) -> Iterator[None]:
-    """All weights whole for the block, so that ranks may compute in it without keeping step.
+def unsharded(model: Any) -> Iterator[None]:
+    """All weights whole and on the device for the block, so that ranks need not keep step in it.
 
     Not those of a model that an engine computes for.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    modules = () if getattr(model, "engine", None) else model.modules()
+    modules = () if model.engine else model.modules()
     parts = [each for each in modules if isinstance(each, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with model.present():
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)

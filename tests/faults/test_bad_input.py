@@ -96,6 +96,10 @@ CASES = [
     flag("--chat-template-args", "{", "JSON object"),
     flag("--device", "tpu9", "'tpu9'"),
     flag("--teacher-device", "cuda:99", "'cuda:99'"),
+    Case(
+        "flags", "`--teacher-offload` to where they are", 2, ("--teacher-offload", "CPU"),
+        ("--teacher-offload",),
+    ),
     flag("--objective", "half", "'full'", "'half'"),
     flag("--discount", "2", "[0,1]", "got 2"),
     flag("--jsd-beta", "1", "(0,1)", "got 1"),
@@ -124,10 +128,6 @@ CASES = [
     Case(
         "flags", "a domain without a teacher", 2, ("--teacher", "['b']"), (),
         {"--teacher": ["a={teacher}"]}, "exopd",
-    ),
-    Case(
-        "flags", "`--teacher-offload` to where they are", 2, ("--teacher-offload", "cpu"),
-        ("--teacher-offload",), {}, "exopd",
     ),
     flag("--support-size", "0", "[1,inf)", "got 0", method="topk_opd"),
     flag("--support-size", "1", "at least 2", method="topk_opd"),

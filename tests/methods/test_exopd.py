@@ -271,16 +271,19 @@ def test_offloaded_models_take_turns_on_the_device(folder, monkeypatch):
     several = named(folder, a="teacher", b="other")
     loaded, args, rollout = setup(folder, *several, teacher=False)
     want = exopd.score(loaded, rollout, args)
-    more = [*several, "--teacher-offload", "--teacher-device", "cpu"]
-    loaded, args, rollout = setup(folder, *more, teacher=False)
-    names, moves = {id(model): name for name, model in loaded.items()}, []
-    monkeypatch.setattr(
-        models.CausalLM, "to", lambda self, where: moves.append((names[id(self)], str(where)))
-    )
-    args.device = "device"
+    args.teacher_offload = True
+    loaded = models.load_models(exopd.model_paths(args), args)
+    frozen = {name: model for name, model in loaded.items() if name != "student"}
+    turns, compute = [], models.CausalLM.forward
+
+    def spy(self, *inputs, **more):
+        turns.append([name for name, model in frozen.items() if model.is_present])
+        return compute(self, *inputs, **more)
+
+    monkeypatch.setattr(models.CausalLM, "forward", spy)
     found = exopd.score(loaded, rollout, args)
-    turns = ["teacher/a", "teacher/b", "reference"]
-    assert moves == [(name, where) for name in turns for where in ("device", "cpu")]
+    assert turns == [["teacher/a"], ["teacher/b"], ["reference"]]
+    assert not any(model.is_present for model in frozen.values())
     assert all(torch.equal(want[name], found[name]) for name in want)
 
 
@@ -310,7 +313,6 @@ def test_a_domain_without_a_teacher_is_refused_before_a_model_is_looked_for(fold
         (["--teacher", "a=x", "--teacher", "y"], "NAME="),
         (["--teacher", "a=x", "--teacher", "a=y"], "NAME="),
         (["--teacher", "a=x", "--teacher", "b=y", "--eval-teacher"], "--eval-teacher"),
-        (["--teacher-offload"], "--teacher-device cpu"),
         (["--reward-scale", "0"], "(0,inf)"),
     ],
 )

@@ -250,6 +250,8 @@ def test_flags_of_several_processes(capsys, monkeypatch):
         opd.parse_args(["--device", "cuda:1"])
     with pytest.raises(runs.RunError, match="leave --teacher-device out"):
         opd.parse_args(["--shard", "fsdp", "--shard-frozen", "--teacher-device", "cpu"])
+    with pytest.raises(runs.RunError, match="--teacher-offload: models of --shard-frozen stay"):
+        opd.parse_args(["--shard", "fsdp", "--shard-frozen", "--teacher-offload"])
 
 
 # ------------------------------------------------------------------------------- a rank that dies
