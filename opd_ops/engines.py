@@ -24,6 +24,7 @@ from opd_ops import ranks, runs
 
 NUM_REQUESTS = 8  # at a time
 ROWS_A_REQUEST = 16
+CPU_CACHE_GIB = "1"  # of vLLM on a CPU, which takes no share of the memory
 KEY = "OPD_TEACHER_API_KEY"  # environment variable; sent as a bearer token, never logged
 
 
@@ -71,7 +72,7 @@ class VllmSampler:
             how["gpu_memory_utilization"] = args.sampler_memory
             how["enable_sleep_mode"] = True
         else:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         self.engine = vllm.LLM(
             model=path,
             dtype=args.dtype,
@@ -139,6 +140,16 @@ class VllmSampler:
         if self._sleeps:
             self.engine.sleep(level=1)
         return found
+
+
+def memory(num_parameters: int, args: argparse.Namespace) -> int:
+    """Bytes that the sampler's engine takes while it generates."""
+    if args.device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(args.device)
+        return int(args.sampler_memory * properties.total_memory)
+    cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)) * 2**30
+    size: int = getattr(torch, args.dtype).itemsize
+    return num_parameters * size + cache
 
 
 def sample(

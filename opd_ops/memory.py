@@ -62,9 +62,12 @@ def estimate(
     whole = student.num_parameters * compute.itemsize if parts > 1 else 0
     cast = student.num_parameters * compute.itemsize if compute != torch.float32 else 0
     text, batch = config.get_text_config(), min(args.sampler_batch_size, rows_of_rank(args))
-    found["generate: cache"] = batch * length * student.cache_bytes
-    found["generate: logits"] = LOGITS * batch * text.vocab_size * 4
-    found["generate: weights in --dtype"] = max(whole, cast)
+    if args.sampler == "vllm":
+        found["generate: vLLM"] = engines.memory(student.num_parameters, args)
+    else:
+        found["generate: cache"] = batch * length * student.cache_bytes
+        found["generate: logits"] = LOGITS * batch * text.vocab_size * 4
+        found["generate: weights in --dtype"] = max(whole, cast)
     found["student: activations"] = student.saved_bytes
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
     found["student: loss"] = min(WORKSPACE, logits) + 4 * text.vocab_size * text.hidden_size

@@ -10,7 +10,7 @@ import pytest
 import tinylm
 import torch
 
-from opd_ops import engines, models, ranks
+from opd_ops import engines, memory, models, ranks
 
 
 class Engine:
@@ -76,3 +76,16 @@ def test_weights_come_while_the_engine_is_awake(setup):
     assert all(torch.equal(engine.weights[k], v) for k, v in student.lm.state_dict().items())
     ranks.end()
     assert engine.calls[-1] == "shutdown"
+
+
+def test_the_estimate_has_the_engine_instead_of_the_own_sampler(setup, monkeypatch):
+    student, args = setup
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    args.device, args.sampler = "cpu", "vllm"
+    found = memory.estimate({"student": args.student}, 12, args)
+    size = sum(each.numel() * each.element_size() for each in student.parameters())
+    assert [name for name in found if name.startswith("generate")] == ["generate: vLLM"]
+    assert found["generate: vLLM"] == size + 2**30
+    args.device, total = "cuda:0", SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    assert memory.estimate({"student": args.student}, 12, args)["generate: vLLM"] == 300
