@@ -1,0 +1,148 @@
+"""What docs/benchmarks.md and README.md say of the rows of benchmarks/bench_step.py."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
+OURS, TRAINERS = "opd.py", ("GKDTrainer", "DistillationTrainer")
+NAMES = {"sampled": "sampled token", "reverse": "reverse KL", "jsd": "JSD", "forward": "forward KL"}
+Row = dict[str, str]
+Case = tuple[str, ...]  # ends with the implementation
+
+
+def newest(name: str, keys: list[str]) -> dict[Case, Row]:
+    """The last row of each case, small cases first."""
+    path = RESULTS / name
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = sorted(
+            csv.DictReader(file), key=lambda row: (int(row["vocab"]), int(row["completion"]))
+        )
+    return {tuple(row[key] for key in keys): row for row in rows}
+
+
+def of(rows: dict[Case, Row], case: Case, implementation: str) -> Row:
+    """The row of another implementation in the same case."""
+    other = (*case[:-1], implementation)
+    return rows[other]
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    """A Markdown table; `head` has its columns between bars."""
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def spread(theirs: Row, ours: Row) -> tuple[float, float, float]:
+    """The ratio of medians of a whole step, and the ends of the ratios round by round."""
+    pairs = zip(theirs["every_total_s"].split(), ours["every_total_s"].split())
+    ratios = [float(a) / float(b) for a, b in pairs]
+    return float(theirs["total_s"]) / float(ours["total_s"]), min(ratios), max(ratios)
+
+
+def size(row: Row) -> list[str]:
+    """The first cells of a line."""
+    return [f"{int(row['vocab']):,}", f"{row['rollouts']} x {int(row['completion']):,}"]
+
+
+def tables() -> dict[str, str]:
+    """What stands between the markers, by name."""
+    keys = ["vocab", "completion", "rollouts", "num_threads", "objective", "implementation"]
+    steps = newest("step.csv", keys)
+    ratios, phases = [], []
+    for key, row in steps.items():
+        cells = [*size(row), NAMES[row["objective"]]]
+        if row["implementation"] == OURS and row["objective"] != "sampled":
+            times, memory = [], [f"{int(row['peak_mib']):,}"]
+            for trainer in TRAINERS:
+                theirs = of(steps, key, trainer)
+                if theirs["failed"]:
+                    times.append(theirs["failed"])
+                    memory.append("-")
+                    continue
+                middle, low, high = spread(theirs, row)
+                ends = f" [{low:.2f}, {high:.2f}]" if high > low else ""
+                times.append(f"{middle:.2f}{ends}")
+                memory.append(f"{int(theirs['peak_mib']):,}")
+            ratios.append([*cells, f"{float(row['total_s']):.2f}", *times, *memory])
+        seconds = [row[f"{name}_s"] for name in ("generate", "teacher", "student", "total")]
+        shown = [f"{float(value):.3f}" if value else "-" for value in seconds]
+        divisor = f"{row['divided_by']} of {row['num_tokens']}" if row["divided_by"] else "-"
+        phases.append([*cells, f"`{row['implementation']}`", *shown, divisor])
+    head = "| vocabulary | rollouts x tokens | objective |"
+    return {
+        "step": table(
+            f"{head} `opd.py`, s | `GKDTrainer`, times that | `DistillationTrainer`, times that "
+            "| `opd.py`, MiB | `GKDTrainer`, MiB | `DistillationTrainer`, MiB |",
+            ratios,
+        ),
+        "step phases": table(
+            f"{head} implementation | generate, s | teacher, s | student, s | step, s "
+            "| loss divided by |",
+            phases,
+        ),
+        "step equality": equality(),
+        "step ratios": summary(steps),
+    }
+
+
+def equality() -> str:
+    """Loss and gradient of one batch against ours, and the error of each against float64."""
+    keys = ["vocab", "completion", "objective", "beta", "temperature", "implementation"]
+    rows = newest("step_equality.csv", keys)
+    lines = []
+    for key, row in rows.items():
+        if row["implementation"] != OURS:
+            ours = of(rows, key, OURS)
+            name = NAMES[row["objective"]]
+            if row["objective"] == "jsd":
+                name += f", beta {row['beta']}"
+            shown = [f"{int(row['vocab']):,}", name, row["temperature"]]
+            shown += [f"`{row['implementation']}`", row["loss"], row["loss_difference"]]
+            shown += [row["gradient_difference"], row["gradient_error"], ours["gradient_error"]]
+            lines.append(shown)
+    return table(
+        "| vocabulary | divergence | loss temperature | implementation | loss | loss minus ours "
+        "| gradient against ours | gradient against float64 | ours against float64 |",
+        lines,
+    )
+
+
+def summary(steps: dict[Case, Row]) -> str:
+    """One line for README.md: ranges of the ratios, by vocabulary."""
+    parts = []
+    for vocab in sorted({row["vocab"] for row in steps.values()}, key=int):
+        said = []
+        for trainer in TRAINERS:
+            times, memory, failed = [], [], 0
+            for key, row in steps.items():
+                if row["implementation"] == trainer and row["vocab"] == vocab:
+                    if row["failed"]:
+                        failed += 1
+                        continue
+                    ours = of(steps, key, OURS)
+                    times.append(spread(row, ours)[0])
+                    memory.append(float(row["peak_mib"]) / float(ours["peak_mib"]))
+            said.append(
+                f"`{trainer}` {min(times):.2f} to {max(times):.2f} times our time and "
+                f"{min(memory):.2f} to {max(memory):.2f} times our memory"
+                + (
+                    f" ({failed} of {failed + len(times)} cases ran out of memory)"
+                    if failed
+                    else ""
+                )
+            )
+        found = sorted({int(row["completion"]) for row in steps.values() if row["vocab"] == vocab})
+        lengths = " to ".join(f"{each:,}" for each in dict.fromkeys((found[0], found[-1])))
+        parts.append(f"at vocabulary {int(vocab):,}, {lengths} tokens long, {', '.join(said)}")
+    if not parts:
+        return "- One training step against TRL: not measured."
+    trl = sorted({row["trl"] for row in steps.values()})[-1]
+    return (
+        f"- One training step against TRL {trl}, full divergences, small random models, one CPU "
+        f"thread: {'; '.join(parts)}. "
+        "[What is equal and what is not](docs/benchmarks.md#one-training-step-against-trl)."
+    )
