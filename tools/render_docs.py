@@ -6,8 +6,8 @@
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
 `diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
 benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...` and
-`gradient variance` come from the other files of that folder; `size NAME` is the number of lines of
-a golden diff.
+`gradient variance` and `step ...` come from the other files there; `size NAME` is the number of
+lines of a golden diff.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import bench_ops  # noqa: E402
 import evidence  # noqa: E402
 import gradient_variance  # noqa: E402
+import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
 
 
@@ -76,6 +77,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables: dict[str, str] = bench_ops.grid_tables()
         tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
         tables["gradient variance"] = gradient_variance.table()
+        tables |= step_tables.tables()
         tables["demo"] = demo_line()
         tables["summary"] = evidence.summary_table(rows)
         tables["failures"] = evidence.failure_table()
