@@ -43,6 +43,11 @@ def spread(theirs: Row, ours: Row) -> tuple[float, float, float]:
     return float(theirs["total_s"]) / float(ours["total_s"]), min(ratios), max(ratios)
 
 
+def mib(row: Row) -> str:
+    """Peak memory; a dash where it is not known."""
+    return f"{int(row['peak_mib']):,}" if row["peak_mib"] else "-"
+
+
 def size(row: Row) -> list[str]:
     """The first cells of a line."""
     return [f"{int(row['vocab']):,}", f"{row['rollouts']} x {int(row['completion']):,}"]
@@ -56,7 +61,7 @@ def tables() -> dict[str, str]:
     for key, row in steps.items():
         cells = [*size(row), NAMES[row["objective"]]]
         if row["implementation"] == OURS and row["objective"] != "sampled":
-            times, memory = [], [f"{int(row['peak_mib']):,}"]
+            times, memory = [], [mib(row)]
             for trainer in TRAINERS:
                 theirs = of(steps, key, trainer)
                 if theirs["failed"]:
@@ -66,7 +71,7 @@ def tables() -> dict[str, str]:
                 middle, low, high = spread(theirs, row)
                 ends = f" [{low:.2f}, {high:.2f}]" if high > low else ""
                 times.append(f"{middle:.2f}{ends}")
-                memory.append(f"{int(theirs['peak_mib']):,}")
+                memory.append(mib(theirs))
             ratios.append([*cells, f"{float(row['total_s']):.2f}", *times, *memory])
         seconds = [row[f"{name}_s"] for name in ("generate", "teacher", "student", "total")]
         shown = [f"{float(value):.3f}" if value else "-" for value in seconds]
@@ -125,10 +130,12 @@ def summary(steps: dict[Case, Row]) -> str:
                         continue
                     ours = of(steps, key, OURS)
                     times.append(spread(row, ours)[0])
-                    memory.append(float(row["peak_mib"]) / float(ours["peak_mib"]))
+                    if row["peak_mib"]:
+                        memory.append(float(row["peak_mib"]) / float(ours["peak_mib"]))
+            known = "our memory" if len(memory) == len(times) else "our memory where it is known"
             said.append(
                 f"`{trainer}` {min(times):.2f} to {max(times):.2f} times our time and "
-                f"{min(memory):.2f} to {max(memory):.2f} times our memory"
+                f"{min(memory):.2f} to {max(memory):.2f} times {known}"
                 + (
                     f" ({failed} of {failed + len(times)} cases ran out of memory)"
                     if failed
