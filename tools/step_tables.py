@@ -117,39 +117,28 @@ def equality() -> str:
 
 
 def summary(steps: dict[Case, Row]) -> str:
-    """One line for README.md: ranges of the ratios, by vocabulary."""
-    parts = []
+    """For README.md: ranges over lengths and divergences of theirs over ours, by vocabulary."""
+    lines = []
     for vocab in sorted({row["vocab"] for row in steps.values()}, key=int):
-        said = []
+        cells = [f"{int(vocab):,}"]
         for trainer in TRAINERS:
-            times, memory, failed = [], [], 0
-            for key, row in steps.items():
-                if row["implementation"] == trainer and row["vocab"] == vocab:
-                    if row["failed"]:
-                        failed += 1
-                        continue
-                    ours = of(steps, key, OURS)
-                    times.append(spread(row, ours)[0])
-                    if row["peak_mib"]:
-                        memory.append(float(row["peak_mib"]) / float(ours["peak_mib"]))
-            known = "our memory" if len(memory) == len(times) else "our memory where it is known"
-            said.append(
-                f"`{trainer}` {min(times):.2f} to {max(times):.2f} times our time and "
-                f"{min(memory):.2f} to {max(memory):.2f} times {known}"
-                + (
-                    f" ({failed} of {failed + len(times)} cases ran out of memory)"
-                    if failed
-                    else ""
-                )
-            )
-        found = sorted({int(row["completion"]) for row in steps.values() if row["vocab"] == vocab})
-        lengths = " to ".join(f"{each:,}" for each in dict.fromkeys((found[0], found[-1])))
-        parts.append(f"at vocabulary {int(vocab):,}, {lengths} tokens long, {', '.join(said)}")
-    if not parts:
-        return "- One training step against TRL: not measured."
-    trl = sorted({row["trl"] for row in steps.values()})[-1]
-    return (
-        f"- One training step against TRL {trl}, full divergences, small random models, one CPU "
-        f"thread: {'; '.join(parts)}. "
-        "[What is equal and what is not](docs/benchmarks.md#one-training-step-against-trl)."
-    )
+            cases = {
+                key: row
+                for key, row in steps.items()
+                if row["implementation"] == trainer and row["vocab"] == vocab
+            }
+            done = {key: row for key, row in cases.items() if not row["failed"]}
+            ours = {key: of(steps, key, OURS) for key in done}
+            times = [spread(row, ours[key])[0] for key, row in done.items()]
+            memory = [
+                float(row["peak_mib"]) / float(ours[key]["peak_mib"])
+                for key, row in done.items()
+                if row["peak_mib"]
+            ]
+            failed = len(cases) - len(done)
+            more = f"; {failed} of {len(cases)} cases ran out of it" if failed else ""
+            cells.append(f"{min(times):.2f} to {max(times):.2f}")
+            cells.append(f"{min(memory):.2f} to {max(memory):.2f}{more}")
+        lines.append(cells)
+    head = "".join(f" `{trainer}`, time | memory |" for trainer in TRAINERS)
+    return table(f"| vocabulary |{head}", lines)
