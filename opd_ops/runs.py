@@ -402,11 +402,11 @@ class Run:
         return resume_from
 
     def _hold(self) -> None:
-        """Lock the folder until this process ends: two runs in one folder would mix their rows."""
+        """Lock the folder until the run ends: two of them in one folder would mix their rows."""
         import fcntl
 
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("w")
+        self._lock = (self.path / "lock").open("a")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -660,6 +660,7 @@ class Run:
         ranks.first(self._finish)
 
     def _finish(self) -> None:
+        self._lock.close()
         rows = read_metrics(self.path)
         columns = {}
         for title, name, place in (

