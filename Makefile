@@ -98,5 +98,5 @@ bench-step: install $(TRL)/installed  ## one training step against TRL's trainer
 	    --equality --completion 64
 	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(TRL)/bin/python benchmarks/bench_step.py
 
-clean:            ## remove the environment and everything that was built
-	rm -rf $(VENV) build *.egg-info opd_ops/*.so
+clean:            ## remove the environments and everything that was built
+	rm -rf $(VENV) $(ENGINES) $(TRL) build *.egg-info opd_ops/*.so

@@ -39,6 +39,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from claims import ARMS, CLAIMS, FOLDER, SMOKE, SWEPT, Comparison  # noqa: E402
+from tables import markdown  # noqa: E402
 
 from opd_ops import runs  # noqa: E402
 
@@ -283,10 +284,7 @@ def table(rows: list[dict[str, str]], arms: list[str], gains: bool = True) -> st
     }  # fmt: skip
     if gains:
         titles["gain"] = "accuracy minus opd's"
-    lines = [
-        "| arm | seeds | " + " | ".join(titles.values()) + " |",
-        "|---" * (len(titles) + 2) + "|",
-    ]
+    lines = []
     base = of_arm(rows, "opd", "avg_after")
     for arm in arms:
         mine = of_arm(rows, arm, "avg_after")
@@ -295,8 +293,8 @@ def table(rows: list[dict[str, str]], arms: list[str], gains: bool = True) -> st
             spread(paired if key == "gain" else list(of_arm(rows, arm, key).values()))
             for key in titles
         ]
-        lines.append(f"| {arm} | {len(mine)} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+        lines.append([arm, f"{len(mine)}", *found])
+    return markdown(["arm", "seeds", *titles.values()], lines)
 
 
 @dataclass(frozen=True)
@@ -335,9 +333,8 @@ def find(rows: list[dict[str, str]], comparison: Comparison) -> Finding:
 def claim_table(rows: list[dict[str, str]], key: str) -> str:
     """Comparisons of a claim with their verdicts, then its arms."""
     claim = CLAIMS[key]
-    lines = [f"Paper: {claim.paper}.", ""]
-    lines += ["| here | arm | against | of the one | of the other | difference | verdict |"]
-    lines.append("|---" * 7 + "|")
+    titles = "here", "arm", "against", "of the one", "of the other", "difference", "verdict"
+    lines = []
     for each in claim.comparisons:
         found = find(rows, each)
         side = "more" if each.more else "less"
@@ -345,21 +342,22 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
         shown = [f"{each.text}: {side}", f"`{each.arm}`", than]
         shown += [spread(found.own), spread(found.other), spread(found.gains)]
         shown.append(f"**{found.verdict(each.more)}**, {len(found.own)} seeds")
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join([*lines, "", table(rows, claim.arms, gains=False)])
+        lines.append(shown)
+    parts = [f"Paper: {claim.paper}.", markdown(titles, lines), table(rows, claim.arms, False)]
+    return "\n\n".join(parts)
 
 
 def summary_table(rows: list[dict[str, str]]) -> str:
     """A Markdown table: each claim, and which of its comparisons came out how."""
     verdicts = ("reproduced", "not decidable", "not reproduced")
-    lines = ["| claim | " + " | ".join(verdicts) + " |", "|---" * 4 + "|"]
+    lines = []
     for key, claim in CLAIMS.items():
         found = [(find(rows, each).verdict(each.more), each.text) for each in claim.comparisons]
         shown = ["; ".join(text for what, text in found if what == each) for each in verdicts]
         left = sum(what == "too few seeds" for what, _ in found)
         title = f"{key}. {claim.title}" + (f" ({left} not run)" if left else "")
-        lines.append(f"| {title} | " + " | ".join(each or "-" for each in shown) + " |")
-    return "\n".join(lines)
+        lines.append([title, *(each or "-" for each in shown)])
+    return markdown(["claim", *verdicts], lines)
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
@@ -404,7 +402,7 @@ FAILURES = {  # arXiv:2603.25562v2: what goes wrong, the arm that shows it, by w
 
 def failure_table() -> str:
     """A Markdown table of the metrics of FAILURES in the curves: their first and last 3 steps."""
-    lines = ["| metric | arm | runs | first 3 steps | last 3 steps |", "|---" * 5 + "|"]
+    lines = []
     for text, (arm, key) in FAILURES.items():
         curves = []
         for path in sorted((RESULTS / "evidence").glob(f"run-{arm}-[0-9].jsonl")):
@@ -412,9 +410,8 @@ def failure_table() -> str:
             values = [value for value in found if value is not None and not math.isnan(value)]
             curves += [values] if len(values) >= 6 else []
         ends = [[statistics.mean(v[:3]) for v in curves], [statistics.mean(v[-3:]) for v in curves]]
-        shown = [f"`{arm}`", f"{len(curves)}", *map(spread, ends)]
-        lines.append(f"| {text} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        lines.append([text, f"`{arm}`", f"{len(curves)}", *map(spread, ends)])
+    return markdown(["metric", "arm", "runs", "first 3 steps", "last 3 steps"], lines)
 
 
 def sweep_table(rows: list[dict[str, str]]) -> str:
@@ -424,13 +421,13 @@ def sweep_table(rows: list[dict[str, str]]) -> str:
         for row in rows
         if row["suite"] == "sweep"
     }
-    lines = ["| arm | " + " | ".join(RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
+    lines = []
     for arm in dict.fromkeys(arm for arm, _ in found):
         scores = [found.get((arm, rate)) for rate in RATES]
         best = max(score for score in scores if score is not None)
         shown = ["-" if s is None else f"**{s:.3f}**" if s == best else f"{s:.3f}" for s in scores]
-        lines.append(f"| {arm} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        lines.append([arm, *shown])
+    return markdown(["arm", *RATES], lines)
 
 
 # ==== Command line ================================================================================

@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from evidence import spread  # noqa: E402
+from tables import markdown  # noqa: E402
 
 from opd_ops import data, models, ranks, runs  # noqa: E402
 
@@ -118,13 +119,13 @@ def main() -> None:
 def table() -> str:
     """A Markdown table of the rows: means over sets of prompts with 95 % intervals."""
     rows = list(csv.DictReader(RESULTS.open())) if RESULTS.is_file() else []
-    lines = ["| arm | sets of prompts | noise / signal | cosine with the exact reverse KL |"]
-    lines.append("|---" * 4 + "|")
+    titles = "arm", "sets of prompts", "noise / signal", "cosine with the exact reverse KL"
+    lines = []
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
         shown = [spread([float(row[key]) for row in mine]) for key in ("noise", "cosine")]
-        lines.append(f"| `{arm}` | {len(mine)} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        lines.append([f"`{arm}`", f"{len(mine)}", *shown])
+    return markdown(titles, lines)
 
 
 if __name__ == "__main__":

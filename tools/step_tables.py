@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from tables import markdown  # of benchmarks/, which render_docs.py puts on the path
+
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
 OURS, TRAINERS = "opd.py", ("GKDTrainer", "DistillationTrainer")
 NAMES = {"sampled": "sampled token", "reverse": "reverse KL", "jsd": "JSD", "forward": "forward KL"}
@@ -32,8 +34,7 @@ def of(rows: dict[Case, Row], case: Case, implementation: str) -> Row:
 
 def table(head: str, rows: list[list[str]]) -> str:
     """A Markdown table; `head` has its columns between bars."""
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return str(markdown([title.strip() for title in head.strip("|").split("|")], rows))
 
 
 def spread(theirs: Row, ours: Row) -> tuple[float, float, float]:
