@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
+import importlib
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "methods")]
 from evidence import spread  # noqa: E402
 from tables import markdown  # noqa: E402
 
@@ -46,19 +44,9 @@ ARMS = {  # without rollouts or prefixes of the teacher: the losses, at prefixes
 }
 
 
-def load(name: str) -> ModuleType:
-    """A method file as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"methods/{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
     """[batches, parameters]: the gradient of each batch, divided by its trained tokens."""
-    method: Any = load(name)
+    method = importlib.import_module(name)
     args = method.parse_args([*flags.split(), "--device", "cpu", "--seed", str(seed)])
     ranks.start(args)
     paths = method.model_paths(args)
