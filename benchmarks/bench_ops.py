@@ -2,6 +2,7 @@
 
     python benchmarks/bench_ops.py                      the goals: 256 x 151,936, float32
     python benchmarks/bench_ops.py --rows 64 1024 --vocab 32000 50257 --dtype bfloat16 --k 8 128
+    python benchmarks/bench_ops.py --ops gated linear_gated
     python benchmarks/bench_ops.py --allocator reuse    buffers recycled: fairest to the baselines
     python benchmarks/bench_ops.py --device cuda        8,192 x 151,936, bfloat16, width 4,096
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib
 import os
 import platform
@@ -62,6 +64,7 @@ ALLOCATORS = {  # environment of the process
     "thp": {"THP_MEM_ALLOC_ENABLE": "1"},
     "reuse": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1099511627776"},
 }
+GATE = {"extrapolation": 1.8, "interpolation": 1.0}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 Call = Callable[[], Any]
@@ -91,8 +94,12 @@ def torch_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, values.float() - lse[:, None], lse
 
 
+def torch_gather_logp(logits: Tensor, ids: Tensor) -> list[Tensor]:
+    return [F.log_softmax(logits.float(), -1).gather(1, ids)]
+
+
 def torch_token_logp(logits: Tensor, ids: Tensor) -> Tensor:
-    return F.log_softmax(logits.float(), -1).gather(1, ids[:, None])[:, 0]
+    return torch_gather_logp(logits, ids[:, None])[0][:, 0]
 
 
 def liger(name: str) -> Any:
@@ -103,36 +110,41 @@ def liger(name: str) -> Any:
         return None
 
 
+def others(args: argparse.Namespace, **named: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Baselines eager, and through torch.compile."""
+    compiled = {f"compile({name})": torch.compile(call) for name, call in named.items()}
+    return named | (compiled if args.compile else {})
+
+
 def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -> Any:
     """(op, direction, k, width, floor as (reads, read-writes), implementations, logits)."""
     on = args.device
     generator = torch.Generator(on).manual_seed(0)
     z = (2 * torch.randn(rows, vocab, generator=generator, device=on)).to(dtype)
-    teacher = z.clone()
     scratch = z.clone()
-    ids = torch.randint(0, vocab, (rows,), generator=generator, device=on)
-    compiled = torch.compile if args.compile else None
-
-    def others(**named: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """Baselines eager, and through torch.compile."""
-        result = dict(named)
-        if compiled is not None:
-            result |= {f"compile({name})": compiled(call) for name, call in named.items()}
-        return result
-
     words = z.view(-1).view(torch.float32)  # flat: a row of odd length is no whole number of them
     yield "memory", "read", 0, 0, (1, 0), {"torch.sum": lambda: words.sum()}, z
     yield "memory", "read+write", 0, 0, (0, 1), {"torch.neg_": lambda: scratch.neg_()}, z
+    yield from row_cases(args, z, scratch, generator)
+    if dtype == torch.float16 and on == "cpu":
+        return  # its matrix products have no fast path there
+    if not args.ops or any(op.startswith("linear") for op in args.ops):
+        yield from linear_cases(args, z, generator)
 
+
+def row_cases(args: argparse.Namespace, z: Tensor, scratch: Tensor, generator: Any) -> Any:
+    """The ops on logits."""
+    (rows, vocab), on = z.shape, args.device
+    ids = torch.randint(0, vocab, (rows,), generator=generator, device=on)
     for k in args.k:
-        baselines = others(torch=lambda z, k=k: torch_topk(z, k))
+        baselines = others(args, torch=lambda z, k=k: torch_topk(z, k))
         calls = {"opd_ops": lambda k=k: opd_ops.topk_logp(z, k)}
         calls |= {name: lambda f=f: f(z) for name, f in baselines.items()}
         if args.reference:
             calls["reference"] = lambda k=k: reference.topk_logp(z, k)
         yield "topk_logp", "forward", k, 0, (1, 0), calls, z
 
-    baselines = others(torch=torch_token_logp)
+    baselines = others(args, torch=torch_token_logp)
     calls = {"opd_ops": lambda: opd_ops.token_logp(z, ids)}
     calls |= {name: lambda f=f: f(z, ids) for name, f in baselines.items()}
     if args.reference:
@@ -149,77 +161,151 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
         calls["Liger"] = train(lambda z: cross_entropy(z, ids), scratch)
     yield "token_logp", "forward+backward", 0, 0, (1, 1), calls, z
 
-    for divergence in ("reverse", "jsd"):
-        plain = others(reference=lambda z, t, d=divergence: reference.full_kl(z, t, divergence=d))
-        calls = {"opd_ops": lambda d=divergence: opd_ops.full_kl(z, teacher, divergence=d)}
-        calls |= {name: lambda f=f: f(z, teacher) for name, f in plain.items()}
-        yield f"full_kl {divergence}", "forward", 0, 0, (2, 0), calls, z
-        calls = {
-            "opd_ops in place": train(
-                lambda z, d=divergence: opd_ops.full_kl(z, teacher, divergence=d, inplace=True),
-                scratch,
-            )
+    def pair(ours: Callable[..., Any], **plain: Callable[[Tensor], Any]) -> dict[str, Call]:
+        """Forward and backward of the first output: ours in place, and the baselines."""
+        calls = {"opd_ops in place": train(lambda z: ours(z, inplace=True)[0], scratch)}
+        return calls | {
+            name: train(lambda z, f=f: f(z)[0], z) for name, f in others(args, **plain).items()
         }
-        calls |= {name: train(lambda z, f=f: f(z, teacher), z) for name, f in plain.items()}
+
+    support_ids = torch.randint(0, vocab, (rows, max(args.k)), generator=generator, device=on)
+    random_logp = -3 - torch.rand(rows, max(args.k), generator=generator, device=on)
+    for k in args.k:
+        support = support_ids[:, :k].contiguous()
+        plain = functools.partial(torch_gather_logp, ids=support)
+        ours = functools.partial(opd_ops.gather_logp, ids=support)
+        calls = {"opd_ops": lambda f=ours: f(z)}
+        calls |= {name: lambda f=f: f(z) for name, f in others(args, torch=plain).items()}
+        yield "gather_logp", "forward", k, 0, (1, 0), calls, z
+        yield "gather_logp", "forward+backward", k, 0, (1, 1), pair(ours, torch=plain), z
+
+        logp = random_logp[:, :k].log_softmax(-1) - 0.1
+        outside = (-torch.expm1(logp.logsumexp(-1))).log()
+        given = {"support_ids": support, "teacher_logp": logp}
+        bucket = {"renormalise": False, "tail": "bucket", "teacher_tail_logp": outside}
+        for name, settings, floor in (
+            ("support_kl", given, None),
+            ("support_kl bucket", given | bucket, (1, 1)),
+        ):
+            calls = pair(
+                functools.partial(opd_ops.support_kl, **settings),
+                reference=functools.partial(reference.support_kl, **settings),
+            )
+            yield name, "forward+backward", k, 0, floor, calls, z
+
+    settings = {
+        "token_ids": ids,
+        "teacher_logp": random_logp[:, 0].contiguous(),
+        "verdict": torch.randint(-1, 2, (rows,), generator=generator, device=on).float(),
+        **GATE,
+    }
+    calls = pair(
+        functools.partial(opd_ops.gated_kl, **settings),
+        reference=functools.partial(reference.gated_kl, **settings),
+    )
+    yield "gated_kl", "forward+backward", 0, 0, (1, 1), calls, z
+
+    teacher = z.clone()
+    for divergence in ("reverse", "jsd"):
+        ours = functools.partial(opd_ops.full_kl, teacher_logits=teacher, divergence=divergence)
+        plain = functools.partial(reference.full_kl, teacher_logits=teacher, divergence=divergence)
+        calls = {"opd_ops": lambda f=ours: f(z)}
+        calls |= {name: lambda f=f: f(z) for name, f in others(args, reference=plain).items()}
+        yield f"full_kl {divergence}", "forward", 0, 0, (2, 0), calls, z
+        calls = pair(lambda z, f=ours, **form: [f(z, **form)], reference=lambda z, f=plain: [f(z)])
         yield f"full_kl {divergence}", "forward+backward", 0, 0, (3, 1), calls, z
 
-    if dtype == torch.float16 and on == "cpu":
-        return  # its matrix products have no fast path there
-    width = args.width
-    hidden = torch.randn(rows, width, generator=generator, device=on).to(dtype).requires_grad_()
+
+def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
+    """The ops on hidden states and a head."""
+    (rows, vocab), on, width = z.shape, args.device, args.width
+    ids = torch.randint(0, vocab, (rows,), generator=generator, device=on)
+    hidden = torch.randn(rows, width, generator=generator, device=on)
+    hidden = hidden.to(z.dtype).requires_grad_()
     head = torch.randn(vocab, width, generator=generator, device=on) / width**0.5
-    head = head.to(dtype).requires_grad_()
+    head = head.to(z.dtype).requires_grad_()
+    frozen = hidden.detach().flip(0), head.detach().clone()
     buffer = torch.zeros_like(head)
+    both = "forward+backward"
+
+    def step(call: Call) -> Call:
+        """Forward and backward of the first output."""
+
+        def run() -> None:
+            hidden.grad = head.grad = None
+            call()[0].sum().backward()
+
+        return run
+
+    def forms(call: Callable[..., Any]) -> dict[str, Call]:
+        """Gradients of the head as rows, into a buffer that is kept, and as a new dense tensor."""
+        named = {"rows": "rows", "buffer": buffer, "dense": "dense"}
+        return {
+            f"opd_ops {name}": step(lambda form=form: call(hidden, head, grad_head=form))
+            for name, form in named.items()
+        }
+
     for k in args.k:
         support = torch.randint(0, vocab, (rows, k), generator=generator, device=on)
-        teacher_logp = -3 - torch.rand(rows, k, generator=generator, device=on)
+        logp = -3 - torch.rand(rows, k, generator=generator, device=on)
 
-        def step(call: Call) -> Call:
-            def run() -> None:
-                hidden.grad = head.grad = None
-                call()[0].sum().backward()
+        calls = forms(
+            lambda *of, i=support, t=logp, **form: opd_ops.linear_support_kl(*of, i, t, **form)
+        )
+        calls["torch head + gather"] = step(
+            lambda i=support, t=logp: reference.support_kl(F.linear(hidden, head), i, t)
+        )
+        yield "linear_support_kl", both, k, width, None, calls, z
 
-            return run
-
-        def ours(form: Any, support: Tensor = support, teacher_logp: Tensor = teacher_logp) -> Call:
-            return step(
-                lambda: opd_ops.linear_support_kl(
-                    hidden, head, support, teacher_logp, grad_head=form
-                )
-            )
-
-        def full_head(support: Tensor = support, teacher_logp: Tensor = teacher_logp) -> Any:
-            return reference.support_kl(F.linear(hidden, head), support, teacher_logp)
+        calls = forms(lambda *of, i=support, **form: [opd_ops.linear_gather_logits(*of, i, **form)])
+        calls["torch head + gather"] = step(lambda i=support: [F.linear(hidden, head).gather(1, i)])
+        yield "linear_gather_logits", both, k, width, None, calls, z
 
         calls = {
-            "opd_ops rows": ours("rows"),
-            "opd_ops buffer": ours(buffer),
-            "opd_ops dense": ours("dense"),
-            "torch head + gather": step(full_head),
+            "opd_ops": step(lambda i=support: opd_ops.linear_gather_logp(hidden, head, i)),
+            "torch head + log_softmax": step(
+                lambda i=support: torch_gather_logp(F.linear(hidden, head), i)
+            ),
         }
-        yield "linear_support_kl", "forward+backward", k, width, None, calls, z
+        yield "linear_gather_logp", both, k, width, None, calls, z
+
+        calls = {
+            "opd_ops": lambda k=k: opd_ops.linear_topk_logp(*frozen, k),
+            "torch head + topk": lambda k=k: torch_topk(F.linear(*frozen), k),
+            "the product alone": lambda: F.linear(*frozen),
+        }
+        yield "linear_topk_logp", "forward", k, width, None, calls, z
+
     calls = {
         "opd_ops": step(lambda: opd_ops.linear_token_logp(hidden, head, ids)),
         "torch head + log_softmax": step(lambda: [torch_token_logp(F.linear(hidden, head), ids)]),
+        "the three products alone": step(lambda: [F.linear(hidden, head)]),
     }
-    if on == "cuda":
-        calls["the three products alone"] = step(lambda: [F.linear(hidden, head)])
-        fused = liger("LigerFusedLinearCrossEntropyLoss")
-        if fused is not None:
-            calls["Liger"] = step(lambda: [fused(head, hidden, ids)])
-    yield "linear_token_logp", "forward+backward", 0, width, None, calls, z
-    if on == "cpu":
-        return
-    frozen = hidden.detach().flip(0), head.detach().clone()
+    fused = liger("LigerFusedLinearCrossEntropyLoss") if on == "cuda" else None
+    if fused is not None:
+        calls["Liger"] = step(lambda: [fused(head, hidden, ids)])
+    yield "linear_token_logp", both, 0, width, None, calls, z
+
+    verdict = torch.randint(-1, 2, (rows,), generator=generator, device=on).float()
+    gated = ids, torch.full((rows,), -3.0, device=on), verdict
     calls = {
-        "opd_ops": step(
-            lambda: [opd_ops.linear_full_kl(hidden, head, *frozen, divergence="jsd", beta=0.5)]
-        )
+        "opd_ops": step(lambda: opd_ops.linear_gated_kl(hidden, head, *gated, **GATE)),
+        "torch head + gate": step(
+            lambda: reference.gated_kl(F.linear(hidden, head), *gated, **GATE)
+        ),
     }
-    fused_jsd = liger("LigerFusedLinearJSD")
+    yield "linear_gated_kl", both, 0, width, None, calls, z
+
+    jsd = {"divergence": "jsd", "beta": 0.5}
+    calls = {"opd_ops": step(lambda: [opd_ops.linear_full_kl(hidden, head, *frozen, **jsd)])}
+    if on == "cpu":  # on CUDA at 8,192 rows it does not fit
+        calls["torch heads + full_kl"] = step(
+            lambda: [reference.full_kl(F.linear(hidden, head), F.linear(*frozen), **jsd)]
+        )
+    fused_jsd = liger("LigerFusedLinearJSD") if on == "cuda" else None
     if fused_jsd is not None:
         calls["Liger"] = step(lambda: [fused_jsd(hidden, head, *frozen, None)])
-    yield "linear_full_kl jsd", "forward+backward", 0, width, None, calls, z
+    yield "linear_full_kl jsd", both, 0, width, None, calls, z
 
 
 def seconds_on_cuda(call: Call) -> float:
@@ -400,30 +486,40 @@ def bench(
 
 # ==== Tables of docs/benchmarks.md ================================================================
 
+BOTH, PLACE = "forward+backward", "opd_ops in place"
 SHOWN = {  # op, direction, K, our implementation: what it is called
     ("token_logp", "forward", "", "opd_ops"): "`token_logp`, forward",
-    ("token_logp", "forward+backward", "", "opd_ops in place"): "`token_logp` in place, both",
-    ("topk_logp", "forward", "8", "opd_ops"): "`topk_logp` K = 8",
-    ("topk_logp", "forward", "32", "opd_ops"): "`topk_logp` K = 32",
-    ("topk_logp", "forward", "128", "opd_ops"): "`topk_logp` K = 128",
+    ("token_logp", BOTH, "", PLACE): "`token_logp` in place, both",
+    ("topk_logp", "forward", "32", "opd_ops"): "`topk_logp`",
+    ("gather_logp", "forward", "32", "opd_ops"): "`gather_logp`, forward",
+    ("gather_logp", BOTH, "32", PLACE): "`gather_logp` in place, both",
+    ("support_kl", BOTH, "32", PLACE): "`support_kl` in place, both",
+    ("support_kl bucket", BOTH, "32", PLACE): '`support_kl`, `tail="bucket"`, in place, both',
+    ("gated_kl", BOTH, "", PLACE): "`gated_kl` in place, both",
     ("full_kl reverse", "forward", "", "opd_ops"): "`full_kl` reverse, forward",
-    ("full_kl reverse", "forward+backward", "", "opd_ops in place"): "`full_kl` reverse in place",
+    ("full_kl reverse", BOTH, "", PLACE): "`full_kl` reverse in place, both",
     ("full_kl jsd", "forward", "", "opd_ops"): "`full_kl` jsd, forward",
-    ("full_kl jsd", "forward+backward", "", "opd_ops in place"): "`full_kl` jsd in place, both",
-    (
-        "linear_support_kl",
-        "forward+backward",
-        "32",
-        "opd_ops buffer",
-    ): "`linear_support_kl`, buffer",
-    ("linear_support_kl", "forward+backward", "32", "opd_ops rows"): "`linear_support_kl`, rows",
-    ("linear_support_kl", "forward+backward", "32", "opd_ops dense"): "`linear_support_kl`, dense",
-    ("linear_token_logp", "forward+backward", "", "opd_ops"): "`linear_token_logp`, both",
+    ("full_kl jsd", BOTH, "", PLACE): "`full_kl` jsd in place, both",
+    ("linear_support_kl", BOTH, "32", "opd_ops buffer"): "`linear_support_kl`, buffer",
+    ("linear_support_kl", BOTH, "32", "opd_ops rows"): "`linear_support_kl`, rows",
+    ("linear_support_kl", BOTH, "32", "opd_ops dense"): "`linear_support_kl`, dense",
+    ("linear_gather_logits", BOTH, "32", "opd_ops buffer"): "`linear_gather_logits`, buffer",
+    ("linear_gather_logits", BOTH, "32", "opd_ops rows"): "`linear_gather_logits`, rows",
+    ("linear_gather_logits", BOTH, "32", "opd_ops dense"): "`linear_gather_logits`, dense",
+    ("linear_gather_logp", BOTH, "32", "opd_ops"): "`linear_gather_logp`, both",
+    ("linear_topk_logp", "forward", "32", "opd_ops"): "`linear_topk_logp`",
+    ("linear_token_logp", BOTH, "", "opd_ops"): "`linear_token_logp`, both",
+    ("linear_gated_kl", BOTH, "", "opd_ops"): "`linear_gated_kl`, both",
+    ("linear_full_kl jsd", BOTH, "", "opd_ops"): "`linear_full_kl` jsd, both",
 }
+EAGER = (
+    *("torch", "torch head + gather", "torch head + log_softmax", "torch head + topk"),
+    *("torch head + gate", "torch heads + full_kl", "reference"),
+)
 
 
 def grid_tables() -> dict[str, str]:
-    """Markdown of the newest wall-clock rows: `ops allocators`, `ops sizes`, `ops dtypes`."""
+    """Markdown of the newest wall-clock rows, by the name of its place in docs/benchmarks.md."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
     keys = "op", "direction", "k", "implementation", "dtype", "rows", "vocab", "threads"
     for row in csv.DictReader(RESULTS.open()):
@@ -438,23 +534,30 @@ def grid_tables() -> dict[str, str]:
         own = found.get((*which, *place))
         if own is None:
             return "-"
-        others = {}
-        for name in ("torch", "torch head + gather", "torch head + log_softmax", "reference"):
+        slower = {}
+        for name in EAGER:
             for short, full in (("eager", name), ("compile", f"compile({name})")):
                 row = found.get((op, direction, k, full, *place))
-                if row is not None and short not in others and row["command"] == own["command"]:
-                    others[short] = f"{float(row['best_ms']) / float(own['best_ms']):.3g}x"
+                if row is not None and short not in slower and row["command"] == own["command"]:
+                    slower[short] = f"{float(row['best_ms']) / float(own['best_ms']):.3g}x"
         floor = [f"{own['x_floor']} of floor"] if own["x_floor"] else []
-        return ", ".join([f"{float(own['best_ms']):.3g} ms", *floor, *others.values()])
+        return ", ".join([f"{float(own['best_ms']):.3g} ms", *floor, *slower.values()])
 
     def table(names: list[str], title: str, line: Callable[[Any], list[str]], of: list[Any]) -> str:
         return markdown([title, *names], map(line, of))
 
     big = ("float32", "256", "151936", "2")
     vocabularies = ["32000", "32003", "50257", "128256", "151936"]
-    few = [key for key in SHOWN if key[0] in ("token_logp", "topk_logp") and key[2] in ("", "32")]
-    sizes = [(key, dtype, rows) for key in few for dtype in ("float32", "bfloat16", "float16")
-             for rows in ("64", "256", "1024")]  # fmt: skip
+    sizes = [
+        (key, dtype, rows)
+        for key in SHOWN
+        if "linear" not in key[0] and "full" not in key[0]
+        for dtype in ("float32", "bfloat16", "float16")
+        for rows in ("64", "256", "1024")
+        if rows == "256" or key[0] in ("token_logp", "topk_logp")
+    ]
+    sizes += [(key, dtype, "256") for key in SHOWN if "linear" in key[0] or "full" in key[0]
+              for dtype in ("float32", "bfloat16")]  # fmt: skip
     return {
         "ops allocators": table(
             ["fresh pages (default)", "recycled buffers", "huge pages", "one thread, fresh pages"],
@@ -480,6 +583,15 @@ def grid_tables() -> dict[str, str]:
                 for threads in ("2", "1") for dtype in ("float32", "bfloat16")
             ],
             list(SHOWN),
+        ),
+        "ops k": table(
+            [f"{dtype}, K = {k}" for dtype in ("float32", "bfloat16") for k in ("8", "32", "128")],
+            "op",
+            lambda key: [SHOWN[key]] + [
+                cell((*key[:2], k, key[3]), (dtype, "256", "151936", "2", "default"))
+                for dtype in ("float32", "bfloat16") for k in ("8", "32", "128")
+            ],
+            [key for key in SHOWN if key[2]],
         ),
     }  # fmt: skip
 
