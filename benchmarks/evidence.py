@@ -213,19 +213,20 @@ def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
     """The same from what a baseline prints: a line a step, then a dictionary of scores."""
     *_, last = output.strip().splitlines()
     after = ast.literal_eval(last)
-    seconds = [float(s) for s in re.findall(r"([\d.]+) s$", output, re.MULTILINE)]
+    steps = re.findall(r"(\d+) tokens +([\d.]+) s$", output, re.MULTILINE)
     environment = runs.environment()
     return {
         "avg_after": round(after["avg"], 5),
         "pass8_after": "" if cell.sweep else round(after["pass"], 5),
         "length": round(after["mean_length"], 2),
         "truncated": round(after["truncated"], 5),
+        "sampled_tokens": sum(int(tokens) for tokens, _ in steps),
         "commit": environment["commit"][:10],
         "dirty": environment["dirty"],
         "device": "cpu",
         "num_threads": 1,
         "torch": environment["torch"],
-    }, sum(seconds)
+    }, sum(float(seconds) for _, seconds in steps)
 
 
 def write_curve(cell: Cell, rows: list[dict[str, Any]]) -> None:

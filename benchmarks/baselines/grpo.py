@@ -147,7 +147,7 @@ def grpo_step(
     chosen = chosen[rollout.completion_mask[chosen].sum(-1).argsort()]  # alike in length: less pad
     model.train()
     optimizer.zero_grad()
-    for index in chosen.split(64):
+    for index in chosen.split(64) if len(chosen) else ():
         part = Rollout(*(field[index] for field in rollout))
         width = int(part.completion_mask.sum(-1).max())
         part = Rollout(*part[:2], part.completion_ids[:, :width], part.completion_mask[:, :width])
@@ -189,8 +189,9 @@ def main(argv: list[str] | None = None) -> None:
         rollout = sample(model, tokenizer, prompts, generator, **limits)
         verdict = verify(tokenizer, rollout, [row["answer"] for row in batch])
         grpo_step(model, optimizer, rollout, verdict, args.rollouts_per_prompt)
-        right, seconds = (verdict > 0).float().mean(), time.perf_counter() - start
-        print(f"step {step:4d}  right {right:.3f}  {seconds:5.1f} s", flush=True)
+        right, tokens = (verdict > 0).float().mean(), int(rollout.completion_mask.sum())
+        seconds = time.perf_counter() - start
+        print(f"step {step:4d}  right {right:.3f}  {tokens} tokens  {seconds:5.1f} s", flush=True)
     if args.eval_samples:
         print(evaluate(model, tokenizer, test, args.eval_samples, args.seed, **limits))
     if args.out:

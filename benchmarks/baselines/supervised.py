@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
                 right = verify(tokenizer, rollout, [row["answer"] for row in batch]) > 0
                 rollout = Rollout(*(field[right] for field in rollout))
         loss = supervised_step(student, optimizer, rollout)
-        print(f"step {step:4d}  loss {loss:.4f}  {time.perf_counter() - start:5.1f} s", flush=True)
+        tokens, seconds = int(rollout.completion_mask.sum()), time.perf_counter() - start
+        print(f"step {step:4d}  loss {loss:.4f}  {tokens} tokens  {seconds:5.1f} s", flush=True)
     if args.eval_samples:
         test = load_prompts(args.test_prompts)
         print(evaluate(student, tokenizer, test, args.eval_samples, args.seed, **limits))

@@ -75,3 +75,18 @@ def test_the_best_rate_is_taken_from_a_whole_sweep_alone():
     ]
     assert evidence.best_rates(rows) == {"opd": evidence.RATES[1]}
     assert evidence.best_rates(rows[:-1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "size"), [("supervised", "--batch 4"), ("grpo", "--prompts-per-step 2")]
+)
+def test_what_a_baseline_prints_is_read(arm, size):
+    """Its tokens are those of its completions: two steps of four, of 4 to 128 tokens each."""
+    script, *_ = (cell := evidence.Cell(arm, 0, "3e-4")).command()
+    flags = f"--steps 2 {size} --eval-samples 1 --lr 1e-5"
+    flags += " --rollouts-per-prompt 2" * (arm == "grpo")
+    output, wall_s, _ = evidence.execute([script, *flags.split()])
+    row, seconds = evidence.read_baseline(cell, output)
+    assert 2 * 4 * 4 <= row["sampled_tokens"] <= 2 * 4 * 128
+    assert 0 < seconds < wall_s
+    assert 0.2 < row["avg_after"] < 0.6  # at this rate two steps move the student by little
