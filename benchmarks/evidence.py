@@ -345,6 +345,15 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
         shown.append(f"**{found.verdict(each.more)}**, {len(found.own)} seeds")
         lines.append(shown)
     parts = [f"Paper: {claim.paper}.", markdown(titles, lines), table(rows, claim.arms, False)]
+    run = [row for row in rows if row["suite"] == "run" and row["arm"] in claim.arms]
+    if run:
+        seconds = [float(row["wall_s"]) for row in run]
+        parts.append(
+            f"Run: `python benchmarks/evidence.py --claim {key} --jobs 2`; {len(run)} cells, "
+            f"{statistics.median(seconds):.0f} s of wall-clock time each (median; "
+            f"{min(seconds):.0f} to {max(seconds):.0f}), "
+            f"commits {', '.join(sorted({row['commit'] for row in run}))}."
+        )
     return "\n\n".join(parts)
 
 
