@@ -129,11 +129,13 @@ def make_models() -> None:
 
     folder = ROOT / FOLDER / "models"
     tokenizer = AutoTokenizer.from_pretrained(runs.TINY / "student")
-    if not (folder / "other_end").is_dir():  # <|end|> and <|unk|> change places in its vocabulary
+    if not (folder / "other_end").is_dir():  # it reads <|end|> as ever and says <|unk|> instead
         model = AutoModelForCausalLM.from_pretrained(runs.TINY / "teacher")
         end, other = tokenizer.convert_tokens_to_ids(["<|end|>", "<|unk|>"])
-        rows = model.get_input_embeddings().weight.data
+        rows = model.get_input_embeddings().weight.detach().clone()
         rows[[end, other]] = rows[[other, end]]
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(rows)
         model.save_pretrained(folder / "other_end")
         tokenizer.save_pretrained(folder / "other_end")
     if not (folder / "noisy").is_dir():  # right 11 % of the time instead of 43 %
