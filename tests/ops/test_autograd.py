@@ -224,24 +224,32 @@ def test_teacher_is_a_constant():
 
 
 def test_compile_fullgraph():
+    """A loss of every public op."""
     ids = random_ids(0, 4, 3, 50)
-    teacher_hidden, teacher_head = torch.randn(4, 5), torch.randn(60, 5)
+    teacher_logp, verdict = -2 - torch.rand(4, 3), torch.tensor([1.0, -1.0, 0.0, 1.0])
+    gated = ids[:, 0], teacher_logp[:, 0].contiguous(), verdict
+    gate = {"extrapolation": 1.8, "interpolation": 1.0}
+    teacher = torch.randn(4, 5), torch.randn(60, 5)
 
     def loss(hidden, head):
         logits = hidden @ head.T
-        logp, lse, entropy = opd_ops.token_logp(logits, ids[:, 0], with_entropy=True)
-        total = logp.sum() + lse.sum() + entropy.sum()
+        support, logp, lse, tail = opd_ops.topk_logp(logits, 3)
+        total = logp.sum() + lse.sum() + tail.sum()
+        total = total + opd_ops.linear_topk_logp(hidden, head, 3)[1].sum()
+        for each in opd_ops.token_logp(logits, ids[:, 0], with_entropy=True):
+            total = total + each.sum()
         total = total + opd_ops.gather_logp(2 * logits, ids, inplace=True)[0].sum()
+        total = total + opd_ops.support_kl(logits, support, teacher_logp)[0].sum()
+        total = total + opd_ops.gated_kl(logits, *gated, **gate)[0].sum()
         total = total + opd_ops.full_kl(logits, logits.detach().flip(0), divergence="jsd").sum()
         total = total + opd_ops.linear_token_logp(hidden, head, ids[:, 0])[0].sum()
         total = total + opd_ops.linear_gather_logp(hidden, head, ids)[0].sum()
-        return (
-            total
-            + opd_ops.linear_full_kl(
-                hidden, head, teacher_hidden, teacher_head, valid_vocab=50
-            ).sum()
-        )
+        total = total + opd_ops.linear_gather_logits(hidden, head, ids).sum()
+        total = total + opd_ops.linear_support_kl(hidden, head, support, teacher_logp)[0].sum()
+        total = total + opd_ops.linear_gated_kl(hidden, head, *gated, **gate)[0].sum()
+        return total + opd_ops.linear_full_kl(hidden, head, *teacher, valid_vocab=50).sum()
 
+    assert set(loss.__code__.co_names) >= set(opd_ops.__all__) - {"info"}
     hidden = torch.randn(4, 6, requires_grad=True)
     head = torch.randn(50, 6, requires_grad=True)
     expected = torch.autograd.grad(loss(hidden, head), (hidden, head))

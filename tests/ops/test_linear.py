@@ -253,13 +253,26 @@ import opd_ops
 torch.set_num_threads(1)
 rows, vocab, width = 2048, 32_000, 16     # [N, V] in float32: 250 MiB
 hidden, head = torch.randn(rows, width, requires_grad=True), torch.randn(vocab, width)
-ids, teacher = torch.randint(0, vocab, (rows,)), torch.randn(rows, width)
+ids, teacher = torch.randint(0, vocab, (rows, 4)), torch.randn(rows, width)
+logp, verdict = torch.full((rows, 4), -3.0), torch.ones(rows)
 def run(n, mib):
-    h = hidden[:n]
-    if sys.argv[1] == "token":
-        opd_ops.linear_token_logp(h, head, ids[:n], workspace_mib=mib)[0].sum().backward()
-    else:
-        opd_ops.linear_full_kl(h, head, teacher[:n], head, workspace_mib=mib).sum().backward()
+    more = {
+        "linear_token_logp": (ids[:n, 0],),
+        "linear_topk_logp": (4,),
+        "linear_gather_logp": (ids[:n],),
+        "linear_gather_logits": (ids[:n],),
+        "linear_support_kl": (ids[:n], logp[:n]),
+        "linear_gated_kl": (ids[:n, 0], logp[:n, 0], verdict[:n]),
+        "linear_full_kl": (teacher[:n], head),
+    }[sys.argv[1]]
+    options = {
+        "linear_support_kl": {"renormalise": False},
+        "linear_gated_kl": {"extrapolation": 1.8, "interpolation": 1.0},
+    }.get(sys.argv[1], {})
+    out = getattr(opd_ops, sys.argv[1])(hidden[:n], head, *more, workspace_mib=mib, **options)
+    loss = (out if isinstance(out, torch.Tensor) else out[0]).sum()
+    if loss.requires_grad:
+        loss.backward()
 run(16, 1)  # libraries and thread pools
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(rows, 16)
@@ -267,7 +280,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("op", ["token", "full"])
+@pytest.mark.parametrize("op", [name for name in opd_ops.__all__ if name.startswith("linear_")])
 def test_memory_stays_within_the_workspace(op):
     """Peak resident memory of a fresh process: 16 MiB of workspace where [N, V] is 250."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPD_OPS_REQUIRE": "cpp"}
