@@ -360,13 +360,17 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
 
 
 def summary_table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table: each claim, and which of its comparisons came out how."""
+    """A Markdown table: each claim, and which of its comparisons came out how, by how much."""
     verdicts = ("reproduced", "not decidable", "not reproduced")
     lines = []
     for key, claim in CLAIMS.items():
-        found = [(find(rows, each).verdict(each.more), each.text) for each in claim.comparisons]
-        shown = ["; ".join(text for what, text in found if what == each) for each in verdicts]
-        left = sum(what == "too few seeds" for what, _ in found)
+        came: dict[str, list[str]] = {}
+        for each in claim.comparisons:
+            found = find(rows, each)
+            gain = f" ({statistics.mean(found.gains):+.3f})" if found.gains else ""
+            came.setdefault(found.verdict(each.more), []).append(each.text + gain)
+        shown = ["; ".join(came.get(verdict, [])) for verdict in verdicts]
+        left = len(came.get("too few seeds", []))
         title = f"{key}. {claim.title}" + (f" ({left} not run)" if left else "")
         lines.append([title, *(each or "-" for each in shown)])
     return markdown(["claim", *verdicts], lines)
