@@ -32,11 +32,6 @@ def of(rows: dict[Case, Row], case: Case, implementation: str) -> Row:
     return rows[other]
 
 
-def table(head: str, rows: list[list[str]]) -> str:
-    """A Markdown table; `head` has its columns between bars."""
-    return str(markdown([title.strip() for title in head.strip("|").split("|")], rows))
-
-
 def spread(theirs: Row, ours: Row) -> tuple[float, float, float]:
     """The ratio of medians of a whole step, and the ends of the ratios round by round."""
     pairs = zip(theirs["every_total_s"].split(), ours["every_total_s"].split())
@@ -78,18 +73,14 @@ def tables() -> dict[str, str]:
         shown = [f"{float(value):.3f}" if value else "-" for value in seconds]
         divisor = f"{row['divided_by']} of {row['num_tokens']}" if row["divided_by"] else "-"
         phases.append([*cells, f"`{row['implementation']}`", *shown, divisor])
-    head = "| vocabulary | rollouts x tokens | objective |"
+    first = ["vocabulary", "rollouts x tokens", "objective"]
+    of_times = ["`opd.py`, s", *(f"`{name}`, times that" for name in TRAINERS)]
+    of_memory = [f"`{name}`, MiB" for name in (OURS, *TRAINERS)]
+    of_phases = [f"{name}, s" for name in ("generate", "teacher", "student", "step")]
+    phase_titles = [*first, "implementation", *of_phases, "loss divided by"]
     return {
-        "step": table(
-            f"{head} `opd.py`, s | `GKDTrainer`, times that | `DistillationTrainer`, times that "
-            "| `opd.py`, MiB | `GKDTrainer`, MiB | `DistillationTrainer`, MiB |",
-            ratios,
-        ),
-        "step phases": table(
-            f"{head} implementation | generate, s | teacher, s | student, s | step, s "
-            "| loss divided by |",
-            phases,
-        ),
+        "step": str(markdown([*first, *of_times, *of_memory], ratios)),
+        "step phases": str(markdown(phase_titles, phases)),
         "step equality": equality(),
         "step ratios": summary(steps),
     }
@@ -110,11 +101,9 @@ def equality() -> str:
             shown += [f"`{row['implementation']}`", row["loss"], row["loss_difference"]]
             shown += [row["gradient_difference"], row["gradient_error"], ours["gradient_error"]]
             lines.append(shown)
-    return table(
-        "| vocabulary | divergence | loss temperature | implementation | loss | loss minus ours "
-        "| gradient against ours | gradient against float64 | ours against float64 |",
-        lines,
-    )
+    titles = ["vocabulary", "divergence", "loss temperature", "implementation", "loss"]
+    titles += ["loss minus ours", "gradient against ours", "gradient against float64"]
+    return str(markdown([*titles, "ours against float64"], lines))
 
 
 def summary(steps: dict[Case, Row]) -> str:
@@ -141,5 +130,5 @@ def summary(steps: dict[Case, Row]) -> str:
             cells.append(f"{min(times):.2f} to {max(times):.2f}")
             cells.append(f"{min(memory):.2f} to {max(memory):.2f}{more}")
         lines.append(cells)
-    head = "".join(f" `{trainer}`, time | memory |" for trainer in TRAINERS)
-    return table(f"| vocabulary |{head}", lines)
+    titles = [title for trainer in TRAINERS for title in (f"`{trainer}`, time", "memory")]
+    return str(markdown(["vocabulary", *titles], lines))
