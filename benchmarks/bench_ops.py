@@ -112,8 +112,9 @@ def liger(name: str) -> Any:
 
 def others(args: argparse.Namespace, **named: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """Baselines eager, and through torch.compile."""
-    compiled = {f"compile({name})": torch.compile(call) for name, call in named.items()}
-    return named | (compiled if args.compile else {})
+    if not args.compile:
+        return named
+    return named | {f"compile({name})": torch.compile(call) for name, call in named.items()}
 
 
 def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -> Any:
@@ -161,6 +162,10 @@ def row_cases(args: argparse.Namespace, z: Tensor, scratch: Tensor, generator: A
         calls["Liger"] = train(lambda z: cross_entropy(z, ids), scratch)
     yield "token_logp", "forward+backward", 0, 0, (1, 1), calls, z
 
+    def forward(ours: Callable[..., Any], **plain: Callable[[Tensor], Any]) -> dict[str, Call]:
+        named = {"opd_ops": ours} | others(args, **plain)
+        return {name: lambda f=f: f(z) for name, f in named.items()}
+
     def pair(ours: Callable[..., Any], **plain: Callable[[Tensor], Any]) -> dict[str, Call]:
         """Forward and backward of the first output: ours in place, and the baselines."""
         calls = {"opd_ops in place": train(lambda z: ours(z, inplace=True)[0], scratch)}
@@ -174,9 +179,7 @@ def row_cases(args: argparse.Namespace, z: Tensor, scratch: Tensor, generator: A
         support = support_ids[:, :k].contiguous()
         plain = functools.partial(torch_gather_logp, ids=support)
         ours = functools.partial(opd_ops.gather_logp, ids=support)
-        calls = {"opd_ops": lambda f=ours: f(z)}
-        calls |= {name: lambda f=f: f(z) for name, f in others(args, torch=plain).items()}
-        yield "gather_logp", "forward", k, 0, (1, 0), calls, z
+        yield "gather_logp", "forward", k, 0, (1, 0), forward(ours, torch=plain), z
         yield "gather_logp", "forward+backward", k, 0, (1, 1), pair(ours, torch=plain), z
 
         logp = random_logp[:, :k].log_softmax(-1) - 0.1
@@ -209,8 +212,7 @@ def row_cases(args: argparse.Namespace, z: Tensor, scratch: Tensor, generator: A
     for divergence in ("reverse", "jsd"):
         ours = functools.partial(opd_ops.full_kl, teacher_logits=teacher, divergence=divergence)
         plain = functools.partial(reference.full_kl, teacher_logits=teacher, divergence=divergence)
-        calls = {"opd_ops": lambda f=ours: f(z)}
-        calls |= {name: lambda f=f: f(z) for name, f in others(args, reference=plain).items()}
+        calls = forward(ours, reference=plain)
         yield f"full_kl {divergence}", "forward", 0, 0, (2, 0), calls, z
         calls = pair(lambda z, f=ours, **form: [f(z, **form)], reference=lambda z, f=plain: [f(z)])
         yield f"full_kl {divergence}", "forward+backward", 0, 0, (3, 1), calls, z
