@@ -85,9 +85,11 @@ ARMS = {name: method(name) for name in METHODS} | {
     "tropd-noisy-scalar": method(
         "tropd", f"{NOISY} --no-guidance --acceptance never --outlier-form scalar"
     ),
+    "opd-noisy-swept": method("opd", NOISY, "opd-noisy"),
+    "tropd-noisy-swept": method("tropd", NOISY, "tropd-noisy"),
 }
 SMOKE = (*METHODS, "exopd-merge")
-SWEPT = (*SMOKE, "supervised", "grpo")
+SWEPT = (*SMOKE, "supervised", "grpo", "opd-noisy", "tropd-noisy")
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,11 @@ CLAIMS = {
         "forward KL 49.00, clipped 47.86, masked 47.72; forward KL alone 1.40",
         (
             Comparison("accuracy", "tropd-noisy", "opd-noisy"),
+            Comparison(
+                "accuracy, at rates swept with this student",
+                "tropd-noisy-swept",
+                "opd-noisy-swept",
+            ),
             Comparison("outliers by forward KL, not clipped", "tropd-noisy", "tropd-noisy-clip"),
             Comparison("outliers by forward KL, not masked", "tropd-noisy", "tropd-noisy-mask"),
             Comparison("guidance", "tropd-noisy", "tropd-noisy-no_guidance"),
