@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-faults test-gpu test-gpu-memory nvcc lint type sync diffs docs bench bench-step toy clean
+.PHONY: help install demo report test test-fast test-engines test-browser test-faults test-gpu test-gpu-memory nvcc lint type sync diffs docs bench bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -36,7 +36,7 @@ RUNS ?= runs/demo
 report: install   ## one page of RUNS="runs/a runs/b" into runs/report.html
 	$(BIN)/python tools/report.py $(RUNS) --out runs/report.html
 
-test: install     ## all tests but those that need a GPU or an engine; fails without compiled ops
+test: install     ## all tests but those that need a GPU, an engine or a browser; fails without compiled ops
 	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
 
 test-fast: install  ## without the slow ones
@@ -55,6 +55,9 @@ $(ENGINES)/installed: tools/engine_requirements.py
 
 test-engines: install $(ENGINES)/installed  ## a real vLLM engine and server on this CPU, in an environment of their own
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -m engines tests/engines
+
+test-browser: install  ## the report's page in a headless Chromium, which must be there
+	$(BIN)/python -m pytest -m browser
 
 test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu

@@ -23,14 +23,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`gpu` and `engines` tests run only where they are asked for by marker (`-m gpu`)."""
+    """`gpu`, `engines` and `browser` tests run only where asked for by marker (`-m gpu`)."""
     asked = config.option.markexpr
-    deselected = [
-        item
-        for item in items
-        if (item.get_closest_marker("gpu") and "gpu" not in asked)
-        or (item.get_closest_marker("engines") and "engines" not in asked)
-    ]
+    away = [name for name in ("gpu", "engines", "browser") if name not in asked]
+    deselected = [item for item in items if any(map(item.get_closest_marker, away))]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
