@@ -5,6 +5,7 @@
     python benchmarks/evidence.py --suite full --jobs 2      # all claims, 5 seeds: hours
     python benchmarks/evidence.py --claim 4 --jobs 2         # the arms of one claim, 5 seeds
     python benchmarks/evidence.py --claim 4 --table          # print what has been run of it
+    python benchmarks/evidence.py --claim 1 --again          # a second run of it, beside the first
     python benchmarks/evidence.py --figure docs/images/evidence.png
 
 Arms and claims stand in `claims.py`. Every arm gets the same number of rollouts and the same
@@ -63,21 +64,18 @@ CURVE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: an arm and a seed; in a sweep also a learning rate."""
+    """One run: an arm and a seed; in the suite "sweep" also a learning rate. "again": once more."""
 
     arm: str
     seed: int
     rate: str
-    sweep: bool = False
+    suite: str = "run"
 
     @property
     def key(self) -> tuple[str, str, int]:
         """What names its row: suite, arm, seed."""
-        return (
-            ("sweep", f"{self.arm}@{self.rate}", self.seed)
-            if self.sweep
-            else ("run", self.arm, self.seed)
-        )
+        swept = f"@{self.rate}" if self.suite == "sweep" else ""
+        return self.suite, self.arm + swept, self.seed
 
     @property
     def name(self) -> str:
@@ -86,8 +84,9 @@ class Cell:
 
     def command(self) -> list[str]:
         """The script and its flags, with paths relative to the project."""
-        arm, steps = ARMS[self.arm], SWEEP_STEPS if self.sweep else STEPS
-        flags = f"--steps {steps} --eval-samples {2 if self.sweep else 8} --lr {self.rate} "
+        arm, swept = ARMS[self.arm], self.suite == "sweep"
+        steps = SWEEP_STEPS if swept else STEPS
+        flags = f"--steps {steps} --eval-samples {2 if swept else 8} --lr {self.rate} "
         if arm.is_baseline:
             flags += "--linear-decay "
             supervised = "supervised" in arm.script
@@ -104,12 +103,13 @@ class Cell:
 
 def sweep() -> list[Cell]:
     """The cells of the sweep."""
-    return [Cell(arm, SWEEP_SEED, rate, sweep=True) for rate in RATES for arm in SWEPT]
+    return [Cell(arm, SWEEP_SEED, rate, "sweep") for rate in RATES for arm in SWEPT]
 
 
-def cells(arms: list[str], num_seeds: int, best: dict[str, str]) -> list[Cell]:
+def cells(arms: list[str], num_seeds: int, best: dict[str, str], suite: str) -> list[Cell]:
     """The cells of some arms, seeds outermost, so that a portion is balanced."""
-    return [Cell(arm, seed, best[ARMS[arm].rate]) for seed in range(num_seeds) for arm in arms]
+    seeds = range(num_seeds)
+    return [Cell(arm, seed, best[ARMS[arm].rate], suite) for seed in seeds for arm in arms]
 
 
 def best_rates(rows: list[dict[str, str]]) -> dict[str, str]:
@@ -185,7 +185,7 @@ def read_run(cell: Cell, output: str) -> tuple[dict[str, object], float]:
     """(columns, seconds of training) of a method's run; its curve is kept."""
     folder = ROOT / FOLDER / cell.name
     rows = runs.read_metrics(folder)
-    most = 2 if cell.sweep else 8
+    most = 2 if cell.suite == "sweep" else 8
     before, *_, after = [row for row in rows if f"eval/student/avg@{most}" in row]
     steps = [row for row in rows if "loss" in row]
     seen = json.loads((folder / "args.json").read_text())["environment"]
@@ -219,7 +219,7 @@ def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
     environment = runs.environment()
     return {
         "avg_after": round(after["avg"], 5),
-        "pass8_after": "" if cell.sweep else round(after["pass"], 5),
+        "pass8_after": "" if cell.suite == "sweep" else round(after["pass"], 5),
         "length": round(after["mean_length"], 2),
         "truncated": round(after["truncated"], 5),
         "sampled_tokens": sum(int(tokens) for tokens, _ in steps),
@@ -271,10 +271,10 @@ def of_arm(rows: list[dict[str, str]], arm: str, column: str) -> dict[str, float
     mine = {row["seed"]: row for row in rows if row["suite"] == "run" and row["arm"] == arm}
     if column != "gain_per_min":
         return {seed: float(row[column]) for seed, row in mine.items() if row[column]}
-    start = statistics.mean(of_arm(rows, "opd", "avg_before").values())  # the same student in all
+    starts = of_arm(rows, "opd", "avg_before").values()  # the same student in all
     return {
-        seed: 60 * (float(row["avg_after"]) - start) / float(row["train_s"])
-        for seed, row in mine.items() if row["train_s"]
+        seed: 60 * (float(row["avg_after"]) - statistics.mean(starts)) / float(row["train_s"])
+        for seed, row in mine.items() if row["train_s"] and starts
     }  # fmt: skip
 
 
@@ -357,6 +357,18 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
             f"commits {', '.join(sorted({row['commit'] for row in run}))}."
         )
     return "\n\n".join(parts)
+
+
+def again_table(rows: list[dict[str, str]], key: str) -> str:
+    """A Markdown table: the comparisons of a claim, as first run and as run `--again`."""
+    again = [row | {"suite": "run"} for row in rows if row["suite"] == "again"]
+    lines = []
+    for each in CLAIMS[key].comparisons:
+        one, two = find(rows, each), find(again, each)
+        shown = [each.text, f"`{each.arm}` - `{each.than}`", spread(one.gains), spread(two.gains)]
+        same = "the same" if (verdict := two.verdict(each.more)) == one.verdict(each.more) else ""
+        lines.append([*shown, same or f"**{verdict}**"])
+    return markdown(["here", "difference of", "first run", "second run", "verdict"], lines)
 
 
 def summary_table(rows: list[dict[str, str]]) -> str:
@@ -462,12 +474,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     parser.add_argument("--figure", type=Path, help="draw all claims into this file, run nothing")
     parser.add_argument(
-        "--again", action="store_true", help="run finished cells again, keep no row"
+        "--again", action="store_true", help="a second run, in rows of its own: does it agree?"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "evidence.csv")
     args = parser.parse_args()
     if args.suite and args.claim:
         parser.error("--suite and --claim: give one of them")
+    if args.suite == "sweep" and args.again:
+        parser.error("--again: a sweep has no second run")
     rows = finished(args.out)
     if args.figure:
         draw(rows, args.figure)
@@ -482,8 +496,9 @@ def main() -> None:
         missing = sorted({ARMS[arm].rate for arm in arms} - set(best))
         if missing:
             parser.error(f"no complete sweep of {missing}: run --suite sweep first")
-        wanted = cells(arms, args.seeds or (5 if claims else 3), best)
-    todo = [cell for cell in wanted if args.again or cell.key not in have][: args.most]
+        suite = "again" if args.again else "run"
+        wanted = cells(arms, args.seeds or (5 if claims else 3), best, suite)
+    todo = [cell for cell in wanted if cell.key not in have][: args.most]
     if not args.table and todo:
         if any(FOLDER in ARMS[cell.arm].flags for cell in todo):
             make_models()
@@ -503,15 +518,16 @@ def main() -> None:
                     f"{row['arm']} seed {row['seed']}: accuracy {row['avg_after']}, "
                     f"{row.get('sampled_tokens', '')} sampled tokens, {row['cpu_s']} CPU s"
                 )
-                if not args.again:
-                    writer.writerow(row)
-                    file.flush()
+                writer.writerow(row)
+                file.flush()
     rows = finished(args.out)
     if args.suite == "sweep":
         print(sweep_table(rows))
     elif claims:
         for key in claims:
             print(f"\n## {key}. {CLAIMS[key].title}\n\n{claim_table(rows, key)}")
+            if args.again:
+                print(f"\n{again_table(rows, key)}")
     else:
         print(table(rows, list(SMOKE)))
 

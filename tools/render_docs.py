@@ -76,6 +76,7 @@ def result_tables(method: str) -> dict[str, str]:
     if not method:
         tables: dict[str, str] = bench_ops.grid_tables()
         tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
+        tables["again 1"] = evidence.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
         tables |= step_tables.tables()
         tables["demo"] = demo_line()

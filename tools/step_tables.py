@@ -119,7 +119,7 @@ def summary(steps: dict[Case, Row]) -> str:
             }
             done = {key: row for key, row in cases.items() if not row["failed"]}
             ours = {key: of(steps, key, OURS) for key in done}
-            times = [spread(row, ours[key])[0] for key, row in done.items()]
+            medians, lows, highs = zip(*(spread(row, ours[key]) for key, row in done.items()))
             memory = [
                 float(row["peak_mib"]) / float(ours[key]["peak_mib"])
                 for key, row in done.items()
@@ -127,7 +127,8 @@ def summary(steps: dict[Case, Row]) -> str:
             ]
             failed = len(cases) - len(done)
             more = f"; {failed} of {len(cases)} cases ran out of it" if failed else ""
-            cells.append(f"{min(times):.2f} to {max(times):.2f}")
+            ends = f"[{min(lows):.2f}, {max(highs):.2f}]"
+            cells.append(f"{min(medians):.2f} to {max(medians):.2f} {ends}")
             cells.append(f"{min(memory):.2f} to {max(memory):.2f}{more}")
         lines.append(cells)
     titles = [title for trainer in TRAINERS for title in (f"`{trainer}`, time", "memory")]

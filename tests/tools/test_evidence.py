@@ -16,8 +16,9 @@ from claims import ARMS, CLAIMS, Comparison  # noqa: E402
 
 def rows_of(**arms: list[float]) -> list[dict[str, str]]:
     """Rows of runs with these accuracies at seeds 0, 1, ..."""
+    empty = dict.fromkeys(evidence.FIELDS.split(","), "") | {"suite": "run", "avg_before": "0.4"}
     return [
-        {"suite": "run", "arm": arm, "seed": str(seed), "avg_after": str(value)}
+        empty | {"arm": arm, "seed": str(seed), "avg_after": str(value)}
         for arm, values in arms.items() for seed, value in enumerate(values)
     ]  # fmt: skip
 
@@ -47,6 +48,19 @@ def test_differences_are_paired_by_seed():
         rows_of(sg_opd=[0.5, 0.6, 0.7], opd=[0.4]), Comparison("", "sg_opd", "opd")
     )
     assert (found.own, found.other) == ([0.5], [0.4])
+
+
+def test_a_second_run_stands_beside_the_first():
+    """It is another cell with another folder, and no table but its own takes its row."""
+    first, again = (evidence.Cell("opd", 0, "3e-4", suite) for suite in ("run", "again"))
+    assert first.key != again.key and first.name != again.name
+    rows = rows_of(opd=[0.7, 0.71, 0.72], grpo=[0.6, 0.6, 0.62])
+    more = [row | {"suite": "again"} for row in rows_of(opd=[0.6, 0.6, 0.62], grpo=[0.6] * 3)]
+    assert evidence.table(rows + more, ["opd"]) == evidence.table(rows, ["opd"])
+    line = next(x for x in evidence.again_table(rows + more, "1").splitlines() if "GRPO" in x)
+    assert "| 0.103 ± 0.014 | 0.007 ± 0.029 | **not decidable** |" in line
+    line = next(x for x in evidence.again_table(rows * 2, "1").splitlines() if "GRPO" in x)
+    assert "| 0.103 ± 0.014 | - | **too few seeds** |" in line
 
 
 def test_every_arm_is_a_command_that_its_script_takes(monkeypatch):
