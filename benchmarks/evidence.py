@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from claims import ARMS, CLAIMS, FOLDER, SMOKE, SWEPT, Comparison  # noqa: E402
+from claims import ARMS, CLAIMS, FOLDER, SMOKE, START, SWEPT, Comparison  # noqa: E402
 from tables import markdown  # noqa: E402
 
 from opd_ops import runs  # noqa: E402
@@ -326,9 +326,12 @@ def find(rows: list[dict[str, str]], comparison: Comparison) -> Finding:
     """The finding of a comparison, over the seeds that both arms have."""
     own = of_arm(rows, comparison.arm, comparison.column)
     than = comparison.than
-    other = (
-        of_arm(rows, than, comparison.column) if isinstance(than, str) else dict.fromkeys(own, than)
-    )
+    if than == START:
+        other = of_arm(rows, comparison.arm, "avg_before")
+    elif isinstance(than, str):
+        other = of_arm(rows, than, comparison.column)
+    else:
+        other = dict.fromkeys(own, than)
     seeds = [seed for seed in own if seed in other]
     return Finding([own[seed] for seed in seeds], [other[seed] for seed in seeds])
 
