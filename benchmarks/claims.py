@@ -206,7 +206,7 @@ CLAIMS = {
             Comparison("lambda 0.5 below 1", "exopd-0.5", "opd", more=False),
             Comparison("lambda 1.5 below 1.25", "exopd-1.5", "exopd", more=False),
             Comparison("lambda 2 below 1.25", "exopd-2", "exopd", more=False, ours=True),
-            Comparison("the teacher's base as reference", "exopd-corrected", "exopd"),
+            Comparison("better with the teacher's base as reference", "exopd-corrected", "exopd"),
             Comparison("merging three experts: lambda 1.25 above 1", "exopd-merge", "opd-merge"),
             Comparison(
                 "the merged student above the mean of the experts",

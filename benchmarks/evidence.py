@@ -45,7 +45,8 @@ from tables import markdown  # noqa: E402
 from opd_ops import runs  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile with n - 1 degrees
+STUDENT_T = {2: (12.71, 63.66), 3: (4.303, 9.925), 4: (3.182, 5.841), 5: (2.776, 4.604)}
+# quantiles of 97.5 % and 99.5 % for n seeds, n - 1 degrees of freedom
 RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
 STEPS, SWEEP_STEPS, SWEEP_SEED = 30, 15, 3
 NOISE = 0.4  # of the noisy student, in standard deviations of each matrix
@@ -129,6 +130,12 @@ def make_models() -> None:
 
     folder = ROOT / FOLDER / "models"
     tokenizer = AutoTokenizer.from_pretrained(runs.TINY / "student")
+
+    def save(model: Any, name: str) -> None:
+        for each in (model, tokenizer):
+            each.save_pretrained(folder / f"{name}.part")
+        (folder / f"{name}.part").rename(folder / name)  # whole or not at all
+
     if not (folder / "other_end").is_dir():  # it reads <|end|> as ever and says <|unk|> instead
         model = AutoModelForCausalLM.from_pretrained(runs.TINY / "teacher")
         end, other = tokenizer.convert_tokens_to_ids(["<|end|>", "<|unk|>"])
@@ -136,8 +143,7 @@ def make_models() -> None:
         rows[[end, other]] = rows[[other, end]]
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(rows)
-        model.save_pretrained(folder / "other_end")
-        tokenizer.save_pretrained(folder / "other_end")
+        save(model, "other_end")
     if not (folder / "noisy").is_dir():  # right 11 % of the time instead of 43 %
         model = AutoModelForCausalLM.from_pretrained(runs.TINY / "student", dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
@@ -145,8 +151,7 @@ def make_models() -> None:
             if weight.dim() > 1:
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.data += NOISE * weight.data.std() * noise
-        model.save_pretrained(folder / "noisy")
-        tokenizer.save_pretrained(folder / "noisy")
+        save(model, "noisy")
 
 
 def execute(command: list[str]) -> tuple[str, float, float]:
@@ -166,12 +171,14 @@ def execute(command: list[str]) -> tuple[str, float, float]:
         return out.read(), time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def run(cell: Cell) -> dict[str, object]:
-    """Run one cell and return its row."""
+def run(cell: Cell, curves: Path) -> dict[str, object]:
+    """Run one cell and return its row; its curve goes into the folder `curves`."""
     output, wall_s, cpu_s = execute(cell.command())
-    read = read_baseline if ARMS[cell.arm].is_baseline else read_run
     suite, arm, seed = cell.key
-    row, seconds = read(cell, output)
+    if ARMS[cell.arm].is_baseline:
+        row, seconds = read_baseline(cell, output)
+    else:
+        row, seconds = read_run(cell, curves)
     return {"suite": suite, "arm": arm, "seed": seed} | row | {
         "wall_s": round(wall_s, 1),
         "cpu_s": round(cpu_s, 1),
@@ -181,7 +188,7 @@ def run(cell: Cell) -> dict[str, object]:
     }  # fmt: skip
 
 
-def read_run(cell: Cell, output: str) -> tuple[dict[str, object], float]:
+def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
     """(columns, seconds of training) of a method's run; its curve is kept."""
     folder = ROOT / FOLDER / cell.name
     rows = runs.read_metrics(folder)
@@ -189,7 +196,10 @@ def read_run(cell: Cell, output: str) -> tuple[dict[str, object], float]:
     before, *_, after = [row for row in rows if f"eval/student/avg@{most}" in row]
     steps = [row for row in rows if "loss" in row]
     seen = json.loads((folder / "args.json").read_text())["environment"]
-    write_curve(cell, [{k: r[k] for k in r if k in CURVE or k.startswith("alarm/")} for r in steps])
+    write_curve(
+        curves / f"{cell.name}.jsonl",
+        [{k: r[k] for k in r if k in CURVE or k.startswith("alarm/")} for r in steps],
+    )
     row: dict[str, object] = {}
     for key, name in (("avg", f"avg@{most}"), ("pass8", "pass@8"), ("kl", "reverse_kl")):
         if f"eval/student/{name}" in after:
@@ -231,9 +241,8 @@ def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
     }, sum(float(seconds) for _, seconds in steps)
 
 
-def write_curve(cell: Cell, rows: list[dict[str, Any]]) -> None:
+def write_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     """The curve of a cell, as JSON lines with four significant digits."""
-    path = RESULTS / f"evidence/{cell.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     short = [
         {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -250,9 +259,9 @@ def finished(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
-def half_width(values: list[float]) -> float:
-    """Of the 95 % interval of the mean."""
-    return STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+def half_width(values: list[float], wide: bool = False) -> float:
+    """Of the 95 % interval of the mean; `wide`: of that of 99 %."""
+    return STUDENT_T[len(values)][wide] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def spread(values: list[float]) -> str:
@@ -292,12 +301,16 @@ def table(rows: list[dict[str, str]], arms: list[str], gains: bool = True) -> st
     for arm in arms:
         mine = of_arm(rows, arm, "avg_after")
         paired = [mine[seed] - base[seed] for seed in mine if seed in base and arm != "opd"]
-        found = [
-            spread(paired if key == "gain" else list(of_arm(rows, arm, key).values()))
-            for key in titles
-        ]
+        found = []
+        for key in titles:
+            values = paired if key == "gain" else list(of_arm(rows, arm, key).values())
+            missing = f", {len(values)} seeds" if 0 < len(values) < len(mine) else ""
+            found.append(spread(values) + missing)
         lines.append([arm, f"{len(mine)}", *found])
     return markdown(["arm", "seeds", *titles.values()], lines)
+
+
+VERDICTS = ("reproduced", "not decidable", "not reproduced")
 
 
 @dataclass(frozen=True)
@@ -312,14 +325,16 @@ class Finding:
         """The difference of each seed."""
         return [one - two for one, two in zip(self.own, self.other)]
 
-    def verdict(self, more: bool) -> str:
+    def verdict(self, comparison: Comparison) -> str:
         """Whether the interval of the difference lies on the claim's side of 0."""
         if len(self.own) < 2:
             return "too few seeds"
-        mean, half = statistics.mean(self.gains), half_width(self.gains)
-        if half >= abs(mean):
+        mean = statistics.mean(self.gains)
+        if half_width(self.gains) >= abs(mean):
             return "not decidable"
-        return "reproduced" if (mean > 0) == more else "not reproduced"
+        yes, no = ("holds", "does not hold") if comparison.ours else VERDICTS[::2]
+        weakly = ", weakly" if half_width(self.gains, wide=True) >= abs(mean) else ""
+        return (yes if (mean > 0) == comparison.more else no) + weakly
 
 
 def find(rows: list[dict[str, str]], comparison: Comparison) -> Finding:
@@ -343,11 +358,11 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
     lines = []
     for each in claim.comparisons:
         found = find(rows, each)
-        side = "more" if each.more else "less"
-        than = f"`{each.than}`" if isinstance(each.than, str) else "its recorded score"
-        shown = [f"{each.text}: {side}", f"`{each.arm}`", than]
+        than = f"`{each.than}`" if each.than in ARMS else "a recorded score"
+        shown = [each.text, f"`{each.arm}`", "itself untrained" if each.than == START else than]
         shown += [spread(found.own), spread(found.other), spread(found.gains)]
-        shown.append(f"**{found.verdict(each.more)}**, {len(found.own)} seeds")
+        verdict = f"**{found.verdict(each)}**, {len(found.own)} seeds"
+        shown.append(f"ours: {verdict}" if each.ours else verdict)
         lines.append(shown)
     parts = [f"Paper: {claim.paper}.", markdown(titles, lines), table(rows, claim.arms, False)]
     run = [row for row in rows if row["suite"] == "run" and row["arm"] in claim.arms]
@@ -369,26 +384,29 @@ def again_table(rows: list[dict[str, str]], key: str) -> str:
     for each in CLAIMS[key].comparisons:
         one, two = find(rows, each), find(again, each)
         shown = [each.text, f"`{each.arm}` - `{each.than}`", spread(one.gains), spread(two.gains)]
-        same = "the same" if (verdict := two.verdict(each.more)) == one.verdict(each.more) else ""
+        same = "the same" if (verdict := two.verdict(each)) == one.verdict(each) else ""
         lines.append([*shown, same or f"**{verdict}**"])
     return markdown(["here", "difference of", "first run", "second run", "verdict"], lines)
 
 
 def summary_table(rows: list[dict[str, str]]) -> str:
     """A Markdown table: each claim, and which of its comparisons came out how, by how much."""
-    verdicts = ("reproduced", "not decidable", "not reproduced")
     lines = []
     for key, claim in CLAIMS.items():
         came: dict[str, list[str]] = {}
         for each in claim.comparisons:
             found = find(rows, each)
-            gain = f" ({statistics.mean(found.gains):+.3f})" if found.gains else ""
-            came.setdefault(found.verdict(each.more), []).append(each.text + gain)
-        shown = ["; ".join(came.get(verdict, [])) for verdict in verdicts]
+            verdict, _, weakly = found.verdict(each).partition(", ")
+            text = each.text
+            if found.gains:
+                text += f" ({statistics.mean(found.gains):+.3f}{', weakly' * bool(weakly)})"
+            came.setdefault("" if each.ours else verdict, []).append(
+                f"{text}: {verdict}" if each.ours else text
+            )
         left = len(came.get("too few seeds", []))
         title = f"{key}. {claim.title}" + (f" ({left} not run)" if left else "")
-        lines.append([title, *(each or "-" for each in shown)])
-    return markdown(["claim", *verdicts], lines)
+        lines.append([title, *("; ".join(came.get(each, "-")) for each in (*VERDICTS, ""))])
+    return markdown(["claim", *VERDICTS, "beyond the papers"], lines)
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
@@ -398,20 +416,23 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"reproduced": "#2a7d4f", "not decidable": "#8a8a8a", "not reproduced": "#b5382f"}
+    colours = dict(zip(VERDICTS, ("#2a7d4f", "#8a8a8a", "#b5382f")))
+    colours |= {"holds": colours[VERDICTS[0]], "does not hold": colours[VERDICTS[2]]}
     bars = []
     for key, claim in CLAIMS.items():
         for each in claim.comparisons:
             found = find(rows, each)
             if each.column == "avg_after" and len(found.own) > 1:
                 side = "" if each.more else " (less is claimed)"
-                bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each.more))
+                bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each))
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(bars) + 1.2), layout="constrained")
-    for place, (_, found, more) in enumerate(reversed(bars)):
-        how = {"fmt": "o", "color": colours[found.verdict(more)], "capsize": 3}
+    for place, (_, found, each) in enumerate(reversed(bars)):
+        colour = colours[found.verdict(each).split(",")[0]]
+        how = {"fmt": "o", "color": colour, "capsize": 3, "mfc": "white" if each.ours else colour}
         axes.errorbar(statistics.mean(found.gains), place, xerr=half_width(found.gains), **how)
-    for name, colour in colours.items():
-        axes.plot([], [], "o", color=colour, label=name)
+    for name in VERDICTS:
+        axes.plot([], [], "o", color=colours[name], label=name)
+    axes.plot([], [], "o", color="black", mfc="white", label="hollow: not the paper's comparison")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)])
     axes.set_xlabel("difference in accuracy, mean and 95 % interval over seeds")
@@ -472,7 +493,9 @@ def main() -> None:
     parser.add_argument("--suite", choices=["sweep", "smoke", "full"], help="default: smoke")
     parser.add_argument("--claim", choices=list(CLAIMS), action="append", help="its arms, 5 seeds")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
-    parser.add_argument("--seeds", type=int, help="fewer than 5, in a smoke suite 3")
+    parser.add_argument(
+        "--seeds", type=int, choices=range(1, 6), help="fewer than 5, in a smoke suite 3"
+    )
     parser.add_argument("--most", type=int, default=10**6, help="run at most so many cells")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     parser.add_argument("--figure", type=Path, help="draw all claims into this file, run nothing")
@@ -489,7 +512,7 @@ def main() -> None:
     if args.figure:
         draw(rows, args.figure)
         return
-    have = {(row["suite"], row["arm"], int(row["seed"])) for row in rows}
+    have = {(row["suite"], row["arm"], int(row["seed"])): row["command"] for row in rows}
     claims = args.claim or (list(CLAIMS) if args.suite == "full" else [])
     if args.suite == "sweep":
         wanted = sweep()
@@ -501,7 +524,14 @@ def main() -> None:
             parser.error(f"no complete sweep of {missing}: run --suite sweep first")
         suite = "again" if args.again else "run"
         wanted = cells(arms, args.seeds or (5 if claims else 3), best, suite)
+    for cell in wanted:
+        if f"--lr {cell.rate} " not in have.get(cell.key, f"--lr {cell.rate} "):
+            parser.error(
+                f"{cell.key} was run at another rate than {cell.rate}, the best of the sweep: "
+                f"{have[cell.key]}; delete its row or give another --out"
+            )
     todo = [cell for cell in wanted if cell.key not in have][: args.most]
+    failed: list[str] = []
     if not args.table and todo:
         if any(FOLDER in ARMS[cell.arm].flags for cell in todo):
             make_models()
@@ -514,8 +544,12 @@ def main() -> None:
             writer = csv.DictWriter(file, FIELDS.split(","), lineterminator="\n")
             if fresh:
                 writer.writeheader()
-            jobs = [pool.submit(run, cell) for cell in todo]
+            jobs = [pool.submit(run, cell, args.out.parent / "evidence") for cell in todo]
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="cell"):
+                if (error := job.exception()) is not None:  # the others go on, and are kept
+                    failed.append(str(error))
+                    print(f"failed: {error}", file=sys.stderr)
+                    continue
                 row = job.result()
                 print(
                     f"{row['arm']} seed {row['seed']}: accuracy {row['avg_after']}, "
@@ -533,6 +567,8 @@ def main() -> None:
                 print(f"\n{again_table(rows, key)}")
     else:
         print(table(rows, list(SMOKE)))
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(todo)} cells failed; run the command again")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ def rows_of(**arms: list[float]) -> list[dict[str, str]]:
 
 
 def verdict(own: list[float], other: list[float], more: bool = True) -> str:
-    rows = rows_of(sg_opd=own, opd=other)
-    return evidence.find(rows, Comparison("", "sg_opd", "opd", more=more)).verdict(more)
+    comparison = Comparison("", "sg_opd", "opd", more=more)
+    return evidence.find(rows_of(sg_opd=own, opd=other), comparison).verdict(comparison)
 
 
 def test_the_interval_is_students():
@@ -39,6 +40,8 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
     assert verdict([0.6, 0.6, 0.62], [0.7, 0.71, 0.72]) == "not reproduced"
     assert verdict([0.7, 0.5, 0.6], [0.6, 0.6, 0.6]) == "not decidable"
     assert verdict([0.7], [0.6]) == "too few seeds"
+    assert verdict([0.7, 0.72, 0.74], [0.6, 0.6, 0.6]) == "reproduced"  # 0.12 ± 0.05, ± 0.11
+    assert verdict([0.7, 0.73, 0.76], [0.6, 0.6, 0.6]) == "reproduced, weakly"  # ± 0.07, ± 0.17
 
 
 def test_differences_are_paired_by_seed():
@@ -104,3 +107,36 @@ def test_what_a_baseline_prints_is_read(arm, size):
     assert 2 * 4 * 4 <= row["sampled_tokens"] <= 2 * 4 * 128
     assert 0 < seconds < wall_s
     assert 0.2 < row["avg_after"] < 0.6  # at this rate two steps move the student by little
+
+
+def test_a_failed_cell_costs_no_other_and_old_rates_do_not_mix(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "rows.csv"
+    swept = [
+        row
+        for row in evidence.finished(evidence.RESULTS / "evidence.csv")
+        if row["suite"] == "sweep"
+    ]
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, evidence.FIELDS.split(","))
+        writer.writeheader()
+        writer.writerows(swept)
+
+    def run(cell: evidence.Cell, curves: Path) -> dict[str, object]:
+        if cell.arm == "opd":
+            raise RuntimeError("out of memory")
+        (row,) = rows_of(**{cell.arm: [0.5]})
+        return row | {"command": " ".join(cell.command()), "cpu_s": 1.0}
+
+    monkeypatch.setattr(evidence, "run", run)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--seeds", "1", "--out", str(out)])
+    with pytest.raises(SystemExit, match="1 of 6 cells failed"):
+        evidence.main()
+    assert "failed: out of memory" in capsys.readouterr().err
+    kept = {row["arm"] for row in evidence.finished(out) if row["suite"] == "run"}
+    assert kept == set(evidence.SMOKE) - {"opd"}
+    out.write_text(
+        out.read_text().replace("--lr 1.5e-4 --eval-every 30", "--lr 9e-4 --eval-every 30")
+    )
+    with pytest.raises(SystemExit) as stop:
+        evidence.main()
+    assert stop.value.code == 2 and "was run at another rate than 1.5e-4" in capsys.readouterr().err
