@@ -188,6 +188,13 @@ def run(cell: Cell, curves: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
+def is_dirty() -> bool:
+    """Whether tracked files differ from the commit, other than the results that are written."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
+    command += ["--", ".", ":!benchmarks/results"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout != ""
+
+
 def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
     """(columns, seconds of training) of a method's run; its curve is kept."""
     folder = ROOT / FOLDER / cell.name
@@ -214,7 +221,7 @@ def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
         "grad_norm": round(statistics.median(float(r["grad_norm"]) for r in steps), 4),
         "sampled_tokens": int(sum(r["num_rollouts"] * r["length_mean"] for r in steps)),
         "commit": seen["commit"][:10],
-        "dirty": seen["dirty"],
+        "dirty": is_dirty(),
         "device": seen["device"],
         "num_threads": seen["num_threads"],
         "torch": seen["torch"],
@@ -234,7 +241,7 @@ def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
         "truncated": round(after["truncated"], 5),
         "sampled_tokens": sum(int(tokens) for tokens, _ in steps),
         "commit": environment["commit"][:10],
-        "dirty": environment["dirty"],
+        "dirty": is_dirty(),
         "device": "cpu",
         "num_threads": 1,
         "torch": environment["torch"],
