@@ -443,7 +443,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)])
     axes.set_xlabel("difference in accuracy, mean and 95 % interval over seeds")
-    axes.legend(loc="best")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 
