@@ -439,11 +439,11 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axes.errorbar(statistics.mean(found.gains), place, xerr=half_width(found.gains), **how)
     for name in VERDICTS:
         axes.plot([], [], "o", color=colours[name], label=name)
-    axes.plot([], [], "o", color="black", mfc="white", label="hollow: not the paper's comparison")
+    axes.plot([], [], "o", color="black", mfc="white", label="hollow: ours")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)])
     axes.set_xlabel("difference in accuracy, mean and 95 % interval over seeds")
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
