@@ -188,13 +188,6 @@ def run(cell: Cell, curves: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def is_dirty() -> bool:
-    """Whether tracked files differ from the commit, other than the results that are written."""
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
-    command += ["--", ".", ":!benchmarks/results"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout != ""
-
-
 def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
     """(columns, seconds of training) of a method's run; its curve is kept."""
     folder = ROOT / FOLDER / cell.name
@@ -221,7 +214,7 @@ def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
         "grad_norm": round(statistics.median(float(r["grad_norm"]) for r in steps), 4),
         "sampled_tokens": int(sum(r["num_rollouts"] * r["length_mean"] for r in steps)),
         "commit": seen["commit"][:10],
-        "dirty": is_dirty(),
+        "dirty": seen["dirty"],
         "device": seen["device"],
         "num_threads": seen["num_threads"],
         "torch": seen["torch"],
@@ -241,7 +234,7 @@ def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
         "truncated": round(after["truncated"], 5),
         "sampled_tokens": sum(int(tokens) for tokens, _ in steps),
         "commit": environment["commit"][:10],
-        "dirty": is_dirty(),
+        "dirty": environment["dirty"],
         "device": "cpu",
         "num_threads": 1,
         "torch": environment["torch"],
@@ -288,9 +281,12 @@ def of_arm(rows: list[dict[str, str]], arm: str, column: str) -> dict[str, float
     if column != "gain_per_min":
         return {seed: float(row[column]) for seed, row in mine.items() if row[column]}
     starts = of_arm(rows, "opd", "avg_before").values()  # the same student in all
+    if not starts:
+        return {}
+    start = statistics.mean(starts)
     return {
-        seed: 60 * (float(row["avg_after"]) - statistics.mean(starts)) / float(row["train_s"])
-        for seed, row in mine.items() if row["train_s"] and starts
+        seed: 60 * (float(row["avg_after"]) - start) / float(row["train_s"])
+        for seed, row in mine.items() if row["train_s"]
     }  # fmt: skip
 
 
@@ -391,8 +387,9 @@ def again_table(rows: list[dict[str, str]], key: str) -> str:
     for each in CLAIMS[key].comparisons:
         one, two = find(rows, each), find(again, each)
         shown = [each.text, f"`{each.arm}` - `{each.than}`", spread(one.gains), spread(two.gains)]
-        same = "the same" if (verdict := two.verdict(each)) == one.verdict(each) else ""
-        lines.append([*shown, same or f"**{verdict}**"])
+        verdict = two.verdict(each)
+        shown.append("the same" if verdict == one.verdict(each) else f"**{verdict}**")
+        lines.append(shown)
     return markdown(["here", "difference of", "first run", "second run", "verdict"], lines)
 
 
@@ -407,9 +404,8 @@ def summary_table(rows: list[dict[str, str]]) -> str:
             text = each.text
             if found.gains:
                 text += f" ({statistics.mean(found.gains):+.3f}{', weakly' * bool(weakly)})"
-            came.setdefault("" if each.ours else verdict, []).append(
-                f"{text}: {verdict}" if each.ours else text
-            )
+            place, shown = ("", f"{text}: {verdict}") if each.ours else (verdict, text)
+            came.setdefault(place, []).append(shown)
         left = len(came.get("too few seeds", []))
         title = f"{key}. {claim.title}" + (f" ({left} not run)" if left else "")
         lines.append([title, *("; ".join(came.get(each, "-")) for each in (*VERDICTS, ""))])
@@ -538,7 +534,7 @@ def main() -> None:
                 f"{have[cell.key]}; delete its row or give another --out"
             )
     todo = [cell for cell in wanted if cell.key not in have][: args.most]
-    failed: list[str] = []
+    num_failed = 0
     if not args.table and todo:
         if any(FOLDER in ARMS[cell.arm].flags for cell in todo):
             make_models()
@@ -554,7 +550,7 @@ def main() -> None:
             jobs = [pool.submit(run, cell, args.out.parent / "evidence") for cell in todo]
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="cell"):
                 if (error := job.exception()) is not None:  # the others go on, and are kept
-                    failed.append(str(error))
+                    num_failed += 1
                     print(f"failed: {error}", file=sys.stderr)
                     continue
                 row = job.result()
@@ -574,8 +570,8 @@ def main() -> None:
                 print(f"\n{again_table(rows, key)}")
     else:
         print(table(rows, list(SMOKE)))
-    if failed:
-        raise SystemExit(f"{len(failed)} of {len(todo)} cells failed; run the command again")
+    if num_failed:
+        raise SystemExit(f"{num_failed} of {len(todo)} cells failed; run the command again")
 
 
 if __name__ == "__main__":

@@ -328,13 +328,15 @@ def environment() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     cuda = torch.cuda.is_available()
+    rows = ":!benchmarks/results"  # what a benchmark writes is no change of the code
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", rows)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
         "commit": git("rev-parse", "HEAD"),
-        "dirty": git("status", "--porcelain", "--untracked-files=no") != "",
+        "dirty": changed != "",
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "num_devices": torch.cuda.device_count() if cuda else 0,
         "num_threads": torch.get_num_threads(),

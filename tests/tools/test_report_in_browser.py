@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report_page import HOSTILE, compare_runs, report, write_run
+from test_report_page import HOSTILE, text_of, write_run
 
 pytestmark = pytest.mark.browser
 
@@ -35,10 +35,8 @@ def page(tmp_path, browser):
     """A page in a browser: with some flags, after a script has used it."""
 
     def run(folders: list[Path], *flags: str, use: str = "", max_tokens: int = 30_000) -> str:
-        text = report.render(
-            compare_runs.group([compare_runs.load(each) for each in folders]), max_tokens
-        )
-        assert (len(re.findall("<head>", text)), text.count("</body>")) == (1, 1)
+        text = text_of(*folders, max_tokens=max_tokens)
+        assert text.count("<head>") == text.count("</body>") == 1
         text = text.replace("<head>", f"<head>{WATCH}")
         text = text.replace("</body>", f"<script>{use}</script></body>")
         (tmp_path / "page.html").write_text(text)

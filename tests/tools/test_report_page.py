@@ -101,8 +101,12 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
 
+def text_of(*folders: Path, **how: int) -> str:
+    return report.render(compare_runs.group([compare_runs.load(f) for f in folders]), **how)
+
+
 def page_of(*folders: Path, **how: int) -> Page:
-    return Page(report.render(compare_runs.group([compare_runs.load(f) for f in folders]), **how))
+    return Page(text_of(*folders, **how))
 
 
 @pytest.fixture
@@ -129,7 +133,7 @@ def test_the_page_fetches_nothing(seeds):
     page = page_of(*seeds)
     assert {"link", "img", "iframe", "object", "base", "form"}.isdisjoint(page.tags)
     assert {"src", "href", "action", "srcset", "data"}.isdisjoint(dict(page.attributes))
-    text = report.render(compare_runs.group([compare_runs.load(each) for each in seeds]))
+    text = text_of(*seeds)
     rest = text.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
     assert not any(word in rest for word in ("http:", "https:", "url(", "@import", "fetch("))
     policy = next(value for name, value in page.attributes if name == "content" and "src" in value)
@@ -181,7 +185,7 @@ def test_pairs_come_first_and_the_rest_is_spread_and_counted(tmp_path):
 
 def test_a_rollout_of_5000_tokens_stays_small(tmp_path):
     folder = write_run(tmp_path / "long", 0, num=5000)
-    page = report.render(compare_runs.group([compare_runs.load(folder)]), 10000)
+    page = text_of(folder, max_tokens=10000)
     lengths = [len(each["ids"]) for each in Page(page).data["rollouts"]]
     assert lengths == [5000, 5000]
     assert len(page) < 1_500_000
