@@ -25,9 +25,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "opd_ops.libopd_ops"
+TINY = ("student", "teacher", "prompts")  # of assets/tiny: what a method runs without arguments
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest that the library runs in
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 KERNEL_FLAGS = ["-fno-math-errno", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -218,13 +220,14 @@ class NinjaBuild(build_ext):
             owner = "opd_ops._build_info" if source == "csrc/build_info.cpp" else LIBRARY
             parts[owner].append(escape(path))
         libs = {
-            LIBRARY: f"-L{torch_root / 'lib'} -ltorch_cpu -lc10",
+            LIBRARY: f"{shlex.quote(f'-L{torch_root}/lib')} -ltorch_cpu -lc10",
             "opd_ops._build_info": "-undefined dynamic_lookup" if sys.platform == "darwin" else "",
         }
         for name, path in outputs.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             rule = "cudalink" if nvcc and name == LIBRARY else "link"
-            more = f" -ccbin={compiler[0]} -L{Path(nvcc).parents[1] / 'lib'}" if nvcc else ""
+            cuda = [f"-ccbin={compiler[0]}", f"-L{Path(nvcc).parents[1] / 'lib'}"] if nvcc else []
+            more = " " + shlex.join(cuda) if cuda else ""
             lines.append(
                 f"build {escape(path)}: {rule} {' '.join(parts[name])}\n"
                 f"  libs = {escape(libs[name] + (more if rule == 'cudalink' else ''))}"
@@ -235,6 +238,17 @@ class NinjaBuild(build_ext):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command).returncode != 0:
             fail("the compiler failed, see above")
+
+
+class WithTinyModels(build_py):
+    """Copies the embedded pair into a wheel; an editable install finds it in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for name in TINY:
+                to = Path(self.build_lib) / "opd_run" / "tiny" / name
+                shutil.copytree(ROOT / "assets" / "tiny" / name, to, dirs_exist_ok=True)
 
 
 def quoted(value: str) -> str:
@@ -258,11 +272,11 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-        setup()
+        setup(cmdclass={"build_py": WithTinyModels})
     else:
         setup(
             ext_modules=[Extension(LIBRARY, []), Extension("opd_ops._build_info", [])],
-            cmdclass={"build_ext": NinjaBuild},
+            cmdclass={"build_ext": NinjaBuild, "build_py": WithTinyModels},
         )
 
 

@@ -18,9 +18,9 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import opd  # noqa: E402
+from opd_ops.models import num_parameters  # noqa: E402
 
 from opd_ops import memory, ranks  # noqa: E402
-from opd_ops.models import num_parameters  # noqa: E402
 
 FLOPS, BANDWIDTH = 0.4 * 989e12, 0.6 * 3.35e12
 PROMPT, COMPLETION, ROLLOUTS = 200, 4096, 512

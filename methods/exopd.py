@@ -28,127 +28,140 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import opd_ops
-from opd_ops import engines, health, memory, ranks, rollouts, runs, trace
-from opd_ops.data import Prompt, load_prompts, verifier_function
-from opd_ops.models import CausalLM, export, load_models, prepare
+from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, vllm_sampler
+from opd_run.compat import Facts
+from opd_run.console import RunError
+from opd_run.data import Prompt
+from opd_run.files import TINY
+from opd_run.models import CausalLM
+from opd_run.rollouts import shaped
+from opd_run.run import Run, command, load_checkpoint, save_checkpoint, say_plan
+from opd_run.verifier import Verifier, verifier_function
+
+Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
 
 # ==== 1. Arguments ================================================================================
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """All flags; everything that is wrong with them is reported in one message."""
-    raw, tiny, types = argparse.RawDescriptionHelpFormatter, runs.TINY, ["float32", "bfloat16"]
+    raw, types = argparse.RawDescriptionHelpFormatter, ["auto", "float32", "bfloat16"]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=__doc__, formatter_class=raw
     )
-    add = partial(runs.flag, parser.add_argument_group("run"))
-    add("--run-dir", f"runs/{Path(__file__).stem}/default", "folder for logs and checkpoints")
-    add("--resume", False, "continue from the newest good checkpoint in --run-dir")
-    add("--overwrite", False, "delete the run that is in --run-dir")
-    add("--save-every", 50, "steps between checkpoints; 0: only at the end", "[0,inf)")
-    add("--keep-checkpoints", 2, "how many of the newest are kept; 0: all", "[0,inf)")
-    add("--report-to", "none", "live view", choices=["none", "tensorboard", "wandb", "trackio"])
-    add("--seed", 0, "of data order and sampling", "[0,inf)")
-    add("--device", "auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
-    add("--shard", "none", "over the processes of torchrun", choices=["none", "fsdp"])
-    add("--shard-frozen", False, "with --shard fsdp: the frozen models too")
-    add("--rank-timeout-s", 1800.0, "wait for other processes", "(0,inf)")
-    add("--dry-run", False, "print resolved flags, models, checks and token budget; exit")
-    add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md)")
-    add("--debug", False, "show tracebacks")
-    add = partial(runs.flag, parser.add_argument_group("data"))
-    add("--prompts", str(tiny / "prompts/train.jsonl"), "jsonl, reasoning_gym:TASK, hub name")
-    add("--test-prompts", None, "held-out prompts [with the tiny prompts: the tiny test set]")
-    add("--prompt-field", "prompt", "field with the user message")
-    add("--answer-field", "answer", "field with the right answer, for the verifier")
+    flags.add_run_flags(parser, Path(__file__).stem)  # those that cannot change a number
+    add = partial(flags.flag, parser.add_argument_group("data"))
+    add("--seed", 0, "seed of data order and sampling", "[0,inf)")
+    add("--prompts", str(TINY / "prompts/train.jsonl"), "a .jsonl, reasoning_gym:TASK or hub name")
+    add("--test-prompts", None, "held-out prompts [the tiny pair's, with the tiny pair's prompts]")
+    add("--prompt-field", "prompt", "field of a row that holds the user's message")
+    add("--answer-field", "answer", "field that holds the right answer, for the verifier")
     add("--domain-field", "domain", "field by which metrics are split")
-    add("--chat-template", True, "render prompts with the tokenizer's template, if it has one")
-    add("--chat-template-from", "student", "whose template", choices=["student", "teacher"])
+    add("--chat-template", True, "render prompts with the tokenizer's chat template, if any")
+    add("--chat-template-from", "student", "use this one's", choices=["student", "teacher"])
     add("--chat-template-args", "{}", 'JSON for the template, such as {"enable_thinking": false}')
-    add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function")
-    add("--verifier-timeout-s", 10.0, "for one answer; after that its verdict is 0", "(0,inf)")
+    add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function, file.py:function")
+    add("--verifier-timeout-s", 10.0, "an answer that takes longer stays unverified", "(0,inf)")
     add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
-    add = partial(runs.flag, parser.add_argument_group("models"))
-    add("--student", str(tiny / "student"), "folder or hub name")
-    add("--teacher", None, "folder or hub name [the tiny teacher]", action="append")
-    add("--dtype", "auto", "compute type (weights: float32)", choices=["auto", *types])
-    add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher")
-    add("--teacher-timeout-s", 600.0, "wait for the server, then save and stop", "(0,inf)")
-    add("--teacher-dtype", "auto", "type of frozen models", choices=["auto", *types])
-    add("--teacher-device", "same", "device of frozen models; same: --device")
-    add("--teacher-offload", False, "frozen models wait in CPU memory, come one by one to score")
-    add("--lora-rank", 0, "train adapters of this rank, all layers but the head; 0: off", "[0,inf)")
-    add("--lora-alpha", 32.0, "an adapter's product is multiplied by this / rank", "(0,inf)")
-    add("--gradient-checkpointing", False, "recompute activations in the backward pass")
-    add("--trust-remote-code", False, "run Python code that comes with the models")
-    add = partial(runs.flag, parser.add_argument_group("rollout"))
+    add = partial(flags.flag, parser.add_argument_group("models"))
+    add("--student", str(TINY / "student"), "folder or hub name of the model to train")
+    add("--teacher", None, "folder or hub name of the teacher [the tiny one]", action="append")
+    add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher instead")
+    add("--dtype", "auto", "type to compute in (weights stay float32)", choices=types)
+    add("--teacher-dtype", "auto", "type of the frozen models", choices=types)
+    add("--lora-rank", 0, "train adapters of this rank instead of all weights; 0: off", "[0,inf)")
+    add("--lora-alpha", 32.0, "adapters are scaled by this / rank", "(0,inf)")
+    add = partial(flags.flag, parser.add_argument_group("rollout"))
     add("--prompts-per-step", 32, "prompts in one step", "[1,inf)")
-    add("--rollouts-per-prompt", 4, "rollouts of each", "[1,inf)")
+    add("--rollouts-per-prompt", 4, "completions sampled for each prompt", "[1,inf)")
     add("--max-completion-tokens", 128, "longer completions are cut, and counted", "[1,inf)")
-    add("--temperature", 1.0, "of sampling; the loss is not corrected for it", "(0,inf)")
-    add("--top-p", 1.0, "of sampling; the loss is not corrected for the truncation", "(0,1]")
-    add("--top-k", 0, "of sampling; 0: off", "[0,inf)")
-    add("--sampler", "own", "who generates the student's rollouts", choices=["own", "vllm"])
-    add("--sampler-memory", 0.3, "share of the GPU that vLLM may take", "(0,1)")
-    add("--sampler-batch-size", 256, "rollouts generated together", "[1,inf)")
-    add = partial(runs.flag, parser.add_argument_group("optimisation"))
-    add("--steps", 100, "batches of rollouts", "[0,inf)")
+    add("--temperature", 1.0, "sampling temperature; the loss does not correct for it", "(0,inf)")
+    add("--top-p", 1.0, "sample from this much of the mass; the loss does not correct", "(0,1]")
+    add("--top-k", 0, "sample from this many tokens; 0: from all", "[0,inf)")
+    add("--sampler", "own", "what generates the student's rollouts", choices=["own", "vllm"])
+    add = partial(flags.flag, parser.add_argument_group("optimisation"))
+    add("--steps", 100, "steps; each samples one batch of rollouts", "[0,inf)")
     add("--lr", 3e-4, "peak learning rate of AdamW", "[0,inf)")
-    add("--lr-schedule", "constant", "after warm-up", choices=["constant", "linear", "cosine"])
-    add("--warmup-steps", 0, "of linear warm-up", "[0,inf)")
-    add("--weight-decay", 0.0, "of AdamW, on matrices", "[0,inf)")
-    add("--adam-beta2", 0.95, "of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
-    add("--max-grad-norm", 1.0, "gradient clipping", "(0,inf]")
+    shapes = ["constant", "linear", "cosine"]
+    add("--lr-schedule", "constant", "learning rate after the warm-up", choices=shapes)
+    add("--warmup-steps", 0, "steps of linear warm-up", "[0,inf)")
+    add("--weight-decay", 0.0, "weight decay of AdamW, on matrices only", "[0,inf)")
+    add("--adam-beta2", 0.95, "beta2 of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
+    add("--max-grad-norm", 1.0, "clip the gradient's norm to this", "(0,inf]")
     add("--updates-per-rollout", 1, "optimizer steps on each batch of rollouts", "[1,inf)")
     add("--importance-cap", 5.0, "largest importance weight, Eq. (3)", "[1,inf]")
-    add("--loss-temperature", 1.0, "of every log-prob in the loss, all models alike", "(0,inf)")
-    add("--micro-batch-tokens", 16384, "most tokens of a forward pass, with padding", "[1,inf)")
-    add("--max-bad-steps", 0, "steps that are not finite to skip, before a stop", "[0,inf)")
-    add = partial(runs.flag, parser.add_argument_group("evaluation"))
-    add("--eval-every", 50, "steps between evaluations, and at both ends; 0: never", "[0,inf)")
-    add("--eval-samples", 8, "samples for each test prompt", "[1,inf)")
-    add("--eval-temperature", 1.0, "0: greedy", "[0,inf)")
-    add("--eval-top-p", 1.0, "of evaluation", "(0,1]")
+    add("--loss-temperature", 1.0, "temperature of the loss's log-probs, for all models", "(0,inf)")
+    add("--max-bad-steps", 0, "skip this many steps that are not finite, then stop", "[0,inf)")
+    add = partial(flags.flag, parser.add_argument_group("evaluation"))
+    add("--eval-every", 50, "evaluate every so many steps, and at both ends; 0: never", "[0,inf)")
+    add("--eval-samples", 8, "completions sampled for each test prompt", "[1,inf)")
+    add("--eval-temperature", 1.0, "sampling temperature of evaluation; 0: greedy", "[0,inf)")
+    add("--eval-top-p", 1.0, "top-p of evaluation", "(0,1]")
     add("--eval-teacher", False, "evaluate the teacher too, once")
-    add("--diagnostic-tokens", 512, "tokens of a step with exact divergences; 0: off", "[0,inf)")
+    add("--diagnostic-tokens", 512, "tokens a step for the exact divergences; 0: off", "[0,inf)")
     add_method_args(parser)
-    args = runs.parse(parser, argv, check_method_args)
-    args.teacher = args.teacher or [str(tiny / "teacher")]
-    if args.test_prompts is None and args.prompts == str(tiny / "prompts/train.jsonl"):
-        args.test_prompts = str(tiny / "prompts/test.jsonl")
+    args = flags.parse(parser, argv, check_method_args)
+    args.teacher = args.teacher or [str(TINY / "teacher")]
+    if args.test_prompts is None and args.prompts == str(TINY / "prompts/train.jsonl"):
+        args.test_prompts = str(TINY / "prompts/test.jsonl")
     return args
 
 
 # ==== 2. Data and verifier ========================================================================
-# FORK: rows and chat format: `opd_ops.data.load_prompts`. A verifier of yours: --verifier my.py:f
 
 
-def prompts_of_step(prompts: list[Prompt], step: int, args: argparse.Namespace) -> list[Prompt]:
+def render(tokenizer: Any, text: str, args: Args) -> str:
+    """One user message in the tokenizer's chat format, up to where the answer begins."""
+    messages = [{"role": "user", "content": text}]  # FORK: a system prompt, examples
+    how = {"tokenize": False, "add_generation_prompt": True} | args.chat_template_args
+    return str(tokenizer.apply_chat_template(messages, **how))
+
+
+def make_prompt(row: dict[str, Any], tokenizer: Any, args: Args) -> Prompt:
+    """FORK: how a row of the data set becomes a prompt."""
+    text = data.text_of(row, args.prompt_field)
+    templated = args.chat_template and tokenizer.chat_template is not None
+    shown = render(tokenizer, text, args) if templated else text
+    ids = tokenizer.encode(shown, add_special_tokens=not templated)  # a template has its BOS
+    answer, domain = (row.get(name) for name in (args.answer_field, args.domain_field))
+    answer, domain = ("" if value is None else str(value) for value in (answer, domain))
+    return Prompt(tuple(ids), text, answer, domain, row)
+
+
+def load_prompts(
+    source: str | None, seed: int, tokenizer: Any, facts: Facts, args: Args
+) -> list[Prompt]:
+    """Prompts that are longer than --max-prompt-tokens are left out and counted, never cut."""
+    every = data.load(source, seed, partial(make_prompt, tokenizer=tokenizer, args=args))
+    kept = [prompt for prompt in every if len(prompt.ids) <= args.max_prompt_tokens]
+    data.check_prompts(source, kept, len(every) - len(kept), facts.num_positions, args)
+    return kept
+
+
+def prompts_of_step(prompts: list[Prompt], step: int, args: Args) -> list[Prompt]:
     """A function of seed and step alone, so that resuming needs no state; reshuffled each epoch."""
     places = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
     order = {
-        epoch: np.random.default_rng([args.seed, 1, epoch]).permutation(len(prompts))
+        epoch: np.random.default_rng(seed_of("data", epoch, args)).permutation(len(prompts))
         for epoch in range(places[0] // len(prompts), places[-1] // len(prompts) + 1)
     }
     return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in places]
 
 
-def verify(rollout: Rollout, tokenizer: Any, verifier: runs.Verifier) -> None:
+def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier) -> None:
     """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
     kept = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
@@ -159,23 +172,52 @@ def verify(rollout: Rollout, tokenizer: Any, verifier: runs.Verifier) -> None:
 # ==== 3. Models and sampling ======================================================================
 
 
+def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
+    """What loading does to a model. All but the student are frozen."""
+    frozen = name != "student"
+    dtype = getattr(torch, args.teacher_dtype if frozen else args.dtype)
+    weights = dtype if frozen or args.lora_rank else torch.float32  # adapters are float32
+    autocast = torch.float32 if frozen else dtype  # float32: none
+    return setup.load_lm(
+        path, frozen, weights, autocast, without_noise, adapted_layers, facts, args
+    )
+
+
+def without_noise(config: Any) -> None:
+    """No dropout: the policy that is trained has to be the policy that sampled."""
+    for name in config.to_dict():
+        if "dropout" in name or name.endswith("_pdrop"):
+            setattr(config, name, 0.0)
+
+
+def adapted_layers(lm: Any) -> list[str]:
+    """The layers that --lora-rank adapts: every linear one but the head."""
+    layers = [(name, each) for name, each in lm.named_modules() if type(each) is torch.nn.Linear]
+    return [name for name, each in layers if each is not lm.get_output_embeddings()]
+
+
+def stop_ids(facts: Facts) -> list[int]:
+    """A completion ends at what any of the models calls end of sequence."""
+    return sorted({each for ids in facts.eos_ids.values() for each in ids})
+
+
 @dataclass
 class Rollout:
     """B completions and how they were sampled. Names, units and signs: docs/notation.md."""
 
     prompts: list[Prompt]
-    prompt_ids: Tensor  # [B, P] int64, left-padded
-    prompt_mask: Tensor  # [B, P] bool
-    completion_ids: Tensor  # [B, T] int64, right-padded
-    completion_mask: Tensor  # [B, T] bool: every token after the prompt, EOS included
-    response_mask: Tensor  # [B, T] bool: tokens that the main loss trains
-    prefix_mask: Tensor  # [B, T] bool: tokens of a teacher's prefix; none in opd
-    rollout_logp: Tensor  # [B, T] nats, of the law that was sampled from
-    behaviour_logp: Tensor  # [B, T] nats, same weights, full vocabulary, loss temperature
-    coin: Tensor  # [B, T] a uniform in [0, 1) for a method's own draw at a token; zero in opd
-    ended: Tensor  # [B] bool: EOS was sampled
-    source: Tensor  # [B] int64: 0 student, 1 teacher
-    verdict: Tensor  # [B] float: +1 right, -1 wrong, 0 unverified
+    prompt_ids: Tensor = shaped("BP", torch.int64)  # left-padded
+    prompt_mask: Tensor = shaped("BP", torch.bool)
+    completion_ids: Tensor = shaped("BT", torch.int64)  # right-padded
+    completion_mask: Tensor = shaped("BT", torch.bool)  # every token after the prompt, EOS too
+    response_mask: Tensor = shaped("BT", torch.bool)  # tokens that the main loss trains
+    prefix_mask: Tensor = shaped("BT", torch.bool)  # tokens of a teacher's prefix; none in opd
+    rollout_logp: Tensor = shaped("BT")  # nats, of the law that was sampled from
+    behaviour_logp: Tensor = shaped("BT")  # nats, same weights, full vocabulary, loss temperature
+    ended: Tensor = shaped("B", torch.bool)  # EOS was sampled
+    source: Tensor = shaped("B", torch.int64)  # 0 student, 1 teacher
+    verdict: Tensor = shaped("B")  # +1 right, -1 wrong, 0 unverified
+    extra: dict[str, Tensor] = field(default_factory=dict)  # what a method drew, [B] or [B, T] each
 
     @property
     def attention_mask(self) -> Tensor:  # [B, P+T]
@@ -185,46 +227,59 @@ class Rollout:
     def trained_mask(self) -> Tensor:  # [B, T], N tokens; no others are scored
         return self.response_mask | self.prefix_mask
 
-    def select(self, rows: Tensor) -> Rollout:
-        """Some of the rollouts, without padding that they do not need."""
-        return rollouts.select(self, rows)
+
+Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score` says of them
 
 
-def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Tensor]) -> Tensor:
-    """`read(rows, head)` of the N rows that predict trained tokens, as [B, T, ...], else zero."""
-    attention_mask = rollout.attention_mask.to(model.device)
-    mask = rollout.trained_mask
-    values = model(
+def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
+    """`read(hidden, head)` at the N positions that predict trained tokens.
+
+    It returns a tensor [N, ...], or several; they come back as [B, T, ...], zero elsewhere.
+    """
+    attention_mask, mask = rollout.attention_mask.to(model.device), rollout.trained_mask
+
+    def scattered(values: Tensor) -> Tensor:
+        values = values.to(mask.device)
+        return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
+
+    found = model(
         read,
         F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(model.device),  # t - 1 predicts t
         input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(model.device),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
-    ).to(mask.device)
-    return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
+    )
+    return scattered(found) if torch.is_tensor(found) else tuple(map(scattered, found))
 
 
-def token_logp(model: CausalLM, rollout: Rollout, args: argparse.Namespace) -> Tensor:
+def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
     """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
-    ids = rollout.completion_ids[rollout.trained_mask].to(model.device)
+    ids, law = rollout.completion_ids[rollout.trained_mask].to(model.device), loss_law(model, args)
     return read_tokens(
-        model,
-        rollout,
-        lambda rows, head: opd_ops.linear_token_logp(rows, head, ids, **loss_law(args))[0],
+        model, rollout, lambda hidden, head: opd_ops.linear_token_logp(hidden, head, ids, **law)[0]
     )
 
 
-def loss_law(args: argparse.Namespace) -> dict[str, Any]:
+def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
     """What turns logits into the distributions of the loss, the same for all models."""
-    return {"temperature": args.loss_temperature, "valid_vocab": args.valid_vocab}
+    return {"temperature": args.loss_temperature, "valid_vocab": model.facts.valid_vocab}
 
 
-def uniforms(num_rollouts: int, stream: int, step: int, args: argparse.Namespace) -> Tensor:
-    """[B, T], one uniform per token: randomness belongs to the row, so that neither batching nor
-    the number of processes changes a sample. Streams: 1 data order, 2 rollouts, 3 evaluation."""
-    generator = np.random.default_rng([args.seed, stream, step])
+STREAMS = {"data": 1, "rollouts": 2, "evaluation": 3, "teacher": 4, "method": 5, "teacher_file": 6}
+STREAMS |= {"diagnostics": 7}  # every random draw belongs to one of these
+
+
+def seed_of(stream: str, step: int, args: Args) -> list[int]:
+    """Nothing that was drawn before decides what is drawn in this step."""
+    return [args.seed, STREAMS[stream], step]
+
+
+def uniforms(num_rollouts: int, stream: str, step: int, args: Args) -> Tensor:
+    """[B, T] random numbers in [0, 1), one per token: randomness belongs to the rollout, so that
+    neither batching nor the number of processes changes a sample."""
     shape = (num_rollouts, args.max_completion_tokens)
+    generator = np.random.default_rng(seed_of(stream, step, args))
     return torch.from_numpy(generator.random(shape, dtype=np.float32))
 
 
@@ -234,10 +289,10 @@ def draw(
     temperature: float,
     top_p: float,
     top_k: int,
-    args: argparse.Namespace,
+    law: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by the inverse CDF: (token, rollout_logp, behaviour_logp), each [B]."""
-    logits = logits[:, : args.valid_vocab].float()
+    logits = logits[:, : law["valid_vocab"]].float()
     if temperature == 0.0:  # greedy
         temperature, top_k = 1.0, 1
     probs, order = (logits / temperature).softmax(-1), None
@@ -252,13 +307,13 @@ def draw(
     place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
     rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
     token = (place if order is None else order.gather(1, place))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, token, **loss_law(args))[0]
+    return token, rollout_logp, opd_ops.token_logp(logits, token, **law)[0]
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
     """[B, V] logits after `ids` [B, n], the last columns of all that `seen` [B, L] masks."""
     return model(
-        lambda rows, head: rows if head is None else rows @ head.T,
+        lambda hidden, head: hidden if head is None else hidden @ head.T,
         None,
         input_ids=ids,
         attention_mask=seen,
@@ -273,74 +328,87 @@ def sample(
     model: CausalLM,
     prompts: list[Prompt],
     uniform: Tensor,
-    args: argparse.Namespace,
+    args: Args,
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
+    prefixes: Sequence[tuple[int, ...]] = (),
 ) -> Rollout:
     """One completion per prompt, by a key/value cache; `uniform` [B, T] are its random numbers.
 
-    Nothing but these arguments decides how: a checkpoint's generation_config is not read. Each
-    process samples its share of the rows, and gets those of all.
+    Nothing but these arguments decides how: a checkpoint's generation_config is not read.
+    `prefixes` are tokens that a completion starts with; they are not sampled, and not part of the
+    response. Each process samples its share of the rollouts, and gets those of all.
     """
-    (num, width), device = uniform.shape, model.device
+    (num, width), device, law = uniform.shape, model.device, loss_law(model, args)
+    stop = torch.tensor(stop_ids(model.facts), device=device)
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
-    eos = torch.tensor(args.eos_ids, device=device)
-    grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
+    prefixes = prefixes or [()] * num
+    out.completion_ids[:], prefix_mask = rollouts.right_padded(prefixes, width, device)
+    out.completion_mask, out.prefix_mask = prefix_mask.clone(), prefix_mask
+    begun = [prompt.ids + prefix for prompt, prefix in zip(prompts, prefixes)]
+    share = torch.arange(num, device=device)[ranks.share(num)]  # the rollouts of this process
+    chunks = share.split(args.sampler_batch_size) if len(share) and not model.engine else ()
     bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
     model.eval()
-    share = torch.arange(num, device=device)[ranks.share(num)]
-    chunks = share.split(args.sampler_batch_size) if len(share) else ()
     if model.engine:
-        engines.sample(model, out, share, uniform, args, temperature, top_p, top_k)
-        chunks = ()
-    with ranks.unsharded(model), model.autocast():  # once for all steps: weights are cast once
-        for rows in chunks:
-            cache, place = model.new_cache(), {}  # each distinct prompt is prefilled once
-            which = [place.setdefault(prompts[row].ids, len(place)) for row in rows.tolist()]
-            first = rows[[which.index(each) for each in range(len(place))]]
-            seen, copies = out.prompt_mask[first], torch.tensor(which, device=device)
-            logits = next_logits(model, cache, out.prompt_ids[first], seen)[copies]
+        how = temperature, top_p, top_k
+        vllm_sampler.fill(model, out, begun, share, uniform, stop.tolist(), args, *how)
+    with ranks.unsharded(model), model.autocast():  # once for all tokens: weights are cast once
+        for rows in chunks:  # [n] the rollouts that the model works on, fewer as they end
+            cache = model.new_cache(model.compute_dtype)  # keys and values in the compute type
+            place: dict[tuple[int, ...], int] = {}  # each distinct prompt is read once
+            copies = [place.setdefault(begun[row], len(place)) for row in rows.tolist()]
+            copies = torch.tensor(copies, device=device)  # [n] which of these a rollout goes on
+            ids, seen = rollouts.left_padded(list(place), device)
+            logits = next_logits(model, cache, ids, seen)[copies]  # [n, V]
             cache.batch_select_indices(copies)
-            seen, alive = seen[copies], torch.ones_like(rows, dtype=torch.bool)
+            seen, column = seen[copies], out.completion_mask[rows].sum(1)  # [n] the next token's
+            alive = torch.ones_like(rows, dtype=torch.bool)  # [n] it has not ended
             for t in range(width):
-                drawn = draw(logits, uniform[rows, t], temperature, top_p, top_k, args)
-                token, live = drawn[0], rows[alive]
-                out.completion_mask[live, t] = True
-                for grid, values in zip(grids, drawn):
-                    grid[live, t] = values[alive]
-                ends = torch.isin(token, eos) & alive
+                token, *logp = draw(logits, uniform[rows, t], temperature, top_p, top_k, law)
+                live, at = rows[alive], column[alive]
+                out.completion_mask[live, at] = True
+                out.completion_ids[live, at] = token[alive]
+                out.rollout_logp[live, at], out.behaviour_logp[live, at] = (x[alive] for x in logp)
+                ends = torch.isin(token, stop) & alive
                 out.ended[rows[ends]] = True
-                alive = alive & ~ends
-                bar.update(int(ends.sum()))
-                if t + 1 == width or not alive.any():
+                alive = alive & ~ends & (column + 1 < width)
+                if not alive.any():
                     break
-                if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a step
+                if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a token
                     keep = alive.nonzero()[:, 0]
                     cache.batch_select_indices(keep)
-                    rows, seen, token, alive = rows[keep], seen[keep], token[keep], alive[keep]
-                seen = F.pad(seen, (0, 1), value=True)
+                    bar.update(len(rows) - len(keep))
+                    rows, seen, token, column, alive = (
+                        values[keep] for values in (rows, seen, token, column, alive)
+                    )
+                seen, column = F.pad(seen, (0, 1), value=True), column + 1
                 logits = next_logits(model, cache, token[:, None], seen)
+            bar.update(len(rows))
     bar.close()
     out = rollouts.gather(out)
-    out.response_mask = out.completion_mask.clone()
-    return out.select(torch.arange(num, device=device))
+    out.response_mask = out.completion_mask & ~out.prefix_mask
+    return rollouts.select(out, torch.arange(num, device=device))
 
 
 # ==== 4. The method ===============================================================================
+
+MUST_BE_FINITE = ("log_ratio", "policy_log_ratio")
+"""A step in which one of these, of what `token_loss` logs, is not finite is skipped."""
 
 
 def add_method_args(parser: argparse.ArgumentParser) -> None:
     """Hyper-parameters of the method."""
     group = parser.add_argument_group("method")
-    add = partial(runs.flag, group)
-    add("--reward-scale", 1.25, "lambda, Eq. (2); paper: 1.25; 1: opd; < 1: in between", "(0,inf)")
+    add = partial(flags.flag, group)
+    add("--reward-scale", 1.25, "lambda of Eq. (2); above 1: beyond the teacher", "(0,inf)")
     add("--reference", None, "frozen model of Eq. (5) [the student's initial weights]")
     alias = {"dest": "domain_field", "default": argparse.SUPPRESS}
-    group.add_argument("--teacher-field", help="--domain-field: names the teacher", **alias)
+    group.add_argument("--teacher-field", help="field that names a row's teacher", **alias)
 
 
-def check_method_args(args: argparse.Namespace) -> list[str]:
+def check_method_args(args: Args) -> list[str]:
     """What is wrong with the flags, beyond their bounds."""
     errors = []
     names = [name for name, _ in map(split_name, args.teacher or [])]
@@ -348,55 +416,56 @@ def check_method_args(args: argparse.Namespace) -> list[str]:
         errors.append("--teacher: of several each needs a NAME= of its own")
     if any(names) and args.eval_teacher:
         errors.append("--eval-teacher: with named teachers there is not one to evaluate")
-    for source in filter(None, (args.prompts, args.test_prompts) if any(names) else ()):
-        rows = opd_ops.data.read_rows(source, args.seed)
-        domains = (row.get(args.domain_field) for row in rows)
-        missing = {"" if domain is None else str(domain) for domain in domains} - set(names)
-        if missing:
-            errors.append(f"--teacher: none is named for {sorted(missing)} in {source}")
     return errors
 
 
-def model_paths(args: argparse.Namespace) -> dict[str, str]:
+def check_method_data(tokenizer: Any, prompts: list[Prompt], facts: Facts, args: Args) -> list[str]:
+    """What is wrong with the flags, as soon as tokenizer and prompts are known."""
+    missing = {teacher_of(prompt, args) for prompt in prompts} - model_paths(args).keys()
+    domains = sorted(name.partition("/")[2] for name in missing)
+    return [f"--teacher: none is named for {domains}"] if domains else []
+
+
+def model_paths(args: Args) -> dict[str, str]:
     """Which models exist *is* the method. All but the student are frozen."""
     named = map(split_name, args.teacher)
     teachers = {f"teacher/{name}" if name else "teacher": path for name, path in named}
     return {"student": args.student} | teachers | {"reference": args.reference or args.student}
 
 
+def teacher_of(prompt: Prompt, args: Args) -> str:
+    """The name of the model that is the teacher on this prompt: that of its domain."""
+    named = any(name for name, _ in map(split_name, args.teacher))
+    return f"teacher/{prompt.domain}" if named else "teacher"
+
+
 def collect(
-    models: dict[str, CausalLM],
-    tokenizer: Any,
-    verifier: runs.Verifier,
-    prompts: list[Prompt],
-    args: argparse.Namespace,
-    step: int,
+    models: Models, tokenizer: Any, verifier: Verifier, prompts: list[Prompt], args: Args, step: int
 ) -> tuple[Rollout, dict[str, float]]:
     """Where trajectories come from (the student), and what to log of how they came."""
     prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
-    uniform = uniforms(len(prompts), 2, step, args)
+    uniform = uniforms(len(prompts), "rollouts", step, args)
     rollout = sample(
         models["student"], prompts, uniform, args, args.temperature, args.top_p, args.top_k
     )
     verify(rollout, tokenizer, verifier)
     size = args.rollouts_per_prompt
-    return rollout, health.pass_metrics(rollout.verdict.view(-1, size), prompts[::size])
+    return rollout, diagnose.pass_metrics(rollout.verdict.view(-1, size), prompts[::size])
 
 
 @torch.no_grad()
-def score(
-    models: dict[str, CausalLM], rollout: Rollout, args: argparse.Namespace
-) -> dict[str, Any]:
+def score(models: Models, rollout: Rollout, args: Args) -> dict[str, Any]:
     """Everything that comes from frozen models."""
     teacher_logp = torch.zeros_like(rollout.behaviour_logp)  # [B, T]
-    for teacher, rows, part in opd_ops.models.by_teacher(models, rollout):  # of their domain
-        teacher_logp[rows, : part.completion_ids.shape[1]] = token_logp(teacher, part, args)
+    names = [teacher_of(prompt, args) for prompt in rollout.prompts]
+    for teacher, places, part in rollouts.by_teacher(models, rollout, names):
+        teacher_logp[places, : part.completion_ids.shape[1]] = token_logp(teacher, part, args)
     reference_logp = token_logp(models["reference"], rollout, args)
     return {"teacher_logp": teacher_logp, "reference_logp": reference_logp}
 
 
 def token_loss(
-    student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: argparse.Namespace
+    student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
     student_logp = token_logp(student, rollout, args)
@@ -421,7 +490,7 @@ def split_name(teacher: str) -> tuple[str, str]:
     return (name, path) if equals and "/" not in name else ("", teacher)
 
 
-def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Tensor | float:
+def importance_weight(policy_log_ratio: Tensor, args: Args) -> Tensor | float:
     """1 while the weights that sampled are those that are trained, in the same arithmetic."""
     on_policy = args.updates_per_rollout == 1 and args.sampler == "own"
     return 1.0 if on_policy else policy_log_ratio.exp().clamp(max=args.importance_cap)  # Eq. (3)
@@ -430,39 +499,7 @@ def importance_weight(policy_log_ratio: Tensor, args: argparse.Namespace) -> Ten
 # ==== 5. Update, evaluation, checkpoints ==========================================================
 
 
-def micro_batches(rollout: Rollout, args: argparse.Namespace) -> Iterator[Rollout]:
-    """This process's pieces of like length, at most --micro-batch-tokens each (or one rollout).
-
-    All processes have equally many: the last ones may train nothing, and keep the others in step.
-    """
-    sizes = torch.stack([rollout.prompt_mask.sum(1), rollout.completion_mask.sum(1)], 1).cpu()
-    order = sizes.sum(1).argsort(descending=True, stable=True).tolist()
-    shares = [pack(order[each :: ranks.world()], sizes, args) for each in range(ranks.world())]
-    own = shares[ranks.rank()]
-    for group in own:
-        yield rollout.select(torch.tensor(group))
-    for _ in range(max(map(len, shares)) - len(own)):
-        yield rollouts.idle(rollout, order[-1])
-
-
-def pack(rows: list[int], sizes: Tensor, args: argparse.Namespace) -> list[list[int]]:
-    """Neighbours in one group while it fits and at most a tenth of it is padding.
-
-    `sizes` [B, 2] are the tokens of prompts and completions; both are padded to the longest.
-    """
-    groups, width, num_tokens = [], torch.zeros(2, dtype=torch.int64), 0
-    for row in rows:
-        wider, more = width.maximum(sizes[row]), num_tokens + int(sizes[row].sum())
-        padded = int(wider.sum()) * (len(groups[-1]) + 1) if groups else 0
-        if not groups or padded > args.micro_batch_tokens or padded - more > 0.1 * padded:
-            groups.append([])
-            wider, more = sizes[row], int(sizes[row].sum())
-        groups[-1].append(row)
-        width, num_tokens = wider, more
-    return groups
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
+def learning_rate(step: int, args: Args) -> float:
     """Linear warm-up, then constant, or down to 0 at --steps."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
@@ -471,7 +508,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * down[args.lr_schedule]
 
 
-def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(student: CausalLM, args: Args) -> torch.optim.Optimizer:
     """AdamW over float32 weights; weight decay on matrices only."""
     weights = [w for w in student.parameters() if w.requires_grad]
     groups = [
@@ -479,19 +516,14 @@ def make_optimizer(student: CausalLM, args: argparse.Namespace) -> torch.optim.O
         {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    how = {"lr": args.lr, "betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
-    optimizer = torch.optim.AdamW(groups, **how)
-    for weight in weights:  # now, so that a checkpoint before the first step is exact
-        moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        optimizer.state[weight] = {"step": torch.tensor(0.0)} | moments
+    betas = (0.9, args.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, args.lr, betas, weight_decay=args.weight_decay)
+    setup.zero_moments(optimizer)  # now, so that a checkpoint before the first step is exact
     return optimizer
 
 
 def accumulate(
-    student: CausalLM,
-    num_trained_tokens: float,
-    args: argparse.Namespace,
-    batch: list[tuple[Rollout, dict[str, Any]]],
+    student: CausalLM, num_trained_tokens: float, args: Args, batch: Batch
 ) -> tuple[float, dict[str, list[Tensor]]]:
     """The gradient of a batch; its loss, and what to log of the trained tokens of each piece."""
     student.zero_grad()
@@ -500,30 +532,27 @@ def accumulate(
         loss_sum, logged = token_loss(student, rollout, scores, args)
         (loss_sum / num_trained_tokens).backward()  # once, by the tokens of all processes
         loss += float(loss_sum.detach()) / num_trained_tokens
-        for name, values in (logged | health.places(rollout)).items():
+        for name, values in (logged | diagnose.places(rollout)).items():
             tokens.setdefault(name, []).append(values[rollout.trained_mask])
     return loss, tokens
 
 
 def train_step(
-    student: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    batch: list[tuple[Rollout, dict[str, Any]]],
-    args: argparse.Namespace,
-    step: int,
+    student: CausalLM, optimizer: torch.optim.Optimizer, batch: Batch, args: Args, step: int
 ) -> dict[str, float]:
     """One optimizer step; skipped where loss, gradient or log-ratio is not finite (`bad_step`)."""
     num_trained_tokens = sum(int(rollout.trained_mask.sum()) for rollout, _ in batch)
     num_trained_tokens = max(1, ranks.total(num_trained_tokens))  # of all processes
     student.train()
     work = partial(accumulate, student, num_trained_tokens, args)
-    loss, tokens = rollouts.fit_memory(work, batch, args)
+    loss, tokens = retry.fit_memory(work, batch, args)
     ranks.sum_gradients(student)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
     loss, grad_norm = ranks.total(loss), float(ranks.whole(grad_norm))
     tokens = {name: ranks.cat(torch.cat(parts)) for name, parts in tokens.items()}
-    metrics = health.token_metrics(tokens)
-    good = math.isfinite(loss + grad_norm) and not metrics["num_bad_log_ratios"]
+    num_bad = diagnose.num_not_finite(tokens, MUST_BE_FINITE)
+    metrics = diagnose.token_metrics(tokens) | {"num_bad_log_ratios": float(num_bad)}
+    good = math.isfinite(loss + grad_norm) and not num_bad
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     if good:
@@ -533,74 +562,49 @@ def train_step(
 
 
 def evaluate(
-    models: dict[str, CausalLM],
-    name: str,
-    tokenizer: Any,
-    verifier: runs.Verifier,
-    prompts: list[Prompt],
-    args: argparse.Namespace,
+    models: Models, name: str, tokenizer: Any, verifier: Verifier, prompts: list[Prompt], args: Args
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """avg@n, pass@k, lengths; of the student also the exact reverse KL on the first sample of each
     prompt, and a few of these samples token by token."""
-    rows = [prompt for prompt in prompts for _ in range(args.eval_samples)]
-    uniform = uniforms(len(rows), 3, 0, args)  # the same numbers in every evaluation
-    rollout = sample(models[name], rows, uniform, args, args.eval_temperature, args.eval_top_p)
+    asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
+    uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
+    rollout = sample(models[name], asked, uniform, args, args.eval_temperature, args.eval_top_p)
     verify(rollout, tokenizer, verifier)
-    metrics = health.rollout_metrics(rollout)
-    metrics |= health.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
-    tokens = []
+    metrics = diagnose.rollout_metrics(rollout)
+    metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
+    traces = []
     if name == "student":
-        first = rollout.select(torch.arange(0, len(rows), args.eval_samples))
-        metrics |= health.exact_divergences(
-            models, micro_batches(first, args), read_tokens, loss_law(args), ["reverse_kl"]
-        )
-        tokens = trace.rows(models, first, tokenizer, args, read_tokens, loss_law(args))
-    return {f"eval/{name}/{key}": value for key, value in metrics.items()}, tokens
-
-
-def save_checkpoint(
-    folder: Path,
-    student: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Any,
-    state: dict[str, int],
-) -> None:
-    """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state."""
-    export(student, tokenizer, folder / "model")
-    weights, moments = get_state_dict(student, optimizer)
-    dcp.save({"student": weights, "optimizer": moments} | state, checkpoint_id=folder / "trainer")
-
-
-def load_checkpoint(
-    folder: Path, student: CausalLM, optimizer: torch.optim.Optimizer, state: dict[str, int]
-) -> dict[str, int]:
-    """Put weights and moments back; return the counters that were saved with them."""
-    weights, moments = get_state_dict(student, optimizer)
-    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | state
-    dcp.load(saved, checkpoint_id=folder / "trainer")
-    set_state_dict(
-        student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
-    )
-    return {key: saved[key] for key in state}
+        first = rollouts.select(rollout, torch.arange(0, len(asked), args.eval_samples))
+        ours = {"read_tokens": read_tokens, "loss_law": loss_law, "teacher_of": teacher_of}
+        few = retry.micro_batches(first, args)
+        metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **ours)
+        traces = diagnose.traces(models, first, tokenizer, args, **ours)
+    return {f"eval/{name}/{key}": value for key, value in metrics.items()}, traces
 
 
 # ==== 6. Main loop ================================================================================
 
 
-@runs.command
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample, score, update; evaluate and save."""
     args = parse_args(argv)
     ranks.start(args)
-    tokenizer = prepare(model_paths(args), args)
-    prompts, test = load_prompts(tokenizer, args)
+    paths = model_paths(args)
+    tokenizer, facts = setup.prepare(paths, args, render)
+    prompts = load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    # reasoning_gym numbers its rows from the seed on: a test set starts far from the training set.
+    test = load_prompts(args.test_prompts, args.seed + 10**6, tokenizer, facts, args)
+    data.say_overlap(prompts, test)
+    if errors := check_method_data(tokenizer, prompts + test, facts, args):
+        raise RunError("; ".join(errors), code=2)
     function = verifier_function(args.verifier)
-    runs.say_plan(args)
+    say_plan(args)
     if args.dry_run:
-        memory.say(model_paths(args), prompts, args)
+        memory.say(paths, prompts, args)
         return
-    models = load_models(model_paths(args), args)
-    run, verifier = runs.Run(args, __file__), runs.Verifier(function, args.verifier_timeout_s)
+    models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
+    run, verifier = Run(args, facts, __file__), Verifier(function, args.verifier_timeout_s)
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = make_optimizer(student, args)
     if run.resume_from:
@@ -615,8 +619,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in ("teacher", "student") if step == 0 and args.eval_teacher else ("student",):
                 if not run.has(step, f"eval/{name}/avg@{args.eval_samples}"):
                     with run.phase("eval"):
-                        metrics, tokens = evaluate(models, name, tokenizer, verifier, test, args)
-                    run.log(step, metrics, tokens)
+                        metrics, traces = evaluate(models, name, tokenizer, verifier, test, args)
+                    run.log(step, metrics, traces)
         if last or (args.save_every and step and step % args.save_every == 0):
             save()
         if last:
@@ -625,23 +629,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             chosen = prompts_of_step(prompts, step, args)
             rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
         with run.phase("teacher"):
-            batch = [(micro, score(models, micro, args)) for micro in micro_batches(rollout, args)]
-        metrics |= health.rollout_metrics(rollout)
+            pieces = retry.micro_batches(rollout, args)
+            batch = [(micro, score(models, micro, args)) for micro in pieces]
+        metrics |= diagnose.rollout_metrics(rollout)
         if args.diagnostic_tokens:
             with run.phase("diagnose"):
-                few = micro_batches(health.thin(rollout, args.diagnostic_tokens, step), args)
-                metrics |= health.exact_divergences(models, few, read_tokens, loss_law(args))
-                how = read_tokens, loss_law(args), score, token_loss
-                run.trace(step + 1, trace.rows(models, rollout, tokenizer, args, *how))
+                seed = seed_of("diagnostics", step, args)
+                few = diagnose.thin(rollout, args.diagnostic_tokens, seed)
+                few = retry.micro_batches(few, args)
+                ours = {"read_tokens": read_tokens, "loss_law": loss_law, "teacher_of": teacher_of}
+                metrics |= diagnose.exact_divergences(models, few, args, **ours)
+                ours |= {"score": score, "token_loss": token_loss}
+                run.trace(step + 1, diagnose.traces(models, rollout, tokenizer, args, **ours))
         with run.phase("student"):
             for _ in range(args.updates_per_rollout):
                 metrics |= train_step(student, optimizer, batch, args, step)
                 if metrics["bad_step"]:
                     break
-        run.log_step(step + 1, metrics, health.samples(rollout, tokenizer))
+        run.log_step(step + 1, metrics, diagnose.samples(rollout, tokenizer))
         if metrics["bad_step"]:
-            found = health.offending(student, batch, tokenizer, token_loss, args)
-            run.bad_step(step + 1, metrics, state["num_bad_steps"], found, save)
+            ours = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}
+            alone = diagnose.offending(student, batch, tokenizer, args, **ours)
+            run.bad_step(step + 1, metrics, state["num_bad_steps"], alone, save)
             state["num_bad_steps"] += 1
     verifier.close()
     run.finish()

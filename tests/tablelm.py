@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_run.compat import Facts
+
 
 class TableLM(torch.nn.Module):
-    """Stands in for `opd_ops.models.CausalLM`: hidden states are the logits, the head is None."""
+    """Stands in for `opd_run.models.CausalLM`: hidden states are the logits, the head is None."""
 
     def __init__(self, vocab: int, length: int, seed: int, scale: float = 1.0) -> None:
         super().__init__()
         self.vocab, self.length, self.head = vocab, length, None
         self.lm = SimpleNamespace(config=None)
         self.device = torch.device("cpu")
+        self.facts = Facts(valid_vocab=vocab, eos_ids={}, num_positions=1000)
         num_prefixes = sum(vocab**t for t in range(length))
         generator = torch.Generator().manual_seed(seed)
         table = torch.randn(num_prefixes, vocab, generator=generator, dtype=torch.float64) * scale
@@ -41,6 +44,9 @@ class TableLM(torch.nn.Module):
     def token_logp(self, completions: Tensor) -> Tensor:
         """[B, T] log-probs of the tokens."""
         return self.logp(completions).gather(2, completions[:, :, None])[:, :, 0]
+
+    def head_on(self, device: torch.device) -> None:
+        """There is none."""
 
     def forward(self, read: Callable[..., Any], where: Tensor, input_ids: Tensor, **_: Any) -> Any:
         completions = input_ids[:, 1:]
@@ -68,12 +74,12 @@ def rollout_of(module: Any, completions: Tensor, **changes: Any) -> Any:
         "prefix_mask": ~ones,
         "rollout_logp": torch.zeros(num, width),
         "behaviour_logp": torch.zeros(num, width),
-        "coin": torch.zeros(num, width),
         "ended": torch.ones(num, dtype=torch.bool),
         "source": torch.zeros(num, dtype=torch.int64),
         "verdict": torch.zeros(num),
     }
-    return module.Rollout(**(values | changes))
+    extra = {"coin": changes.pop("coin", torch.zeros(num, width))}  # drawn in `collect`
+    return module.Rollout(**(values | {"extra": extra} | changes))
 
 
 def expected_gradient(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from opd_run import setup
 
 WORDS = ["<pad>", "<end>", "<user>", "<bot>", *"0123456789+-=# abcdefghijklmnopqrstuvwxyz?"]
 TEMPLATE = (
@@ -83,3 +87,18 @@ def weights(folder: Path, run: str, step: int = 3) -> dict[str, torch.Tensor]:
 def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     """Whether two models have the same weights, bit for bit."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def endless(models: dict[str, Any]) -> dict[str, Any]:
+    """The models, without an end of sequence: every completion is as long as it may be."""
+    for model in models.values():
+        model.facts = replace(model.facts, eos_ids={})
+    return models
+
+
+def load(module: Any, args: Any, **paths: str) -> tuple[dict[str, Any], Any]:
+    """The models of a method file and their tokenizer, as its `main` loads them."""
+    paths = paths or module.model_paths(args)
+    tokenizer, facts = setup.prepare(paths, args, module.render)
+    one = partial(module.load, facts=facts, args=args)
+    return setup.load_models(one, paths, args, facts), tokenizer

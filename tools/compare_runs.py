@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from opd_ops import runs
+from opd_run import console
+from opd_run import run as runs
 
 OWN_FLAGS = ("seed", "run_dir", "resume", "overwrite", "debug", "dry_run", "report_to")
 """Flags that are a run's own: they name it, or change nothing that it computes."""
@@ -91,7 +92,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("expected an object with a step")
         except ValueError as error:
-            raise runs.RunError(f"{path}: line {place}: {runs.one_line(error, 120)}", 2) from None
+            raise console.RunError(
+                f"{path}: line {place}: {console.one_line(error, 120)}", 2
+            ) from None
         rows.append(row)
     return rows
 
@@ -104,17 +107,17 @@ def load(folder: str | Path) -> RunData:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise runs.RunError(f"{path}: no such folder", 2)
+        raise console.RunError(f"{path}: no such folder", 2)
     try:
         record = json.loads((path / "args.json").read_text(encoding="utf-8"))
         args, environment = record["args"], record["environment"]
     except FileNotFoundError:
-        raise runs.RunError(f"{path}: not a run folder (no args.json)", 2) from None
+        raise console.RunError(f"{path}: not a run folder (no args.json)", 2) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise runs.RunError(f"{path}/args.json: {runs.one_line(error, 120)}", 2) from None
+        raise console.RunError(f"{path}/args.json: {console.one_line(error, 120)}", 2) from None
     metrics = read_jsonl(path / "metrics.jsonl")
     if not metrics:
-        raise runs.RunError(f"{path}: no rows in metrics.jsonl: nothing has been logged", 2)
+        raise console.RunError(f"{path}: no rows in metrics.jsonl: nothing has been logged", 2)
     scripts = [each for each in sorted(path.glob("*.py")) if not each.name.startswith("before_")]
     text = scripts[0].read_bytes() if scripts else b""
     return RunData(
@@ -283,13 +286,13 @@ DASHES = ("-", "--", ":", "-.")
 
 def plot(path: Path, groups: Sequence[Group], keys: Sequence[str]) -> None:
     """One panel per key: a thin line per run, a thick one for the mean of a group."""
-    matplotlib = runs.optional("matplotlib", "plot", "--plot")
+    matplotlib = console.optional("matplotlib", "--plot")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [key for key in keys if any(run.series(key) for each in groups for run in each.runs)]
     if not shown:
-        raise runs.RunError(f"--key: no run has a number under {', '.join(keys)}", 2)
+        raise console.RunError(f"--key: no run has a number under {', '.join(keys)}", 2)
     figure, axes = plt.subplots(1, len(shown), figsize=(4.4 * len(shown), 3.6), squeeze=False)
     for axis, key in zip(axes[0], shown):
         for place, each in enumerate(groups):
@@ -340,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 keys = ([args.key or default_keys(groups)]) if name == "plot" else []
                 write(Path(to), groups, *keys)
             except OSError as error:
-                raise runs.RunError(f"--{name} {to}: {runs.one_line(error)}", 2) from None
+                raise console.RunError(f"--{name} {to}: {console.one_line(error)}", 2) from None
             print(f"{name}: {to}")
 
 

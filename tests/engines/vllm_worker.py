@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 
 import opd  # noqa: E402
 
-from opd_ops import ranks  # noqa: E402
+from opd_run import ranks  # noqa: E402
 
 if __name__ == "__main__":
     end, make, students = ranks.end, opd.make_optimizer, []

@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
 import tinylm  # noqa: E402
 
-from opd_ops import runs  # noqa: E402
+from opd_run import files  # noqa: E402
+from opd_run import run as runs  # noqa: E402
+from opd_run import verifier as verifiers  # noqa: E402
 
 METHODS = {
     "opd": ["--updates-per-rollout", "2"],
@@ -91,7 +93,7 @@ class Process:
             return path
 
         runs.Run.phase, runs.Run.save = told_phase, told_save  # type: ignore[method-assign]
-        runs.Verifier = _InProcess  # type: ignore[misc,assignment]
+        verifiers.Verifier = _InProcess  # type: ignore[misc,assignment]
         try:
             module.main(argv)
         except SystemExit as stop:
@@ -184,7 +186,7 @@ class Faults:
         if not run.is_dir():
             process = self.start(method, run.name)
             assert process.wait() == 0, process.errors.read_text()[-500:]
-            rows = runs.read_metrics(run)
+            rows = files.read_metrics(run)
             for name in PHASES:
                 found = [row[f"{name}_s"] for row in rows if f"{name}_s" in row]
                 self.seconds[name] = sum(found) / len(found) if found else 0.05
@@ -346,7 +348,7 @@ class Faults:
 
         def judge(fault: str, run: str, process: Process) -> None:
             code, line = process.wait(), process.error_line()
-            good = runs.check_manifest(self.folder / run / "checkpoints/step_1") is None
+            good = files.check_manifest(self.folder / run / "checkpoints/step_1") is None
             problem = "" if code == 1 and "No space left" in line else f"exit {code}: {line}"
             if not problem and not good:
                 problem = "the checkpoint before it is gone"
@@ -358,7 +360,7 @@ class Faults:
               self.start("opd", "disk_save", "--keep-checkpoints", "0"))  # fmt: skip
         path = mount("disk_log", 64 * size)
         process = self.start("opd", "disk_log", "--keep-checkpoints", "0")
-        while not runs.read_metrics(path) or runs.read_metrics(path)[-1]["step"] < 2:
+        while not files.read_metrics(path) or files.read_metrics(path)[-1]["step"] < 2:
             assert process.ended() is None, process.error_line()
             time.sleep(0.001)
         assert process.stop_in("generate", 0.0)

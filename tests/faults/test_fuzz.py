@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import opd_ops
-from opd_ops import data, reference, runs
+from opd_ops import reference
+from opd_run import compat, console
+from opd_run import verifier as verifiers
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -35,10 +37,10 @@ def test_prompts_of_any_rows(tmp_path_factory, rows, end, ascii_only, template):
     text = "".join(json.dumps(row, ensure_ascii=ascii_only) + end for row in rows)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     args = opd.parse_args([] if template else ["--no-chat-template"])
-    args.prompts, args.test_prompts, args.num_positions = str(path), None, 10**9
     try:
-        found, _ = data.load_prompts(tinylm.tokenizer(), args)
-    except runs.RunError as error:
+        facts = compat.Facts(46, {}, 10**9)
+        found = opd.load_prompts(str(path), 0, tinylm.tokenizer(), facts, args)
+    except console.RunError as error:
         assert "rows.jsonl" in str(error)
         prompts = [row.get("prompt") for row in rows]
         text += "".join(each for each in prompts if isinstance(each, str))
@@ -52,7 +54,7 @@ def test_prompts_of_any_rows(tmp_path_factory, rows, end, ascii_only, template):
 def test_verifiers_answer_or_raise(text, answer):
     """`exact` on any text; what it raises becomes verdict 0 in `runs.Verifier`."""
     try:
-        assert data.verify_exact(text, answer, {}) in (True, False)
+        assert verifiers.verify_exact(text, answer, {}) in (True, False)
     except ValueError as error:
         assert "no right answer" in str(error) and not answer.strip()
 
@@ -62,14 +64,14 @@ def test_verifiers_answer_or_raise(text, answer):
 def test_math_verifier_answers_or_raises(text, answer):
     pytest.importorskip("math_verify", reason="extra: math")
     try:
-        assert data.verify_math(text, answer, {}) in (True, False)
+        assert verifiers.verify_math(text, answer, {}) in (True, False)
     except Exception as error:  # any: the child process that it runs in makes it verdict 0
         assert not isinstance(error, (SystemExit, KeyboardInterrupt))
 
 
 @given(st.text())
 def test_no_text_reaches_the_terminal_as_a_control_code(text):
-    shown = runs.printable(json.dumps({"completion": text}, ensure_ascii=False))
+    shown = console.printable(json.dumps({"completion": text}, ensure_ascii=False))
     assert json.loads(shown) == {"completion": text}  # a log row says the same
     assert all(each.isprintable() or each in "\t\n" or ord(each) >= 0xA0 for each in shown)
     shown.encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 
 import exopd
 import opd
@@ -14,7 +15,7 @@ import torch
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 from tinylm import equal, weights
 
-from opd_ops import models
+from opd_run import models, retry, rollouts, setup
 
 VOCAB, LENGTH = 3, 3
 
@@ -40,17 +41,16 @@ def named(folder, **teachers: str) -> list[str]:
     return [x for k, v in teachers.items() for x in ("--teacher", f"{k}={folder / v}")]
 
 
-def setup(folder, *more: str, teacher: bool = True):
+def prepared(folder, *more: str, teacher: bool = True):
     """(models, args, rollout of 6 completions in the domains a and b)."""
     args = exopd.parse_args(flags(folder, "unused", *more, teacher=teacher))
-    tokenizer = models.prepare(exopd.model_paths(args), args)
-    loaded = models.load_models(exopd.model_paths(args), args)
+    loaded, tokenizer = tinylm.load(exopd, args)
     texts = ["1+2=", "a", "12+345=", "hello", "9", "7-7="]
     chosen = [
         opd.Prompt(tuple(tokenizer.encode(text)), text, "", "aabbab"[i], {})
         for i, text in enumerate(texts)
     ]
-    uniform = exopd.uniforms(6, 2, 0, args)
+    uniform = exopd.uniforms(6, "rollouts", 0, args)
     return loaded, args, exopd.sample(loaded["student"], chosen, uniform, args, 1.0)
 
 
@@ -79,7 +79,6 @@ def test_resume_equals_an_uninterrupted_run(folder):
 # ---------------------------------------------------------------------------------- enumeration
 def arguments(*more: str):
     args = exopd.parse_args(list(more))
-    args.valid_vocab = VOCAB
     return args
 
 
@@ -177,7 +176,7 @@ def test_importance_weight_only_with_several_updates_and_capped():
 # ------------------------------------------------------------------------------------ reference
 def test_the_reference_never_moves(folder):
     """The student's initial weights, the same bytes after 3 steps that move the student."""
-    loaded, args, rollout = setup(folder, "--lr", "0.1")
+    loaded, args, rollout = prepared(folder, "--lr", "0.1")
     student, reference = loaded["student"], loaded["reference"]
     assert student is not reference and student.lm is not reference.lm
     initial = copy.deepcopy(student.lm.state_dict())
@@ -195,19 +194,19 @@ def test_the_reference_never_moves(folder):
 
 
 def test_the_reference_shares_memory_only_with_a_frozen_model(folder):
-    loaded, _, _ = setup(folder, "--reference", str(folder / "teacher"))
+    loaded, _, _ = prepared(folder, "--reference", str(folder / "teacher"))
     assert loaded["reference"] is loaded["teacher"] is not loaded["student"]
-    loaded, _, _ = setup(folder, "--reference", str(folder / "student"))
+    loaded, _, _ = prepared(folder, "--reference", str(folder / "student"))
     pointers = {p.data_ptr() for p in loaded["student"].parameters()}
     assert not pointers & {p.data_ptr() for p in loaded["reference"].parameters()}
 
 
 def test_a_reference_can_be_chosen(folder):
     """Reward correction: the advantage is against the named model."""
-    loaded, args, rollout = setup(folder, "--reference", str(folder / "base"))
+    loaded, args, rollout = prepared(folder, "--reference", str(folder / "base"))
     want = exopd.token_logp(loaded["reference"], rollout, args)
     assert torch.equal(exopd.score(loaded, rollout, args)["reference_logp"], want)
-    base = models.load_lm(str(folder / "base"), True, args)
+    base = exopd.load("reference", str(folder / "base"), loaded["student"].facts, args)
     assert torch.equal(want, exopd.token_logp(base, rollout, args))
     assert not torch.allclose(want, exopd.token_logp(loaded["student"], rollout, args), atol=0.1)
 
@@ -215,7 +214,7 @@ def test_a_reference_can_be_chosen(folder):
 # -------------------------------------------------------------------------------------- merging
 def test_each_domain_is_scored_by_its_teacher(folder):
     """Rows of a by teacher/a, of b by teacher/b, whatever the widths; one reference for all."""
-    loaded, args, rollout = setup(folder, *named(folder, a="teacher", b="other"), teacher=False)
+    loaded, args, rollout = prepared(folder, *named(folder, a="teacher", b="other"), teacher=False)
     assert list(loaded) == ["student", "teacher/a", "teacher/b", "reference"]
     by_name = {n: exopd.token_logp(loaded[f"teacher/{n}"], rollout, args) for n in "ab"}
     found = exopd.score(loaded, rollout, args)
@@ -225,13 +224,15 @@ def test_each_domain_is_scored_by_its_teacher(folder):
         assert not torch.allclose(found["teacher_logp"][row], theirs, atol=1e-2)
     everyone = exopd.token_logp(loaded["reference"], rollout, args)
     assert torch.allclose(found["reference_logp"], everyone, atol=1e-5)
-    only_b = rollout.select(torch.tensor([2, 5]))  # no row of a in this micro-batch
+    only_b = rollouts.select(rollout, torch.tensor([2, 5]))  # no row of a in this micro-batch
     part = exopd.score(loaded, only_b, args)["teacher_logp"]
     assert torch.allclose(part, by_name["b"][[2, 5]][:, : part.shape[1]], atol=1e-5)
 
 
 def test_two_names_of_one_teacher_are_one_teacher(folder):
-    loaded, args, rollout = setup(folder, *named(folder, a="teacher", b="teacher"), teacher=False)
+    loaded, args, rollout = prepared(
+        folder, *named(folder, a="teacher", b="teacher"), teacher=False
+    )
     assert loaded["teacher/a"] is loaded["teacher/b"]
     want = exopd.token_logp(loaded["teacher/a"], rollout, args)
     assert torch.allclose(exopd.score(loaded, rollout, args)["teacher_logp"], want, atol=1e-5)
@@ -239,9 +240,9 @@ def test_two_names_of_one_teacher_are_one_teacher(folder):
 
 def test_metrics_by_domain_add_up(folder):
     """Parts and shares are means over all tokens: their quotient is the mean of a domain."""
-    loaded, args, rollout = setup(folder, *named(folder, a="teacher", b="other"), teacher=False)
+    loaded, args, rollout = prepared(folder, *named(folder, a="teacher", b="other"), teacher=False)
     args.micro_batch_tokens, args.lr = 1, 0.0
-    batch = [(m, exopd.score(loaded, m, args)) for m in exopd.micro_batches(rollout, args)]
+    batch = [(m, exopd.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
     optimizer = exopd.make_optimizer(loaded["student"], args)
     found = exopd.train_step(loaded["student"], optimizer, batch, args, 0)
     whole = found["log_ratio_a_mean"] + found["log_ratio_b_mean"]
@@ -249,7 +250,7 @@ def test_metrics_by_domain_add_up(folder):
     assert found["share_a_mean"] + found["share_b_mean"] == pytest.approx(1.0)
     for name in "ab":
         rows = torch.tensor([r for r, p in enumerate(rollout.prompts) if p.domain == name])
-        part = rollout.select(rows)
+        part = rollouts.select(rollout, rows)
         teacher_logp = exopd.score(loaded, part, args)["teacher_logp"]
         log_ratio = exopd.token_logp(loaded["student"], part, args) - teacher_logp
         want = log_ratio[part.trained_mask].mean().item()
@@ -269,10 +270,11 @@ def test_a_merge_runs(folder, capsys):
 def test_offloaded_models_take_turns_on_the_device(folder, monkeypatch):
     """Never two of the frozen models there, none in between, and the same scores."""
     several = named(folder, a="teacher", b="other")
-    loaded, args, rollout = setup(folder, *several, teacher=False)
+    loaded, args, rollout = prepared(folder, *several, teacher=False)
     want = exopd.score(loaded, rollout, args)
     args.teacher_offload = True
-    loaded = models.load_models(exopd.model_paths(args), args)
+    one = partial(exopd.load, facts=loaded["student"].facts, args=args)
+    loaded = setup.load_models(one, exopd.model_paths(args), args, loaded["student"].facts)
     frozen = {name: model for name, model in loaded.items() if name != "student"}
     turns, compute = [], models.CausalLM.forward
 
@@ -296,14 +298,14 @@ def refused(argv: list[str], *words: str, capsys) -> None:
     assert all(word in text for word in words), text
 
 
-def test_a_domain_without_a_teacher_is_refused_before_a_model_is_looked_for(folder, capsys):
-    """Even the student does not exist: the flags alone tell."""
-    argv = flags(folder, "no", "--teacher", "a=nowhere", "--student", "nobody", teacher=False)
-    refused(argv, "--teacher", "['b']", "prompts.jsonl", capsys=capsys)
+def test_a_domain_without_a_teacher_is_refused_before_a_weight_is_read(folder, capsys, monkeypatch):
+    monkeypatch.setattr(exopd, "load", None)
+    argv = flags(folder, "no", *named(folder, a="teacher"), teacher=False)
+    refused(argv, "--teacher", "['b']", capsys=capsys)
     held_out = folder / "held_out.jsonl"
     held_out.write_text('{"prompt": "1", "answer": "1", "domain": "c"}\n')
     more = [*named(folder, a="teacher", b="other"), "--test-prompts", str(held_out)]
-    refused(flags(folder, "no", *more, teacher=False), "['c']", "held_out", capsys=capsys)
+    refused(flags(folder, "no", *more, teacher=False), "['c']", capsys=capsys)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ def case():
 
 def arguments(*flags: str):
     args = opd.parse_args(list(flags))
-    args.valid_vocab = VOCAB
     return args
 
 

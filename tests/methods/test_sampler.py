@@ -8,7 +8,7 @@ import tinylm
 import torch
 import transformers
 
-from opd_ops import health, models
+from opd_run import diagnose
 
 FLAGS = ["--max-completion-tokens", "12", "--max-prompt-tokens", "32", "--teacher-dtype", "float32"]
 
@@ -19,11 +19,11 @@ def student(tmp_path_factory):
     return tinylm.save_model(folder / "student", 0)
 
 
-def setup(path: str, *flags: str, paths: dict[str, str] | None = None):
+def prepared(path: str, *flags: str, paths: dict[str, str] | None = None):
     """(model, args, tokenizer) of one small model."""
     args = opd.parse_args([*FLAGS, "--student", path, "--device", "cpu", *flags])
-    tokenizer = models.prepare(paths or {"student": path}, args)
-    return models.load_lm(path, False, args), args, tokenizer
+    loaded, tokenizer = tinylm.load(opd, args, **(paths or {"student": path}))
+    return loaded["student"], args, tokenizer
 
 
 def prompts(tokenizer, *texts: str):
@@ -32,13 +32,13 @@ def prompts(tokenizer, *texts: str):
 
 def draw_many(model, args, chosen, seed=0, **how):
     args.seed = seed
-    uniform = opd.uniforms(len(chosen), 2, 0, args)
+    uniform = opd.uniforms(len(chosen), "rollouts", 0, args)
     return opd.sample(model, chosen, uniform, args, **({"temperature": 1.0} | how))
 
 
 def test_teacher_forced_forward_reproduces_the_log_probs(student):
     """Trap 8 too: a shift by one would show here, for the logits depend on position and context."""
-    model, args, tokenizer = setup(student, "--loss-temperature", "0.8")
+    model, args, tokenizer = prepared(student, "--loss-temperature", "0.8")
     chosen = prompts(tokenizer, "1+2=", "a", "12+345=", "zz top")
     rollout = draw_many(model, args, chosen)
     found = opd.token_logp(model, rollout, args)
@@ -56,11 +56,10 @@ def test_teacher_forced_forward_reproduces_the_log_probs(student):
 
 def test_draw_is_the_inverse_cdf():
     """A grid of uniforms gives every token exactly its share; ids beyond valid_vocab none."""
-    args = opd.parse_args([])
-    args.valid_vocab = 4
+    law = {"valid_vocab": 4, "temperature": 1.0}
     logits = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2, 9.0]))
     grid = (torch.arange(1000) + 0.5) / 1000
-    token, rollout_logp, behaviour_logp = opd.draw(logits.expand(1000, -1), grid, 1.0, 1.0, 0, args)
+    token, rollout_logp, behaviour_logp = opd.draw(logits.expand(1000, -1), grid, 1.0, 1.0, 0, law)
     assert torch.bincount(token, minlength=5).tolist() == [100, 400, 300, 200, 0]
     assert torch.allclose(rollout_logp.exp(), torch.tensor([0.1, 0.4, 0.3, 0.2])[token], atol=1e-6)
     assert torch.allclose(rollout_logp, behaviour_logp, atol=1e-6)
@@ -78,11 +77,10 @@ def test_draw_is_the_inverse_cdf():
 )
 def test_draw_truncates_as_asked_and_says_so(how, shares):
     """Trap 15: rollout_logp is of the law sampled from, behaviour_logp of the full softmax."""
-    args = opd.parse_args([])
-    args.valid_vocab = 4
+    law = {"valid_vocab": 4, "temperature": 1.0}
     probs = torch.tensor([0.1, 0.4, 0.3, 0.2])
     grid = (torch.arange(6300) + 0.5) / 6300
-    token, rollout_logp, behaviour_logp = opd.draw(probs.log().expand(6300, -1), grid, *how, args)
+    token, rollout_logp, behaviour_logp = opd.draw(probs.log().expand(6300, -1), grid, *how, law)
     found = torch.bincount(token, minlength=4) / 6300
     assert torch.allclose(found, torch.tensor(shares, dtype=torch.float32), atol=2e-3)
     assert torch.allclose(rollout_logp.exp(), torch.tensor(shares)[token].float(), atol=1e-5)
@@ -91,19 +89,18 @@ def test_draw_truncates_as_asked_and_says_so(how, shares):
 
 def test_draw_never_takes_an_impossible_token():
     """The ends of the unit interval, with zero probabilities at both ends of the row."""
-    args = opd.parse_args([])
-    args.valid_vocab = 5
+    law = {"valid_vocab": 5, "temperature": 1.0}
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, 1.0 - 2.0**-24])
-    token, rollout_logp, _ = opd.draw(logits, uniform, 1.0, 1.0, 0, args)
+    token, rollout_logp, _ = opd.draw(logits, uniform, 1.0, 1.0, 0, law)
     assert token.tolist() == [1, 3, 3] and rollout_logp.isfinite().all()
 
 
 def test_samples_do_not_depend_on_the_batch(student):
     """The randomness belongs to the row: order, batch size and padding change nothing."""
-    model, args, tokenizer = setup(student)
+    model, args, tokenizer = prepared(student)
     chosen = prompts(tokenizer, "1+2=", "a", "1+2=", "12+345=", "1+2=", "a")
-    uniform = opd.uniforms(6, 2, 0, args)
+    uniform = opd.uniforms(6, "rollouts", 0, args)
     whole = opd.sample(model, chosen, uniform, args, 1.0)
     args.sampler_batch_size = 2
     split = opd.sample(model, chosen, uniform, args, 1.0)
@@ -120,12 +117,13 @@ def test_samples_do_not_depend_on_the_batch(student):
 def test_eos_is_in_the_masks_and_nothing_after_it(tmp_path, pad_is_eos):
     """Trap 10: the EOS that ends a completion is trained, also where pad and EOS are one token."""
     path = tinylm.save_model(tmp_path / "m", 3, eos_token_id=[1, 7, 8, 9])
-    model, args, tokenizer = setup(path)
+    model, args, tokenizer = prepared(path)
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
-    assert args.eos_ids == [1, 7, 8, 9]
+    stop = opd.stop_ids(model.facts)
+    assert stop == [1, 7, 8, 9]
     rollout = draw_many(model, args, prompts(tokenizer, *["1+2="] * 32))
-    eos = torch.isin(rollout.completion_ids, torch.tensor(args.eos_ids))
+    eos = torch.isin(rollout.completion_ids, torch.tensor(stop))
     lengths = rollout.completion_mask.sum(1)
     assert 3 < int(rollout.ended.sum()) < 32  # both kinds occur
     for row in range(32):
@@ -138,12 +136,12 @@ def test_eos_is_in_the_masks_and_nothing_after_it(tmp_path, pad_is_eos):
 
 def test_truncated_completions_are_flagged_and_counted(student):
     """Trap 25: without EOS within the budget a rollout is not `ended`."""
-    model, args, tokenizer = setup(student)
+    model, args, tokenizer = prepared(student)
     rollout = draw_many(model, args, prompts(tokenizer, *["a"] * 40))
     full = rollout.completion_mask.sum(1) == args.max_completion_tokens
     last_is_eos = rollout.completion_ids[:, -1] == 1
     assert torch.equal(~rollout.ended, full & ~last_is_eos)
-    metrics = health.rollout_metrics(rollout)
+    metrics = diagnose.rollout_metrics(rollout)
     assert 0 < metrics["truncated_share"] < 1
     assert metrics["truncated_share"] == pytest.approx(float((~rollout.ended).float().mean()))
 
@@ -151,18 +149,18 @@ def test_truncated_completions_are_flagged_and_counted(student):
 def test_generation_config_of_the_checkpoint_is_not_read(tmp_path):
     """A top_k in the checkpoint must not reach the samples."""
     path = tinylm.save_model(tmp_path / "m", 0)
-    model, args, tokenizer = setup(path)
+    model, args, tokenizer = prepared(path)
     chosen = prompts(tokenizer, *["1+2="] * 8)
     before = draw_many(model, args, chosen)
     transformers.GenerationConfig(
         temperature=0.1, top_k=1, do_sample=True, eos_token_id=1, max_length=3
     ).save_pretrained(path)
-    model, args, _ = setup(path)
+    model, args, _ = prepared(path)
     assert torch.equal(before.completion_ids, draw_many(model, args, chosen).completion_ids)
 
 
 def test_greedy_is_the_argmax(student):
-    model, args, tokenizer = setup(student)
+    model, args, tokenizer = prepared(student)
     rollout = draw_many(model, args, prompts(tokenizer, "1+2=", "abc"), temperature=0.0)
     for row, prompt in enumerate(rollout.prompts):
         ids = list(prompt.ids)
@@ -175,8 +173,8 @@ def test_greedy_is_the_argmax(student):
 def test_padded_vocabulary_is_never_sampled_or_normalised_over(tmp_path):
     """Trap 16: rows of the head beyond the tokenizer may hold anything."""
     path = tinylm.save_model(tmp_path / "m", 0, vocab=64, tie_word_embeddings=False)
-    model, args, tokenizer = setup(path)
-    assert args.valid_vocab == len(tinylm.WORDS) == 46
+    model, args, tokenizer = prepared(path)
+    assert model.facts.valid_vocab == len(tinylm.WORDS) == 46
     chosen = prompts(tokenizer, *["1+2="] * 4)
     before = draw_many(model, args, chosen)
     logp = opd.token_logp(model, before, args)
@@ -189,9 +187,10 @@ def test_padded_vocabulary_is_never_sampled_or_normalised_over(tmp_path):
 
 def test_uniforms_are_a_function_of_seed_stream_and_step():
     args = opd.parse_args(["--max-completion-tokens", "5"])
-    first = opd.uniforms(3, 2, 7, args)
+    first = opd.uniforms(3, "rollouts", 7, args)
     assert first.shape == (3, 5) and ((first >= 0) & (first < 1)).all()
-    assert torch.equal(first, opd.uniforms(3, 2, 7, args))
-    assert torch.equal(first, opd.uniforms(9, 2, 7, args)[:3])  # a row's numbers are its own
-    for other in (opd.uniforms(3, 3, 7, args), opd.uniforms(3, 2, 8, args)):
+    assert torch.equal(first, opd.uniforms(3, "rollouts", 7, args))
+    more = opd.uniforms(9, "rollouts", 7, args)
+    assert torch.equal(first, more[:3])  # a rollout's numbers are its own
+    for other in (opd.uniforms(3, "evaluation", 7, args), opd.uniforms(3, "rollouts", 8, args)):
         assert not torch.equal(first, other)

@@ -14,7 +14,7 @@ from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 from tinylm import equal, weights
 
 import opd_ops
-from opd_ops import models
+from opd_run import files, retry, rollouts
 
 VOCAB, LENGTH = 3, 3
 NEUTRAL = ["--gate-extrapolation", "1", "--gate-interpolation", "1"]
@@ -69,7 +69,6 @@ def test_neutral_gates_are_opd_bit_for_bit(folder):
 # ----------------------------------------------------------------------------------- the gate
 def arguments(*more: str):
     args = sg_opd.parse_args([*more])
-    args.valid_vocab = VOCAB
     return args
 
 
@@ -91,7 +90,7 @@ def test_random_gate_fires_as_often_in_every_rollout():
     generator = torch.Generator().manual_seed(0)
     agree = torch.rand(40, 50, generator=generator) < 0.3
     rollout = rollout_of(sg_opd, torch.zeros(40, 50, dtype=torch.int64), verdict=torch.ones(40))
-    rollout.coin = torch.rand(40, 50, generator=generator)
+    rollout.extra["coin"] = torch.rand(40, 50, generator=generator)
     for row in range(40):
         rollout.response_mask[row, row + 1 :] = False
     args = arguments("--gate-control", "random")
@@ -99,16 +98,18 @@ def test_random_gate_fires_as_often_in_every_rollout():
     fired = sg_opd.sign_gate(agree, rollout, args) > 1.5
     assert torch.equal((fired & mask).sum(1), (agree & mask).sum(1))
     assert (fired != agree)[mask].float().mean() > 0.3
-    part = rollout.select(torch.arange(10))  # narrower: nothing moves
-    part_fired = sg_opd.sign_gate(agree[:10, : part.coin.shape[1]], part, args) > 1.5
-    assert torch.equal(part_fired & part.trained_mask, (fired & mask)[:10, : part.coin.shape[1]])
+    part = rollouts.select(rollout, torch.arange(10))  # narrower: nothing moves
+    part_fired = sg_opd.sign_gate(agree[:10, : part.extra["coin"].shape[1]], part, args) > 1.5
+    assert torch.equal(
+        part_fired & part.trained_mask, (fired & mask)[:10, : part.extra["coin"].shape[1]]
+    )
 
 
 def test_random_gate_has_no_preferred_token():
     """Over all orders of the coins, every token fires equally often."""
     orders = torch.tensor(list(itertools.permutations([0.1, 0.4, 0.8])))
     rollout = rollout_of(sg_opd, torch.zeros(6, 3, dtype=torch.int64), verdict=torch.ones(6))
-    rollout.coin = orders
+    rollout.extra["coin"] = orders
     agree = torch.tensor([[True, False, False]]).repeat(6, 1)
     gate = sg_opd.sign_gate(agree, rollout, arguments("--gate-control", "random"))
     assert torch.allclose(gate.mean(0), torch.full((3,), (1.8 + 1.0 + 1.0) / 3))
@@ -314,10 +315,9 @@ def test_teacher_share_decays_by_a_cosine_to_zero():
     assert sg_opd.teacher_share(0, arguments(*OFF)) == 0.0
 
 
-def setup(folder, *more: str):
+def prepared(folder, *more: str):
     args = sg_opd.parse_args(flags(folder, "unused", *more))
-    tokenizer = models.prepare(sg_opd.model_paths(args), args)
-    loaded = models.load_models(sg_opd.model_paths(args), args)
+    loaded, tokenizer = tinylm.load(sg_opd, args)
     texts = ["1+2=", "a", "12+345="]
     prompts = [opd.Prompt(tuple(tokenizer.encode(text)), text, text, "", {}) for text in texts]
     return loaded, tokenizer, prompts, args
@@ -330,14 +330,14 @@ def scripted(*answers: list[float]):
 
 
 def same_row(one, i: int, two, j: int) -> bool:
-    a, b = one.select(torch.tensor([i])), two.select(torch.tensor([j]))
+    a, b = rollouts.select(one, torch.tensor([i])), rollouts.select(two, torch.tensor([j]))
     names = ["prompt_ids", "completion_ids", "completion_mask", "behaviour_logp", "rollout_logp"]
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in [*names, "ended"])
 
 
 def test_endorsed_teacher_rollouts_replace_and_rejected_ones_are_counted(folder):
     """5 are offered: one for every prompt, then a second; +1, -1, +1, 0, +1 by the verifier."""
-    loaded, tokenizer, prompts, args = setup(folder, "--teacher-share", "0.42")
+    loaded, tokenizer, prompts, args = prepared(folder, "--teacher-share", "0.42")
     students = [1.0, -1.0] * 6
     verifier = scripted(students, [1.0, -1.0, 1.0, 0.0, 1.0])
     found, metrics = sg_opd.collect(loaded, tokenizer, verifier, prompts, args, 0)
@@ -349,7 +349,7 @@ def test_endorsed_teacher_rollouts_replace_and_rejected_ones_are_counted(folder)
     assert found.verdict.tolist() == want
     repeated = [prompt for prompt in prompts for _ in range(4)]
     assert found.prompts == repeated
-    uniform = sg_opd.uniforms(12, 4, 0, args)[offered]
+    uniform = sg_opd.uniforms(12, "teacher", 0, args)[offered]
     teacher = sg_opd.sample(
         loaded["teacher"], [repeated[row] for row in offered], uniform, args, 1.0
     )
@@ -367,7 +367,7 @@ def test_endorsed_teacher_rollouts_replace_and_rejected_ones_are_counted(folder)
 
 
 def test_nothing_endorsed_and_after_the_phase_is_opd(folder):
-    loaded, tokenizer, prompts, args = setup(folder, "--teacher-share", "0.5")
+    loaded, tokenizer, prompts, args = prepared(folder, "--teacher-share", "0.5")
     students = [1.0, -1.0] * 6
     plain, _ = opd.collect(loaded, tokenizer, scripted(students), prompts, args, 0)
     verifier = scripted(students, [-1.0] * 6)
@@ -386,7 +386,7 @@ def test_nothing_endorsed_and_after_the_phase_is_opd(folder):
 def test_group_verdict_is_of_the_batch_that_is_trained(folder):
     """A teacher rollout among wrong ones makes these the wrong ones of a group."""
     more = ["--verdict", "group", "--teacher-share", "0.25"]
-    loaded, tokenizer, prompts, args = setup(folder, *more)
+    loaded, tokenizer, prompts, args = prepared(folder, *more)
     students = [-1.0] * 8 + [1.0, 1.0, -1.0, 0.0]
     verifier = scripted(students, [1.0, -1.0, 1.0])
     found, metrics = sg_opd.collect(loaded, tokenizer, verifier, prompts, args, 0)
@@ -397,16 +397,16 @@ def test_group_verdict_is_of_the_batch_that_is_trained(folder):
 
 def test_agreement_is_counted_on_the_students_rollouts(folder):
     """Parts and shares of all trained tokens; micro-batches do not matter, random gate or not."""
-    loaded, tokenizer, prompts, args = setup(
+    loaded, tokenizer, prompts, args = prepared(
         folder, "--gate-control", "random", "--teacher-share", "0.25"
     )
     verifier = scripted([1.0, -1.0, 0.0] * 4, [1.0] * 3)
     rollout, _ = sg_opd.collect(loaded, tokenizer, verifier, prompts, args, 0)
-    assert 0 <= rollout.coin.min() and rollout.coin.std() > 0.1
+    assert 0 <= rollout.extra["coin"].min() and rollout.extra["coin"].std() > 0.1
     args.lr, optimizer = 0.0, sg_opd.make_optimizer(loaded["student"], args)
     found = []
     for args.micro_batch_tokens in (100000, 1):
-        batch = [(m, sg_opd.score(loaded, m, args)) for m in sg_opd.micro_batches(rollout, args)]
+        batch = [(m, sg_opd.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
         found.append(sg_opd.train_step(loaded["student"], optimizer, batch, args, 0))
     assert found[0] == pytest.approx(found[1], abs=1e-4, nan_ok=True)  # NaN: an empty decile
     mask, own = rollout.trained_mask, rollout.source[:, None] == 0
@@ -429,7 +429,7 @@ def test_resume_inside_the_phase_equals_an_uninterrupted_run(folder):
     sg_opd.main(flags(folder, "parts", *more, "--resume"))
     assert equal(weights(folder, "whole", 4), weights(folder, "parts", 4))
     shares = [
-        [row["teacher_share"] for row in opd.runs.read_metrics(folder / run)]
+        [row["teacher_share"] for row in files.read_metrics(folder / run)]
         for run in ("whole", "parts")
     ]
     assert shares[0] == shares[1] and sum(shares[0][:2]) > 0 and sum(shares[0][2:]) > 0

@@ -13,7 +13,7 @@ import transformers
 import tropd
 from tinylm import weights
 
-from opd_ops import health, runs
+from opd_run import diagnose, files
 
 METHODS = ["opd", "sg_opd", "exopd", "topk_opd", "tropd"]
 
@@ -78,7 +78,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
     assert "7.00 GiB" in output and "--micro-batch-tokens" in output
     rich, poor = weights(folder, f"rich_{method}"), weights(folder, f"poor_{method}")
     assert same(rich, poor, atol=2e-5) and not same(start, rich, atol=1e-4)
-    logged = [runs.read_metrics(folder / f"{run}_{method}") for run in ("rich", "poor")]
+    logged = [files.read_metrics(folder / f"{run}_{method}") for run in ("rich", "poor")]
     names = ("loss", "grad_norm", "num_trained_tokens", "log_ratio_mean", "log_ratio_decile_9")
     for one, two in zip(*logged, strict=True):
         assert [one[k] for k in names] == pytest.approx([two[k] for k in names], abs=1e-4)
@@ -130,7 +130,7 @@ def test_out_of_memory_elsewhere_saves_too(folder, monkeypatch, capsys, function
     more = more if function == "evaluate" else []
     text = last_line(capsys, 1, flags(folder, phase, *more))
     assert f"phase {phase}" in text and advice in text and "saved" in text
-    assert runs.check_manifest(folder / phase / "checkpoints/step_0") is None
+    assert files.check_manifest(folder / phase / "checkpoints/step_0") is None
 
 
 def test_out_of_memory_in_the_optimizer_saves_nothing_that_is_half_updated(
@@ -172,12 +172,12 @@ def test_what_is_not_finite_is_skipped_then_stops_with_the_sample(
     def marked(models, tokenizer, verifier, prompts, args, step):
         rollout, metrics = collect(models, tokenizer, verifier, prompts, args, step)
         if step >= 1:
-            rollout.coin[4] = 1.0
+            rollout.extra["mark"] = torch.arange(len(rollout.prompts)) == 4
             victims.append(rollout.completion_ids[4][rollout.completion_mask[4]].tolist())
         return rollout, metrics
 
     def broken(student, rollout, scores, args):
-        rows = rollout.coin[:, 0] == 1.0
+        rows = rollout.extra.get("mark", torch.zeros(len(rollout.prompts), dtype=torch.bool))
         if fault == "log_ratio":
             teacher_logp = scores["teacher_logp"].masked_fill(rows[:, None], -torch.inf)
             found, logged = loss(student, rollout, scores, args)  # the loss itself is finite
@@ -198,7 +198,7 @@ def test_what_is_not_finite_is_skipped_then_stops_with_the_sample(
     assert "1 of its 6 rollouts" in text
     run = folder / f"bad_{fault}"
     assert same(weights(folder, f"bad_{fault}", 1), weights(folder, f"bad_{fault}", 2))
-    logged = runs.read_metrics(run)
+    logged = files.read_metrics(run)
     assert [row["bad_step"] for row in logged] == [0.0, 1.0, 1.0]
     assert (logged[1]["num_bad_log_ratios"] > 0) == (fault == "log_ratio")
     kept = [json.loads(line) for line in (run / "offending.jsonl").read_text().splitlines()]
@@ -244,8 +244,18 @@ def test_an_infinite_log_ratio_is_bad_where_the_loss_hides_it(folder, monkeypatc
     assert "1 log-ratios not finite" in text
 
 
-def test_num_bad_log_ratios():
+def test_only_what_the_method_names_has_to_be_finite(folder, monkeypatch):
+    """A metric of a fork that is called so does not decide whether a step is taken."""
     bad = torch.tensor([1.0, torch.nan, -torch.inf])
-    tokens = {"log_ratio": bad, "policy_log_ratio": bad[:2], "loss": bad}
-    assert health.num_bad_log_ratios(tokens) == 3
-    assert health.num_bad_log_ratios({"divergence": bad}) == 0
+    tokens = {"log_ratio": bad, "policy_log_ratio": bad[:2], "my_log_ratio": bad}
+    assert diagnose.num_not_finite(tokens, opd.MUST_BE_FINITE) == 3
+    assert diagnose.num_not_finite({"my_log_ratio": bad}, opd.MUST_BE_FINITE) == 0
+    loss = opd.token_loss
+
+    def logs_more(student, rollout, scores, args):
+        found, logged = loss(student, rollout, scores, args)
+        return found, logged | {"my_log_ratio": torch.full_like(logged["log_ratio"], torch.inf)}
+
+    monkeypatch.setattr(opd, "token_loss", logs_more)
+    opd.main(flags(folder, "logs_more", "--steps", "1"))
+    assert files.read_metrics(folder / "logs_more")[-1]["bad_step"] == 0.0

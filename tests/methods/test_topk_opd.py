@@ -13,7 +13,8 @@ import transformers
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 from tinylm import weights
 
-from opd_ops import models
+from opd_run import retry
+from opd_run.compat import Facts
 
 VOCAB, LENGTH, SIZE = 4, 2, 2
 SUPPORTS = ["teacher", "student", "teacher+sampled"]
@@ -37,11 +38,10 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
     return max(float((one[name] - two[name]).abs().max()) for name in one)
 
 
-def setup(folder, *more: str):
+def prepared(folder, *more: str):
     """(models, args, tokenizer, what `collect` returns for 6 prompts)."""
     args = topk_opd.parse_args(flags(folder, "unused", *more))
-    tokenizer = models.prepare(topk_opd.model_paths(args), args)
-    loaded = models.load_models(topk_opd.model_paths(args), args)
+    loaded, tokenizer = tinylm.load(topk_opd, args)
     texts = ["1+2=", "a", "12+345=", "hello", "9", "7-7="]
     chosen = [topk_opd.Prompt(tuple(tokenizer.encode(text)), text, "", "", {}) for text in texts]
     verifier = lambda items: [0.0] * len(items)  # noqa: E731
@@ -83,7 +83,6 @@ def test_resume_equals_an_uninterrupted_run(folder):
 # ---------------------------------------------------------------------------------- enumeration
 def arguments(*more: str, size: int = SIZE):
     args = topk_opd.parse_args(["--support-size", str(size), *more])
-    args.valid_vocab = VOCAB
     return args
 
 
@@ -353,7 +352,7 @@ def test_renormalised_the_head_moves_in_rows_of_the_support_only(folder, tmp_pat
     tinylm.save_model(tmp_path, 3, tie_word_embeddings=False)
     more = ["--student", str(tmp_path), "--support-size", "3"]
     for form, everywhere in (([], False), (["--tail", "bucket"], True)):
-        loaded, args, _, (rollout, _) = setup(folder, *more, *form)
+        loaded, args, _, (rollout, _) = prepared(folder, *more, *form)
         scores = topk_opd.score(loaded, rollout, args)
         topk_opd.token_loss(loaded["student"], rollout, scores, args)[0].backward()
         moved = loaded["student"].head.grad.abs().sum(1) > 0
@@ -363,13 +362,11 @@ def test_renormalised_the_head_moves_in_rows_of_the_support_only(folder, tmp_pat
 
 
 def test_micro_batches_do_not_change_the_step(folder):
-    loaded, args, _, (rollout, _) = setup(folder, "--support-size", "5", "--tail", "bucket")
+    loaded, args, _, (rollout, _) = prepared(folder, "--support-size", "5", "--tail", "bucket")
     gradients = []
     for tokens in (100000, 1):
         args.micro_batch_tokens, args.max_grad_norm, args.lr = tokens, math.inf, 0.0
-        batch = [
-            (m, topk_opd.score(loaded, m, args)) for m in topk_opd.micro_batches(rollout, args)
-        ]
+        batch = [(m, topk_opd.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
         optimizer = topk_opd.make_optimizer(loaded["student"], args)
         topk_opd.train_step(loaded["student"], optimizer, batch, args, 0)
         gradients.append(torch.cat([w.grad.flatten() for w in loaded["student"].parameters()]))
@@ -380,20 +377,20 @@ def test_micro_batches_do_not_change_the_step(folder):
 def test_rollouts_are_sampled_with_top_p(folder):
     """Paper: 0.9; the truncation shows in the log-probs that are kept."""
     assert topk_opd.parse_args([]).top_p == 0.9 and opd.parse_args([]).top_p == 1.0
-    _, _, _, (rollout, _) = setup(folder)
+    _, _, _, (rollout, _) = prepared(folder)
     gap = (rollout.behaviour_logp - rollout.rollout_logp)[rollout.completion_mask]
     assert (gap < 1e-6).all() and (gap > math.log(0.9) - 1e-5).all() and gap.min() < -0.01
 
 
 def test_every_token_is_trained_by_default_and_eos_too(folder):
-    loaded, args, _, (rollout, metrics) = setup(folder)
+    loaded, args, _, (rollout, metrics) = prepared(folder)
     assert torch.equal(rollout.response_mask, rollout.completion_mask)
     assert metrics == {"num_masked_tokens": 0.0, "num_mapped_tokens": 0.0}
     assert rollout.ended.any()
     last = rollout.completion_mask.sum(1) - 1
     rows = rollout.ended.nonzero()[:, 0]
     ends = rollout.completion_ids[rows, last[rows]]
-    assert torch.isin(ends, torch.tensor(args.eos_ids)).all()
+    assert torch.isin(ends, torch.tensor(topk_opd.stop_ids(loaded["student"].facts))).all()
     assert rollout.response_mask[rows, last[rows]].all()
     scores = topk_opd.score(loaded, rollout, args)
     _, logged = topk_opd.token_loss(loaded["student"], rollout, scores, args)
@@ -402,13 +399,13 @@ def test_every_token_is_trained_by_default_and_eos_too(folder):
 
 def test_masks_leave_out_first_or_all_occurrences(folder):
     """Per id and completion; the count is logged; other tokens are not touched."""
-    plain = setup(folder)[3][0]
+    plain = prepared(folder)[3][0]
     counts = torch.bincount(plain.completion_ids[plain.completion_mask])
     often = int(counts[4:].argmax()) + 4
     word = tinylm.WORDS[often]
     for which in ("first", "all"):
         more = ["--mask-special-tokens", f"{word},<end>", "--mask-occurrences", which]
-        rollout, metrics = setup(folder, *more)[3]
+        rollout, metrics = prepared(folder, *more)[3]
         assert torch.equal(rollout.completion_ids, plain.completion_ids)
         masked = rollout.completion_mask & ~rollout.response_mask
         assert metrics["num_masked_tokens"] == masked.sum() > 0
@@ -425,16 +422,19 @@ def test_papers_masks_are_its_tokens_and_every_eos(folder, tmp_path):
     words = ["<" if word == "+" else "think" if word == "-" else word for word in tinylm.WORDS]
     tokenizer = tinylm.tokenizer(words)
     args = arguments("--mask-special-tokens", "paper")
-    args.eos_ids = [1, 7]
-    found = topk_opd.special_ids(tokenizer, args)
+    facts = Facts(len(words), {"student": (1,), "teacher": (1, 7)}, 256)
+    found = topk_opd.special_ids(tokenizer, facts, args)
     assert found == [words.index("<"), words.index("think"), 1, 7]
-    assert topk_opd.special_ids(tinylm.tokenizer(), args) == [1, 7]  # a vocabulary without them
+    assert topk_opd.special_ids(tinylm.tokenizer(), facts, args) == [
+        1,
+        7,
+    ]  # a vocabulary without them
     args.mask_special_tokens = None
-    assert topk_opd.special_ids(tokenizer, args) == []
+    assert topk_opd.special_ids(tokenizer, facts, args) == []
 
 
 def test_masked_tokens_have_no_loss_and_do_not_count(folder):
-    loaded, args, _, (rollout, _) = setup(folder, "--mask-special-tokens", "paper")
+    loaded, args, _, (rollout, _) = prepared(folder, "--mask-special-tokens", "paper")
     masked = rollout.completion_mask & ~rollout.response_mask
     assert masked.any()
     scores = topk_opd.score(loaded, rollout, args)
@@ -453,9 +453,11 @@ def test_the_teacher_reads_the_eos_that_it_knows(folder, old):
     Another turn can follow: then the teacher has TO in its context, too.
     """
     if old == "often":
-        plain = setup(folder)[3][0]
+        plain = prepared(folder)[3][0]
         old = int(torch.bincount(plain.completion_ids[plain.completion_mask])[10:].argmax()) + 10
-    loaded, args, _, (rollout, metrics) = setup(folder, "--map-eos", f"{tinylm.WORDS[old]}=<end>")
+    loaded, args, _, (rollout, metrics) = prepared(
+        folder, "--map-eos", f"{tinylm.WORDS[old]}=<end>"
+    )
     hits = (rollout.completion_ids == old) & rollout.completion_mask
     assert metrics["num_mapped_tokens"] == hits.sum() > 0
     scores = topk_opd.score(loaded, rollout, args)
@@ -499,11 +501,14 @@ def test_flags_that_cannot_be_meant_are_refused(more, word, capsys):
 
 
 def test_a_tail_turns_renormalisation_off_and_nothing_else_does():
-    assert arguments().renormalise and not arguments("--tail", "bucket").renormalise
-    assert not arguments("--no-renormalise").renormalise
-    assert not arguments("--tail", "bucket", "--no-renormalise").renormalise
-    assert arguments("--support", "teacher+sampled", size=1).renormalise  # top 1 + sampled: 2
-    assert not arguments("--no-renormalise", size=1).renormalise
+    def on(*more, **size):
+        return topk_opd.renormalised(arguments(*more, **size))
+
+    assert on() and not on("--tail", "bucket")
+    assert not on("--no-renormalise")
+    assert not on("--tail", "bucket", "--no-renormalise")
+    assert on("--support", "teacher+sampled", size=1)  # top 1 + sampled: 2
+    assert not on("--no-renormalise", size=1)
 
 
 @pytest.mark.parametrize(
@@ -525,4 +530,4 @@ def test_help_names_every_flag_and_the_default_of_top_p(capsys):
     with pytest.raises(SystemExit):
         topk_opd.main(["--help"])
     text = capsys.readouterr().out
-    assert "--top-p is 0.9 by default" in text and "paper: 32" in text
+    assert "--top-p is 0.9 by default" in text and "default 32" in text

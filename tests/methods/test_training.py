@@ -11,7 +11,7 @@ import pytest
 import tinylm
 import torch
 
-from opd_ops import health, models, rollouts
+from opd_run import diagnose, retry, rollouts
 
 FLAGS = ["--max-completion-tokens", "12", "--device", "cpu", "--micro-batch-tokens", "100000"]
 OBJECTIVES = [["--objective", "sampled"], ["--objective", "full"]]
@@ -25,16 +25,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def setup(folder, *flags: str):
+def prepared(folder, *flags: str):
     """(models, args, rollout of 6 completions of different lengths)."""
     args = opd.parse_args(
         [*FLAGS, "--student", f"{folder}/student", "--teacher", f"{folder}/teacher", *flags]
     )
-    tokenizer = models.prepare(opd.model_paths(args), args)
-    loaded = models.load_models(opd.model_paths(args), args)
+    loaded, tokenizer = tinylm.load(opd, args)
     texts = ["1+2=", "a", "12+345=", "hello", "9", "7-7="]
     chosen = [opd.Prompt(tuple(tokenizer.encode(text)), text, "", "", {}) for text in texts]
-    rollout = opd.sample(loaded["student"], chosen, opd.uniforms(6, 2, 0, args), args, 1.0)
+    rollout = opd.sample(loaded["student"], chosen, opd.uniforms(6, "rollouts", 0, args), args, 1.0)
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 2
     return loaded, args, rollout
 
@@ -44,7 +43,7 @@ def gradient(loaded, args, rollout) -> tuple[float, torch.Tensor]:
     student = copy.deepcopy(loaded["student"])
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     args.max_grad_norm = math.inf
-    batch = [(m, opd.score(loaded, m, args)) for m in opd.micro_batches(rollout, args)]
+    batch = [(m, opd.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
     metrics = opd.train_step(student, optimizer, batch, args, 0)
     return metrics["loss"], torch.cat([p.grad.flatten() for p in student.parameters()])
 
@@ -52,10 +51,10 @@ def gradient(loaded, args, rollout) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_micro_batches_do_not_change_the_step(folder, objective):
     """Trap 13: 1x6 = 6x1 with ragged lengths, and the divisor is the generated tokens."""
-    loaded, args, rollout = setup(folder, *objective)
+    loaded, args, rollout = prepared(folder, *objective)
     loss, whole = gradient(loaded, args, rollout)
     args.micro_batch_tokens = 1
-    assert len(list(opd.micro_batches(rollout, args))) == 6
+    assert len(list(retry.micro_batches(rollout, args))) == 6
     split_loss, split = gradient(loaded, args, rollout)
     assert split_loss == pytest.approx(loss, abs=1e-5)
     assert torch.allclose(whole, split, atol=1e-5 * float(whole.abs().max()))
@@ -68,14 +67,14 @@ def test_micro_batches_do_not_change_the_step(folder, objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_padding_and_order_change_nothing(folder, objective):
     """Trap 9: more padding on either side, filled with any ids, and another order of the rows."""
-    loaded, args, rollout = setup(folder, *objective)
+    loaded, args, rollout = prepared(folder, *objective)
     loss, want = gradient(loaded, args, rollout)
     wide = rollouts.join([rollout, rollout])  # as wide as it was: pad by hand
-    wide = wide.select(torch.tensor([5, 3, 1, 0, 2, 4]))
+    wide = rollouts.select(wide, torch.tensor([5, 3, 1, 0, 2, 4]))
     pad = torch.nn.functional.pad
     for name in (f.name for f in dataclasses.fields(opd.Rollout) if f.name != "prompts"):
         value = getattr(wide, name)
-        if value.dim() == 2:
+        if torch.is_tensor(value) and value.dim() == 2:
             value = pad(value, (5, 0)) if name.startswith("prompt") else pad(value, (0, 4))
         setattr(wide, name, value)
     wide.prompt_ids[~wide.prompt_mask] = 11
@@ -96,7 +95,7 @@ def test_gradient_reaches_the_positions_that_predict_trained_tokens_and_no_other
     folder, objective
 ):
     """Traps 10, 11: the last prompt position and the one before EOS learn, no others."""
-    loaded, args, rollout = setup(folder, *objective)
+    loaded, args, rollout = prepared(folder, *objective)
     student, seen = loaded["student"], []
     decoder = student.lm.get_decoder()
     hook = decoder.norm.register_forward_hook(
@@ -115,7 +114,7 @@ def test_gradient_reaches_the_positions_that_predict_trained_tokens_and_no_other
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_nothing_to_train_gives_zero_and_finite_gradients(folder, objective):
     """Trap 12: a fully masked batch."""
-    loaded, args, rollout = setup(folder, *objective)
+    loaded, args, rollout = prepared(folder, *objective)
     rollout.response_mask[:] = False
     loss, found = gradient(loaded, args, rollout)
     assert loss == 0.0 and (found == 0).all()
@@ -123,16 +122,16 @@ def test_nothing_to_train_gives_zero_and_finite_gradients(folder, objective):
 
 def test_one_token_completions_keep_their_signal(folder):
     """Trap 28."""
-    loaded, args, rollout = setup(folder)
+    loaded, args, rollout = prepared(folder)
     rollout.completion_mask[:, 1:] = False
     rollout.response_mask &= rollout.completion_mask
-    loss, found = gradient(loaded, args, rollout.select(torch.arange(6)))
+    loss, found = gradient(loaded, args, rollouts.select(rollout, torch.arange(6)))
     assert loss != 0.0 and found.abs().max() > 1e-4
 
 
 def test_teacher_equal_to_student_has_no_gradient(folder):
     """Trap 8: equal models, equal log-probs at every position, so no loss and no gradient."""
-    loaded, args, rollout = setup(folder)
+    loaded, args, rollout = prepared(folder)
     loaded["teacher"] = loaded["student"]
     for objective in ("sampled", "full"):
         args.objective = objective
@@ -142,7 +141,7 @@ def test_teacher_equal_to_student_has_no_gradient(folder):
 
 def test_teacher_is_frozen(folder):
     """Trap 20: eval mode, no gradient, not in the optimizer, the same bytes after five steps."""
-    loaded, args, rollout = setup(folder, "--lr", "0.1")
+    loaded, args, rollout = prepared(folder, "--lr", "0.1")
     teacher, student = loaded["teacher"], loaded["student"]
     before = [p.clone() for p in teacher.parameters()]
     start = [p.detach().clone() for p in student.parameters()]
@@ -161,19 +160,19 @@ def test_teacher_is_frozen(folder):
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
 def test_impossible_teacher_tokens_give_no_nan(folder, divergence):
     """Trap 19: teacher logits of -inf on ids that the student can emit."""
-    loaded, args, rollout = setup(folder, "--objective", "full", "--divergence", divergence)
+    loaded, args, rollout = prepared(folder, "--objective", "full", "--divergence", divergence)
     scores = opd.score(loaded, rollout, args)
-    rows = scores["teacher_rows"] @ scores["teacher_head"].T
-    rows[..., 20:] = -torch.inf
-    rows[~rollout.trained_mask] = 0.0
-    scores = {"teacher_rows": rows, "teacher_head": None}
+    logits = scores["teacher_hidden"] @ scores["teacher_head"]().T
+    logits[..., 20:] = -torch.inf
+    logits[~rollout.trained_mask] = 0.0
+    scores = {"teacher_hidden": logits, "teacher_head": lambda: None}
     loss, _ = opd.token_loss(loaded["student"], rollout, scores, args)
     assert not loss.isnan() and (divergence == "reverse") == bool(loss.isinf())
 
 
 def test_bfloat16_logits_give_float32_log_probs(folder):
     """Trap 21: only the rounding of the hidden states is left, not that of a bf16 softmax."""
-    loaded, args, rollout = setup(folder)
+    loaded, args, rollout = prepared(folder)
     model = loaded["student"]
     exact = opd.token_logp(model, rollout, args)
     model.compute_dtype = torch.bfloat16
@@ -184,20 +183,21 @@ def test_bfloat16_logits_give_float32_log_probs(folder):
 
 def test_metrics_ignore_padding(folder):
     """Trap 27: a hundred more padded columns change no metric."""
-    loaded, args, rollout = setup(folder)
+    loaded, args, rollout = prepared(folder)
     args.lr, rollout.verdict = 0.0, torch.tensor([1.0, -1, 0, 1, -1, -1])
     wide = copy.copy(rollout)
     for name in (f.name for f in dataclasses.fields(opd.Rollout) if f.name != "prompts"):
         value = getattr(wide, name)
-        if value.dim() == 2 and not name.startswith("prompt"):
+        if torch.is_tensor(value) and value.dim() == 2 and not name.startswith("prompt"):
             setattr(wide, name, torch.nn.functional.pad(value, (0, 100)))
 
     def metrics(each):
         scores = opd.score(loaded, each, args)
         optimizer = torch.optim.SGD(loaded["student"].parameters(), lr=0.0)
         found = opd.train_step(loaded["student"], optimizer, [(each, scores)], args, 0)
-        exact = health.exact_divergences(loaded, [each], opd.read_tokens, opd.loss_law(args))
-        return found | exact | health.rollout_metrics(each)
+        ours = {name: getattr(opd, name) for name in ("read_tokens", "loss_law", "teacher_of")}
+        exact = diagnose.exact_divergences(loaded, [each], args, **ours)
+        return found | exact | diagnose.rollout_metrics(each)
 
     one, two = metrics(rollout), metrics(wide)
     assert one.keys() == two.keys() and len(one) > 30
@@ -206,7 +206,7 @@ def test_metrics_ignore_padding(folder):
 
 
 def test_a_step_that_is_not_finite_is_skipped(folder):
-    loaded, args, rollout = setup(folder)
+    loaded, args, rollout = prepared(folder)
     student = loaded["student"]
     optimizer = opd.make_optimizer(student, args)
     before = [p.detach().clone() for p in student.parameters()]
@@ -218,9 +218,9 @@ def test_a_step_that_is_not_finite_is_skipped(folder):
 
 
 def test_gradient_checkpointing_changes_nothing(folder):
-    loaded, args, rollout = setup(folder)
+    loaded, args, rollout = prepared(folder)
     loss, want = gradient(loaded, args, rollout)
-    loaded, args, rollout = setup(folder, "--gradient-checkpointing")
+    loaded, args, rollout = prepared(folder, "--gradient-checkpointing")
     layer = loaded["student"].lm.get_decoder().layers[0]
     assert layer.gradient_checkpointing
     found_loss, found = gradient(loaded, args, rollout)
@@ -249,7 +249,7 @@ def test_the_head_that_is_no_product_takes_the_logits(tmp_path):
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "student")
     tinylm.tokenizer().save_pretrained(tmp_path / "student")
     tinylm.save_model(tmp_path / "teacher", 1)
-    loaded, args, rollout = setup(tmp_path)
+    loaded, args, rollout = prepared(tmp_path)
     student = loaded["student"]
     assert not student.plain_head and loaded["teacher"].plain_head
     found = opd.token_logp(student, rollout, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import opd
 import pytest
@@ -14,7 +15,7 @@ import tropd
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 from tinylm import equal, weights
 
-from opd_ops import models, rollouts
+from opd_run import data, retry
 
 VOCAB, LENGTH, SIZE = 3, 2, 2
 WIDTH = 8
@@ -34,11 +35,10 @@ def flags(folder, run: str, *more: str) -> list[str]:
     return [*named, *sizes.split(), *rest.split(), *more]
 
 
-def setup(folder, *more: str, step: int = 0):
+def prepared(folder, *more: str, step: int = 0):
     """(models, args, prompts, verified texts, what `collect` returns for 6 prompts x 2)."""
     args = tropd.parse_args(flags(folder, "unused", *more))
-    tokenizer = models.prepare(tropd.model_paths(args), args)
-    loaded = models.load_models(tropd.model_paths(args), args)
+    loaded, tokenizer = tinylm.load(tropd, args)
     texts = ["1+2=", "a", "12+345=", "hello", "9", "7-7="]
     chosen = [tropd.Prompt(tuple(tokenizer.encode(text)), text, "", "", {}) for text in texts]
     seen: list[str] = []
@@ -102,7 +102,6 @@ def teacher_file(folder, tmp_path) -> str:
 # ---------------------------------------------------------------------------------- enumeration
 def arguments(*more: str):
     args = tropd.parse_args(["--outlier-support", str(SIZE), "--no-guidance", *more])
-    args.valid_vocab = VOCAB
     return args
 
 
@@ -338,7 +337,6 @@ def test_a_support_beyond_the_vocabulary_is_the_whole_forward_kl(pair):
     student, teacher = pair
     rollout = exact_rollout(all_completions(VOCAB, LENGTH), coin=torch.full((9, LENGTH), 1 - 1e-7))
     args = tropd.parse_args(["--no-guidance"])  # 64 of 3
-    args.valid_vocab = VOCAB
     scores = tropd.score({"teacher": teacher}, rollout, args)
     _, logged = tropd.token_loss(student, rollout, scores, args)
     p, q = student.logp(rollout.completion_ids), teacher.logp(rollout.completion_ids)
@@ -390,11 +388,12 @@ def test_the_scalar_prefix_term_has_the_wrong_sign(pair):
 def test_prefixes_keep_the_rules(folder):
     """No EOS, at least one token for the student, masks disjoint, Eq. (7), texts whole."""
     for step in (0, 1, 2):
-        loaded, args, prompts, seen, (rollout, metrics) = setup(folder, "--seed", "3", step=step)
+        loaded, args, prompts, seen, (rollout, metrics) = prepared(folder, "--seed", "3", step=step)
         prefix, response = rollout.prefix_mask, rollout.response_mask
+        stop = tropd.stop_ids(loaded["student"].facts)
         assert not (prefix & response).any()
         assert torch.equal(prefix | response, rollout.completion_mask)
-        assert not torch.isin(rollout.completion_ids[prefix], torch.tensor(args.eos_ids)).any()
+        assert not torch.isin(rollout.completion_ids[prefix], torch.tensor(stop)).any()
         assert response.any(1).all() and rollout.completion_ids.shape[1] <= WIDTH
         starts = prefix.sum(1)
         assert torch.equal(prefix, torch.arange(prefix.shape[1]) < starts[:, None])
@@ -405,11 +404,11 @@ def test_prefixes_keep_the_rules(folder):
         assert (guided[:, 1] == 0).all()  # one of the two rollouts of a prompt
         alpha = 0.5 + 0.5 * math.cos(math.pi * step / 3)
         theirs = tropd.sample(
-            loaded["teacher"], prompts, tropd.uniforms(6, 4, step, args), args, 1.0
+            loaded["teacher"], prompts, tropd.uniforms(6, "teacher", step, args), args, 1.0
         )
         for row, start in enumerate(guided[:, 0].tolist()):
             ids = theirs.completion_ids[row][theirs.completion_mask[row]].tolist()
-            ended = ids[-1] in args.eos_ids
+            ended = ids[-1] in stop
             assert start == min(int(alpha * len(ids)), WIDTH - 1, len(ids) - ended)
             assert rollout.completion_ids[2 * row, :start].tolist() == ids[:start]
         num = int((starts > 0).sum())
@@ -422,7 +421,7 @@ def test_prefixes_keep_the_rules(folder):
 
 def test_log_probs_follow_their_tokens_into_the_completion(folder):
     """After the move of columns, a teacher-forced pass gives what the sampler recorded."""
-    loaded, args, _, _, (rollout, _) = setup(folder, "--seed", "3")
+    loaded, args, _, _, (rollout, _) = prepared(folder, "--seed", "3")
     logp = tropd.token_logp(loaded["student"], rollout, args)
     response = rollout.response_mask
     assert torch.allclose(logp[response], rollout.behaviour_logp[response], atol=1e-4)
@@ -435,19 +434,18 @@ def test_log_probs_follow_their_tokens_into_the_completion(folder):
 def test_guidance_fades_to_nothing(folder):
     """alpha goes from 1 to 0 by a cosine; with less than a token left the teacher is not asked."""
     args = tropd.parse_args(flags(folder, "unused", "--steps", "10"))
-    tokenizer = models.prepare(tropd.model_paths(args), args)
-    loaded = models.load_models(tropd.model_paths(args), args)
-    prompts = [tropd.Prompt((2, 5, 3), "", "", "", {})] * 2
+    loaded, tokenizer = tinylm.load(tropd, args)
+    teacher, prompts = loaded["teacher"], [tropd.Prompt((2, 5, 3), "", "", "", {})] * 2
     lengths = []
     for step in range(11):
         args.teacher_rollouts = None
-        found = tropd.teacher_prefixes(loaded["teacher"], tokenizer, prompts, args, step)
+        found = tropd.teacher_prefixes(teacher, tokenizer, prompts, args, step)
         lengths.append(sum(map(len, found)))
     assert lengths[0] == WIDTH - 1 or lengths[0] > 0
     assert lengths[-1] == lengths[9] == 0
-    assert tropd.teacher_prefixes(None, tokenizer, prompts, args, 10) == [(), ()]
+    assert tropd.teacher_prefixes(teacher, tokenizer, prompts, args, 10) == [(), ()]
     args.guidance = False
-    assert tropd.teacher_prefixes(None, tokenizer, prompts, args, 0) == [(), ()]
+    assert tropd.teacher_prefixes(teacher, tokenizer, prompts, args, 0) == [(), ()]
 
 
 def test_prefixes_from_a_file(folder, tmp_path):
@@ -456,7 +454,7 @@ def test_prefixes_from_a_file(folder, tmp_path):
     lines = [("1+2=", "abcdefgh"), ("a", "ab<end>cdefg"), ("hello", "")]
     path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in lines))
     more = ["--teacher-rollouts", str(path)]
-    _, _, _, _, (rollout, metrics) = setup(folder, *more)
+    _, _, _, _, (rollout, metrics) = prepared(folder, *more)
     assert rollout.prefix_mask.sum(1).view(-1, 2).tolist() == [[7, 0], [2, 0]] + [[0, 0]] * 4
     assert metrics == {"prefix_length": 4.5, "guided_share": 2 / 12}
     shown = [tinylm.WORDS[i] for i in rollout.completion_ids[0, :7].tolist()]
@@ -466,7 +464,7 @@ def test_prefixes_from_a_file(folder, tmp_path):
 def test_several_teacher_rollouts_of_a_prompt_take_turns(folder, tmp_path):
     path = teacher_file(folder, tmp_path)
     seen = set()
-    texts = rollouts.completions_of(path, "prompt", "completion")
+    texts = data.completions_of(path, "prompt", "completion")
     prompt = next(iter(texts))
     args = tropd.parse_args(flags(folder, "unused", "--teacher-rollouts", path))
     for step in range(8):
@@ -478,36 +476,39 @@ def test_several_teacher_rollouts_of_a_prompt_take_turns(folder, tmp_path):
     assert len(seen) == 2
 
 
-def test_moving_a_prefix_by_hand():
-    """Columns, masks, cut and `ended` of three rows with prefixes of 0, 1 and 2 tokens."""
-    ids = torch.tensor([[0, 5, 6], [0, 5, 7], [5, 8, 9]])
-    rollout = rollout_of(tropd, torch.tensor([[11, 1, 0], [12, 13, 1], [14, 1, 0]]))
-    rollout.prompt_ids, rollout.prompt_mask = ids, ids > 0
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]]).bool()
-    rollout.completion_mask, rollout.response_mask = mask, mask.clone()
-    rollout.behaviour_logp = -rollout.completion_ids.float()
-    prompts = [tropd.Prompt((i,), "", "", "", {}) for i in range(3)]
-    out = rollouts.adopt_prefix(rollout, prompts, [0, 1, 2], 3)
-    assert out.prompts == prompts
-    assert out.prompt_ids[out.prompt_mask].tolist() == [5, 6, 5, 5]
-    assert out.prompt_mask.tolist() == [[True, True], [False, True], [False, True]]
-    assert out.completion_ids.tolist() == [[11, 1, 0], [7, 12, 13], [8, 9, 14]]
-    assert out.completion_mask.sum(1).tolist() == [2, 3, 3]
-    assert out.prefix_mask.int().tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
-    assert out.response_mask.int().tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
-    assert out.behaviour_logp.tolist() == [[-11, -1, 0], [0, -12, -13], [0, 0, -14]]
-    assert out.ended.tolist() == [True, False, False]  # the two EOS were cut off
+def test_a_prefix_is_placed_by_the_sampler(folder):
+    """What follows a prefix is what follows a prompt that ends with it, one token a uniform; it
+    stops at the last column, and an EOS that would stand beyond has not ended it."""
+    loaded, args, prompts, _, _ = prepared(folder)
+    student, uniform = loaded["student"], tropd.uniforms(6, "rollouts", 0, args)
+    prefixes = [(), (9,), (5, 6), (7, 8, 9), (4,) * (WIDTH - 1), (10, 11)]
+    longer = [replace(p, ids=p.ids + prefix) for p, prefix in zip(prompts, prefixes)]
+    want = tropd.sample(student, longer, uniform, args, 1.0)
+    found = tropd.sample(student, prompts, uniform, args, 1.0, prefixes=prefixes)
+    assert found.prompts == prompts and want.ended.any()
+    for row, prefix in enumerate(prefixes):
+        ids, mask = found.completion_ids[row], found.completion_mask[row]
+        assert found.prompt_ids[row][found.prompt_mask[row]].tolist() == list(prompts[row].ids)
+        assert found.prefix_mask[row].sum() == len(prefix)
+        assert torch.equal(found.response_mask[row], mask & ~found.prefix_mask[row])
+        theirs = want.completion_ids[row][want.completion_mask[row]].tolist()
+        most = WIDTH - len(prefix)
+        assert ids[mask].tolist() == [*prefix, *theirs[:most]]
+        assert found.ended[row] == (want.ended[row] and len(theirs) <= most)
+        logp = found.behaviour_logp[row][found.response_mask[row]]
+        assert torch.allclose(logp, want.behaviour_logp[row, : len(logp)], atol=1e-5)
+        assert (found.behaviour_logp[row][found.prefix_mask[row]] == 0).all()
 
 
 # -------------------------------------------------------------------------------------- the step
 def test_micro_batches_do_not_change_the_step(folder):
     """Coins belong to rows: one batch of 12 and 12 batches of one have one gradient."""
-    loaded, args, _, _, (rollout, _) = setup(folder, "--seed", "3")
+    loaded, args, _, _, (rollout, _) = prepared(folder, "--seed", "3")
     assert rollout.prefix_mask.any()
     gradients, accepted = [], []
     for tokens in (100000, 1):
         args.micro_batch_tokens, args.max_grad_norm, args.lr = tokens, math.inf, 0.0
-        batch = [(m, tropd.score(loaded, m, args)) for m in tropd.micro_batches(rollout, args)]
+        batch = [(m, tropd.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
         optimizer = tropd.make_optimizer(loaded["student"], args)
         metrics = tropd.train_step(loaded["student"], optimizer, batch, args, 0)
         gradients.append(torch.cat([w.grad.flatten() for w in loaded["student"].parameters()]))
@@ -523,7 +524,7 @@ def test_micro_batches_do_not_change_the_step(folder):
 
 def test_coins_are_a_function_of_seed_and_step(folder):
     one, two, other = (
-        setup(folder, "--seed", seed, step=step)[-1][0].coin
+        prepared(folder, "--seed", seed, step=step)[-1][0].extra["coin"]
         for seed, step in (("3", 0), ("3", 0), ("3", 1))
     )
     assert torch.equal(one, two) and not torch.equal(one[:, :3], other[:, :3])

@@ -9,8 +9,6 @@ import pytest
 import tinylm
 import torch
 
-from opd_ops import models
-
 METHODS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "methods").glob("*.py"))
 
 
@@ -32,13 +30,12 @@ def test_two_turns_are_two_spans_of_the_mask(folder, method):
     module = importlib.import_module(method)
     paths = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
     args = module.parse_args([*paths, "--max-completion-tokens", "12", "--device", "cpu"])
-    tokenizer = models.prepare(module.model_paths(args), args)
-    args.eos_ids = []
-    loaded = models.load_models(module.model_paths(args), args)
-    student = loaded["student"]
+    loaded, tokenizer = tinylm.load(module, args)
+    student = tinylm.endless(loaded)["student"]
     prompts = [module.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in ("1+2=", "hello")]
-    rollout = module.sample(student, prompts, module.uniforms(2, 2, 0, args), args, 1.0)
+    rollout = module.sample(student, prompts, module.uniforms(2, "rollouts", 0, args), args, 1.0)
     rollout.verdict[:] = torch.tensor([1.0, -1.0])
+    rollout.extra["coin"] = torch.zeros(2, 12)  # sg_opd and tropd draw one
     columns = torch.arange(12).expand(2, 12)
     turns = (columns < 4, (columns >= 7) & (columns < 11))
     decoder, found = student.lm.get_decoder(), {}

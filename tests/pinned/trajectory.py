@@ -13,7 +13,7 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,32 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import opd  # noqa: E402
 
-from opd_ops import models, runs  # noqa: E402
+from opd_run import data, files, retry, setup, verifier  # noqa: E402
 
 NUM_UPDATES = 20
-FLAGS = ["--student", str(runs.TINY / "student"), "--teacher", str(runs.TINY / "teacher_base"),
+FLAGS = ["--student", str(files.TINY / "student"), "--teacher", str(files.TINY / "teacher_base"),
          "--device", "cpu", "--lr", "3e-5", "--max-completion-tokens", "128"]  # fmt: skip
+
+
+def load(module: Any, args: Any, paths: dict[str, str]) -> tuple[dict[str, Any], Any, Any]:
+    """Models, tokenizer and facts of a method file."""
+    tokenizer, facts = setup.prepare(paths, args, module.render)
+    one = partial(module.load, facts=facts, args=args)
+    return setup.load_models(one, paths, args, facts), tokenizer, facts
 
 
 def store_rollouts() -> None:
     """16 completions of the tiny student, with verdicts and coins, into rollouts.safetensors."""
     args = opd.parse_args(FLAGS)
-    tokenizer = models.prepare(opd.model_paths(args), args)
-    prompts = opd.load_prompts(tokenizer, args)[0][:16]
-    student = models.load_lm(args.student, True, args)
-    rollout = opd.sample(student, prompts, opd.uniforms(16, 2, 0, args), args, 1.0)
-    rollout.coin = opd.uniforms(16, 5, 0, args)[:, : rollout.coin.shape[1]].contiguous()
-    verifier = runs.Verifier(opd.verifier_function("exact"), 10.0)
-    opd.verify(rollout, tokenizer, verifier)
-    verifier.close()
-    tensors = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "prompts"}
+    loaded, tokenizer, facts = load(opd, args, opd.model_paths(args))
+    prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)[:16]
+    uniform = opd.uniforms(16, "rollouts", 0, args)
+    rollout = opd.sample(loaded["student"], prompts, uniform, args, 1.0)
+    child = verifier.Verifier(verifier.verifier_function("exact"), 10.0)
+    opd.verify(rollout, tokenizer, child)
+    child.close()
+    tensors = {name: value for name, value in vars(rollout).items() if torch.is_tensor(value)}
+    tensors["coin"] = opd.uniforms(16, "method", 0, args)[:, : rollout.completion_ids.shape[1]]
     save_file({k: v.contiguous() for k, v in tensors.items()}, HERE / "rollouts.safetensors")
 
 
@@ -51,13 +58,13 @@ def trajectory(method: str) -> dict[str, list[float]]:
     """Loss and gradient norm of each update, and the norms of all weights after the last."""
     module: Any = importlib.import_module(method)
     args = module.parse_args(FLAGS)
-    paths = module.model_paths(args)
-    models.prepare(paths, args)
-    loaded = models.load_models(paths, args)
-    prompt = module.Prompt((0,), "", "", "add", {})
+    loaded, _, _ = load(module, args, module.model_paths(args))
+    prompt = data.Prompt((0,), "", "", "add", {})
     tensors = load_file(HERE / "rollouts.safetensors")
-    rollout = module.Rollout(prompts=[prompt] * len(tensors["verdict"]), **tensors)
-    batch = [(m, module.score(loaded, m, args)) for m in module.micro_batches(rollout, args)]
+    extra = {"coin": tensors.pop("coin")}  # what sg_opd and tropd draw in `collect`
+    prompts = [prompt] * len(tensors["verdict"])
+    rollout = module.Rollout(prompts=prompts, **tensors, extra=extra)
+    batch = [(m, module.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
     optimizer = module.make_optimizer(loaded["student"], args)
     found: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     for step in range(NUM_UPDATES):
@@ -78,7 +85,7 @@ def main() -> None:
         raise SystemExit(__doc__)
     sources = [f"methods/{method}.py" for method in sys.argv[2:]]
     changed = subprocess.run(
-        ["git", "-C", str(ROOT), "status", "--porcelain", *sources, "opd_ops", "csrc"],
+        ["git", "-C", str(ROOT), "status", "--porcelain", *sources, "opd_ops", "opd_run", "csrc"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     if changed:

@@ -39,7 +39,7 @@ def tokens_row(step: int, phase: str, row: int, num: int, text: str = "a") -> di
 
 
 def write_run(folder: Path, seed: int, lr: float = 1e-3, text: str = "a", num: int = 5) -> Path:
-    """A run folder of three steps, as `opd_ops.runs.Run` leaves it; values depend on the seed."""
+    """A run folder of three steps, as `opd_run.run.Run` leaves it; values depend on the seed."""
     folder.mkdir(parents=True)
     args = {"seed": seed, "lr": lr, "run_dir": str(folder), "student": text, "teacher": [text]}
     environment = {"commit": "0123456789abcdef", "dirty": False, "torch": "2", "device": text}

@@ -1,0 +1,126 @@
+"""The command line: flags with bounds, one message for all that is wrong, and the flags that cannot
+change a number."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from opd_run import ranks, served_teacher, vllm_sampler
+from opd_run.console import RunError
+
+
+def flag(group: Any, name: str, default: Any, text: str, bounds: str = "", **kwargs: Any) -> None:
+    """Add one flag. Its type is that of `default`; `bounds` is an interval such as (0,1]."""
+    if isinstance(default, bool):
+        kwargs["action"] = argparse.BooleanOptionalAction
+    elif default is not None:
+        kwargs.setdefault("type", type(default))
+    shown = "; ".join(filter(None, ["" if default is None else f"default {default}", bounds]))
+    text = f"{text} [{shown}]" if shown else text
+    group.add_argument(
+        name, default=default, help=text.replace("%", "%%"), **kwargs
+    ).bounds = bounds
+
+
+def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    """Flags that cannot change a number, but for rounding: where results go, and on what it runs.
+
+    Args:
+        name: of the method; the run folder is `runs/NAME/default`.
+    """
+    add = partial(flag, parser.add_argument_group("run"))
+    add("--run-dir", f"runs/{name}/default", "folder for logs and checkpoints")
+    add("--resume", False, "continue from the newest complete checkpoint in --run-dir")
+    add("--overwrite", False, "delete the run that is in --run-dir and start anew")
+    add("--save-every", 50, "save a checkpoint every so many steps; 0: only at the end", "[0,inf)")
+    add("--keep-checkpoints", 2, "keep this many of the newest checkpoints; 0: all", "[0,inf)")
+    views = ["none", "tensorboard", "wandb", "trackio"]
+    add("--report-to", "none", "send metrics to this live view too", choices=views)
+    add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md lists them)")
+    add("--dry-run", False, "print flags, model checks and a memory estimate, then exit")
+    add("--debug", False, "show the traceback of an error")
+    add = partial(flag, parser.add_argument_group("devices and memory"))
+    add("--device", "auto", "cpu, cuda or cuda:1; auto: cuda if this machine has one")
+    add("--teacher-device", "same", "device of the frozen models; same: that of --device")
+    add("--teacher-offload", False, "keep frozen models in CPU memory while they are not used")
+    add("--gradient-checkpointing", False, "recompute activations in backward to save memory")
+    add("--micro-batch-tokens", 16384, "most tokens in one forward pass; lower to fit", "[1,inf)")
+    add("--sampler-batch-size", 256, "most rollouts generated at a time; lower to fit", "[1,inf)")
+    add("--sampler-memory", 0.3, "share of the GPU's memory that vLLM may use", "(0,1)")
+    add("--shard", "none", "split the student over torchrun's processes", choices=["none", "fsdp"])
+    add("--shard-frozen", False, "with --shard fsdp: split the frozen models too")
+    add("--rank-timeout-s", 1800.0, "give up when another process is silent so long", "(0,inf)")
+    add("--teacher-timeout-s", 600.0, "save and stop when a served teacher is", "(0,inf)")
+    add("--trust-remote-code", False, "run Python code that comes with a model; read it first")
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    check: Callable[[argparse.Namespace], list[str]],
+) -> argparse.Namespace:
+    """Parse flags and resolve what is `auto`; nothing is written to the result afterwards.
+
+    Raises:
+        RunError: exit code 2; everything that is wrong with bounds, JSON, combinations and
+            `check(args)`, in one message.
+    """
+
+    def refuse(message: str) -> None:
+        names = [name for action in parser._actions for name in action.option_strings]
+        for unknown in re.findall(r"--[a-zA-Z0-9-]+", message if "unrecognized" in message else ""):
+            if near := difflib.get_close_matches(unknown, names, 1):
+                message += f" (did you mean {near[0]}?)"
+        raise RunError(f"{message} (--help lists all flags)", code=2)
+
+    parser.error, parser.allow_abbrev = refuse, False  # type: ignore[assignment,method-assign]
+    args = parser.parse_args(argv)
+    errors = []
+    for action in parser._actions:
+        bounds, value = getattr(action, "bounds", ""), getattr(args, action.dest, None)
+        if bounds and value is not None and not _inside(value, bounds):
+            errors.append(f"{action.option_strings[0]} must be in {bounds}, got {value}")
+    try:
+        args.chat_template_args = json.loads(args.chat_template_args)
+        if not isinstance(args.chat_template_args, dict):
+            raise ValueError("expected an object")
+    except (ValueError, RecursionError) as error:
+        errors.append(f"--chat-template-args must be a JSON object: {error}")
+    if args.resume and args.overwrite:
+        errors.append("--resume and --overwrite exclude each other")
+    for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, check):
+        errors += check_some(args)
+    if errors:
+        raise RunError("; ".join(errors), code=2)
+    _resolve(args)
+    return args
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    """`auto` and `same` as what they mean on this machine, and in this process of several."""
+    cuda = torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
+    if cuda and args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.teacher_device == "same":
+        args.teacher_device = args.device
+    for name, device in (("dtype", args.device), ("teacher_dtype", args.teacher_device)):
+        if getattr(args, name) == "auto":
+            setattr(args, name, "bfloat16" if device.startswith("cuda") else "float32")
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = interval[1:-1].split(",")
+    above = value >= float(low) if interval[0] == "[" else value > float(low)
+    below = value <= float(high) if interval[-1] == "]" else value < float(high)
+    return above and below  # NaN fails both comparisons

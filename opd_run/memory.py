@@ -1,0 +1,184 @@
+"""How much memory a run will need, by component, before a weight is read.
+
+The formula is in docs/scaling.md, and `benchmarks/bench_memory.py` holds it against measured peaks.
+What a layer keeps for its backward pass is not guessed from an architecture: the model runs once on
+tensors without data, and what autograd saves is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opd_run import ranks, served_teacher, vllm_sampler
+from opd_run.console import say as say_lines
+from opd_run.models import num_parameters
+
+WORKSPACE = 256 * 2**20  # default of the ops with a head
+LOGITS = 4  # copies of [rows, V] float32 that one step of the sampler holds
+
+
+def estimate(
+    paths: dict[str, str], longest_prompt: int, args: argparse.Namespace
+) -> dict[str, int]:
+    """Bytes of each component on the device of the student (of frozen models: on theirs).
+
+    Args:
+        paths: `model_paths(args)`.  longest_prompt: in tokens.
+    """
+    import transformers
+
+    paths = served_teacher.local(paths, args)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(paths["student"], **trust)
+    compute = getattr(torch, args.dtype)
+    length = longest_prompt + args.max_completion_tokens
+    rows = max(1, args.micro_batch_tokens // length)
+    rows = min(rows, rows_of_rank(args))
+    student = _Shape(config, compute, rows, length, args)
+    parts = ranks.world() if args.shard == "fsdp" else 1
+    frozen = {path: name for name, path in reversed(paths.items()) if name != "student"}
+    if args.lora_rank:
+        frozen.pop(paths["student"], None)  # the student without its adapters
+    found = {"student weights": student.weight_bytes // parts}
+    sizes = {
+        f"{name} weights": num_parameters(
+            transformers.AutoConfig.from_pretrained(path, **trust), **trust
+        )
+        * getattr(torch, args.teacher_dtype).itemsize
+        // (parts if args.shard_frozen else 1)
+        for path, name in frozen.items()
+    }
+    if args.teacher_offload:  # one at a time
+        found["teacher: largest frozen model"] = max(sizes.values(), default=0)
+    else:
+        found |= sizes
+    found["gradients"] = 4 * student.num_trained // parts
+    found["optimizer"] = 8 * student.num_trained // parts
+    whole = student.num_parameters * compute.itemsize if parts > 1 else 0
+    cast = student.num_parameters * compute.itemsize if compute != torch.float32 else 0
+    text, batch = config.get_text_config(), min(args.sampler_batch_size, rows_of_rank(args))
+    if args.sampler == "vllm":
+        found["generate: vLLM"] = vllm_sampler.memory(student.num_parameters, args)
+    else:
+        found["generate: cache"] = batch * length * student.cache_bytes
+        found["generate: logits"] = LOGITS * batch * text.vocab_size * 4
+        found["generate: weights in --dtype"] = max(whole, cast)
+    found["student: activations"] = student.saved_bytes
+    logits = 4 * rows * args.max_completion_tokens * text.vocab_size
+    found["student: loss"] = min(WORKSPACE, logits) + 4 * text.vocab_size * text.hidden_size
+    return found
+
+
+def rows_of_rank(args: argparse.Namespace) -> int:
+    """Rollouts that one process samples in a step, at most."""
+    num_rollouts: int = args.prompts_per_step * args.rollouts_per_prompt
+    return -(-num_rollouts // ranks.world())
+
+
+def peak(found: dict[str, int]) -> int:
+    """The components that are always there, and the largest of the phases."""
+    phases = {"generate": 0, "teacher": 0, "student": 0}
+    always = 0
+    for name, size in found.items():
+        phase = name.partition(":")[0]
+        if phase in phases:
+            phases[phase] += size
+        else:
+            always += size
+    return always + max(phases.values())
+
+
+def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace) -> None:
+    """Print the estimate: it assumes that completions reach `--max-completion-tokens`."""
+    found = estimate(paths, max(len(prompt.ids) for prompt in prompts), args)
+    lines = [f"memory: {name:<30} {size / 2**20:>10.0f} MiB" for name, size in found.items()]
+    what = "and what libraries take" if args.device == "cpu" else "and the CUDA context"
+    total = f"memory: {'peak, calculated':<30} {peak(found) / 2**20:>10.0f} MiB, {what}"
+    away = args.teacher_device.partition(":")[0] != args.device.partition(":")[0]
+    if args.teacher_offload:
+        total += "; frozen models wait in CPU memory"
+    say_lines(*lines, total + (f"; frozen models are on {args.teacher_device}" if away else ""))
+
+
+class _Shape:
+    """Counts for a model made of tensors without data."""
+
+    def __init__(
+        self,
+        config: Any,
+        compute: torch.dtype,
+        rows: int,
+        length: int,
+        args: argparse.Namespace,
+    ) -> None:
+        import transformers
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        trust = {"trust_remote_code": args.trust_remote_code}
+        with FakeTensorMode():
+            dtype = compute if args.lora_rank else torch.float32
+            lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+            if args.lora_rank:
+                _pretend_adapters(lm, args.lora_rank)
+            weights = list(lm.parameters())
+            self.num_parameters = sum(weight.numel() for weight in weights)
+            self.num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+            self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+            ids = torch.zeros(rows, length, dtype=torch.int64)
+            enabled = compute != torch.float32
+            saved = _Saved(weights)
+            with torch.autocast("cpu", compute, enabled), saved:
+                mask = torch.ones(rows, length, dtype=torch.bool)
+                mask[0, 0] = False  # padded: the same attention kernel as in the run
+                hidden = lm.get_decoder()(
+                    input_ids=ids, attention_mask=mask.long(), use_cache=False
+                ).last_hidden_state
+            layers = max(1, config.get_text_config().num_hidden_layers)
+            self.saved_bytes = saved.num_bytes
+            if args.gradient_checkpointing:
+                self.saved_bytes = saved.num_bytes // layers + layers * (
+                    hidden.numel() * hidden.element_size()
+                )
+            cache = lm.get_decoder()(input_ids=ids[:1, :1], use_cache=True).past_key_values
+            floats = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+            self.cache_bytes = floats * compute.itemsize * (layers + 1) // layers  # one is copied
+
+
+def _pretend_adapters(lm: Any, rank: int) -> None:
+    """What adapters have and keep; peft itself moves weights about, which have no data here."""
+    lm.requires_grad_(False)
+    for module in list(lm.modules()):
+        if type(module) is torch.nn.Linear and module is not lm.get_output_embeddings():
+            module.down = torch.nn.Parameter(torch.zeros(rank, module.in_features))
+            module.up = torch.nn.Parameter(torch.zeros(module.out_features, rank))
+            module.register_forward_hook(_adapt)
+
+
+def _adapt(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    rows = inputs[0].to(module.down.dtype)
+    product: Tensor = F.linear(F.linear(rows, module.down), module.up) * 2.0
+    return output + product
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves, each storage once, without the weights."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.num_bytes = 0
+        self._kept: list[Tensor] = []  # alive, so that no storage is counted for two
+        self._seen = {weight.untyped_storage()._cdata for weight in weights}
+        super().__init__(self._pack, lambda value: value)
+
+    def _pack(self, value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(value)
+            self.num_bytes += storage.nbytes()
+        return value

@@ -1,0 +1,133 @@
+"""A `transformers` model as the method files use it: hidden states and head in one forward call."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from opd_run import ranks
+from opd_run.compat import Facts
+
+
+class CausalLM(torch.nn.Module):
+    """A `transformers` model whose forward pass ends in `read`.
+
+    `read(hidden, head)` gets hidden states [N, D] and the head [V, D], so that a loss never holds
+    [N, V]. Where the head is more than a matrix product (bias, soft-capping, scale, adapter) it
+    gets logits [N, V] and None instead, which every op of `opd_ops` takes as well. `read` runs
+    inside the module's forward, where sharded weights are whole.
+
+    Attributes:
+        lm: the `PreTrainedModel`.  plain_head: whether `read` gets the head.
+        compute_dtype: autocast type; float32 means no autocast.
+        facts: what is known of all models of the run together.
+        engine: what samples in its stead (`vllm_sampler`), or None.
+    """
+
+    def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype, facts: Facts) -> None:
+        super().__init__()
+        self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
+        self.facts = facts
+        self.engine: Any = None
+        self._copy: Callable[[], Tensor | None] = lambda: None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = next(self.lm.parameters()).device
+        return device
+
+    @property
+    def head(self) -> Tensor | None:
+        """The head [V, D], or None where it is not a plain matrix product.
+
+        Outside of `forward`, a sharded head is put together, by all ranks at once.
+        """
+        return ranks.whole(self.lm.get_output_embeddings().weight) if self.plain_head else None
+
+    def head_on(self, device: torch.device) -> Tensor | None:
+        """The head on `device`, outside of `forward`: one copy, for as long as anyone holds it."""
+        kept = self._copy()
+        if kept is not None and kept.device == device:
+            return kept
+        head = self.head
+        if head is None:
+            return None
+        head = head.detach().to(device)
+        self._copy = weakref.ref(head)
+        return head
+
+    def autocast(self) -> torch.autocast:
+        """The compute type of `--dtype`; outside of it weights would be cast anew in every call."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled)
+
+    def present(self) -> contextlib.AbstractContextManager[None]:
+        """The weights on `device` for the block."""
+        return contextlib.nullcontext()
+
+    def new_cache(self, dtype: torch.dtype) -> DynamicCache:
+        """An empty key/value cache that keeps keys and values in `dtype`."""
+        return _TypedCache(dtype, config=self.lm.config)
+
+    def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
+        """`read` at the positions `where`, a mask [B, P+T]; None: the last position of each row."""
+        with self.autocast():
+            if self.plain_head:
+                hidden = self.lm.get_decoder()(**inputs).last_hidden_state
+            else:
+                hidden = self.lm(**inputs, logits_to_keep=int(where is None)).logits
+            return read(hidden[:, -1] if where is None else hidden[where], self.head)
+
+
+class _TypedCache(DynamicCache):  # type: ignore[misc]
+    # Under autocast, keys and values come out of norm and rotation in float32: kept so, they take
+    # twice the memory, for numbers that are cast at use.
+    def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._dtype = dtype
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._dtype != torch.float32:
+            keys, values = keys.to(self._dtype), values.to(self._dtype)
+        return super().update(keys, values, *args, **kwargs)
+
+
+@torch.no_grad()
+def head_is_product(model: Any, valid_vocab: int) -> bool:
+    """Whether logits are `hidden @ head.T` and nothing else: no bias, soft-cap, scale, adapter.
+
+    Asked of the model by a forward pass over eight ids, not of a list of architectures.
+    """
+    head = model.get_output_embeddings()
+    decoder = model.get_decoder()
+    if decoder is model or type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    # A cap or scale can be invisible at small logits, so the configuration is asked too.
+    for key, value in model.config.get_text_config().to_dict().items():
+        if re.search(r"logits?_(soft_?cap|scal)", key) and value not in (None, 1, 1.0):
+            return False
+    ids = torch.arange(8, device=head.weight.device)[None] % valid_vocab
+    logits = model(input_ids=ids).logits.float()
+    hidden = decoder(input_ids=ids).last_hidden_state
+    if hidden.shape[-1] != head.weight.shape[1]:
+        return False
+    product = (hidden @ head.weight.T.to(hidden.dtype)).float()
+    tolerance = 1e-5 if hidden.dtype == torch.float32 else 2e-2
+    return bool(torch.allclose(product, logits, rtol=tolerance, atol=tolerance * 10))
+
+
+def num_parameters(config: Any, **trust: bool) -> int:
+    """Of a model with this configuration; a tied head is counted once, no weight is made."""
+    import transformers
+
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(config, **trust)
+    return sum(weight.numel() for weight in lm.parameters())

@@ -1,0 +1,91 @@
+"""Memory that runs out in an update: the update again, in smaller pieces."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from opd_run import rollouts
+from opd_run.console import one_line, say
+
+Found = TypeVar("Found")
+_most_tokens: int | None = None  # of a micro-batch, where memory has run out in this run
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out before an update had touched a weight, and smaller pieces did not help."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU, in one of its libraries, or on the host."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad allocation")
+    return isinstance(error, (torch.OutOfMemoryError, OutOfMemory)) or any(
+        text in str(error) for text in texts
+    )
+
+
+def start() -> None:
+    """A new run has not run out of memory yet."""
+    global _most_tokens
+    _most_tokens = None
+
+
+def micro_batch_tokens(args: argparse.Namespace) -> int:
+    """`--micro-batch-tokens`, or less where memory has run out since the run started."""
+    given: int = args.micro_batch_tokens
+    return given if _most_tokens is None else min(given, _most_tokens)
+
+
+def micro_batches(rollout: Any, args: argparse.Namespace) -> Iterator[Any]:
+    """This process's pieces of like length, at most `micro_batch_tokens` each (or one rollout).
+
+    All processes have equally many: the last ones may train nothing, and keep the others in step.
+    Which rollouts go through the model together changes no number but by rounding.
+    """
+    groups, most, shortest = rollouts.pack(rollout, micro_batch_tokens(args))
+    for group in groups:
+        yield rollouts.select(rollout, torch.tensor(group))
+    for _ in range(most - len(groups)):
+        yield rollouts.idle(rollout, shortest)
+
+
+def fit_memory(
+    work: Callable[[list[tuple[Any, dict[str, Any]]]], Found],
+    batch: list[tuple[Any, dict[str, Any]]],
+    args: argparse.Namespace,
+) -> Found:
+    """`work(batch)`; where memory runs out, again with its micro-batches cut in half, and said.
+
+    `batch` and `micro_batch_tokens` stay smaller, so that the next step need not fail first.
+
+    Raises:
+        OutOfMemory: one rollout at a time is still too much.
+    """
+    global _most_tokens
+    while True:
+        try:
+            return work(batch)
+        except RuntimeError as error:
+            largest = max(len(rollout.prompts) for rollout, _ in batch)
+            if not is_out_of_memory(error) or args.shard != "none":  # sharded: all or none repeats
+                raise
+            if largest == 1:
+                raise OutOfMemory(f"not even one rollout fits: {one_line(error)}") from None
+            why = one_line(error, 120)
+        # Here the failed attempt is gone, with the tensors that its traceback held.
+        torch.cuda.empty_cache()
+        sizes = [len(each.prompts) * each.attention_mask.shape[1] for each, _ in batch]
+        _most_tokens = max(1, min(micro_batch_tokens(args), max(sizes)) // 2)
+        batch[:] = [
+            piece
+            for pair in batch
+            for piece in rollouts.cut(*pair, (len(pair[0].prompts) + 1) // 2)
+        ]
+        say(
+            f"! out of memory: the update is repeated with micro-batches of at most "
+            f"{(largest + 1) // 2} rollouts, later ones have --micro-batch-tokens "
+            f"{_most_tokens} ({why})"
+        )

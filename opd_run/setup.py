@@ -1,0 +1,214 @@
+"""From flags to loaded models: every check that can come before a weight is read, then loading."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from opd_run import compat, offload, ranks, served_teacher, vllm_sampler
+from opd_run.adapters import WithoutAdapter, add_adapters
+from opd_run.compat import Facts
+from opd_run.console import RunError, one_line, say
+from opd_run.models import CausalLM, head_is_product, num_parameters
+
+
+def prepare(
+    paths: dict[str, str], args: argparse.Namespace, render: Callable[..., str]
+) -> tuple[Any, Facts]:
+    """Everything that can refuse a set of models before a weight is read.
+
+    Loads tokenizers and configurations and compares them (`compat.check_pair`).
+
+    Args:
+        paths: folders or hub names by model name (`model_paths(args)` of the method file).
+        render: `render(tokenizer, text, args)` of the method file, for the comparison of templates.
+
+    Returns:
+        The student's tokenizer, with the chat template of `--chat-template-from`; what is known of
+        all models together.
+
+    Raises:
+        RunError: a device or a model is not there, or the models do not go together.
+    """
+    import transformers
+
+    paths = served_teacher.local(paths, args)
+    transformers.utils.logging.disable_progress_bar()
+    for flag, device in (("--device", args.device), ("--teacher-device", args.teacher_device)):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise RunError(f"{flag} {device!r}: {one_line(error)}", 2) from None
+    if args.teacher_offload and args.teacher_device == "cpu":
+        raise RunError("--teacher-offload: frozen models are in CPU memory already", 2)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)  # what timings and memory figures speak of
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizers, configs, generation_configs = {}, {}, {}
+    for name, path in paths.items():
+        try:
+            configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
+            tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(
+                f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
+            ) from error
+        if set(tokenizers[name].get_vocab().values()) <= set(tokenizers[name].all_special_ids):
+            raise RunError(
+                f"--{name.split('/')[0]} {path}: no tokenizer: it has special tokens only"
+            )
+        try:
+            generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
+        except OSError:
+            generation_configs[name] = transformers.GenerationConfig()
+    report = compat.check_pair(
+        tokenizers,
+        configs,
+        generation_configs,
+        partial(render, args=args) if args.chat_template else None,
+        args.chat_template_from,
+    )
+    for name, config in configs.items():
+        try:
+            size = num_parameters(config, **trust)
+        except ValueError as error:
+            raise RunError(
+                f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
+                f"{config.model_type}: {one_line(error, 100)}"
+            ) from error
+        report.facts.append(
+            f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
+        )
+    say(*report.lines())
+    if report.errors:
+        raise RunError("; ".join(report.errors))
+    tokenizer = tokenizers["student"]
+    if args.chat_template_from == "teacher":
+        teacher = next(name for name in tokenizers if name.startswith("teacher"))
+        tokenizer.chat_template = tokenizers[teacher].chat_template
+    return tokenizer, report.all_facts()
+
+
+def load_lm(
+    path: str,
+    frozen: bool,
+    weights_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    configure: Callable[[Any], None],
+    adapted_layers: Callable[[Any], Sequence[str]],
+    facts: Facts,
+    args: argparse.Namespace,
+) -> CausalLM:
+    """Load one model, in eval mode, onto its device. Only safetensors are read.
+
+    Args:
+        frozen: it takes no gradient.
+        weights_dtype: type of the weights.  compute_dtype: autocast type; float32: no autocast.
+        configure: changes the configuration before the model is made.
+        adapted_layers: with `--lora-rank` the names of the layers that get an adapter, from the
+            loaded model; the rest of the student is then frozen.
+
+    Raises:
+        RunError: the folder or hub name has no model that can be loaded.
+    """
+    import transformers
+
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **trust)
+        configure(config)
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=weights_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **trust,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # broken files raise whatever their reader does
+        raise RunError(f"model {path} cannot be loaded: {one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise RunError(
+            f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
+        )
+    sharded = args.shard == "fsdp" and (not frozen or args.shard_frozen)
+    offloaded = frozen and args.teacher_offload
+    if not sharded and not offloaded:  # sharded it goes to the device in pieces
+        lm = lm.to(args.teacher_device if frozen else args.device)
+    lm = lm.requires_grad_(not frozen).eval()
+    if args.lora_rank and not frozen:
+        add_adapters(lm, adapted_layers(lm), args.lora_rank, args.lora_alpha, args.seed)
+    plain = head_is_product(lm, facts.valid_vocab)
+    if not plain:
+        say(f"! {path}: the head is more than a matrix product: full [N, V] logits are held")
+    if args.gradient_checkpointing and not frozen:
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})  # renamed in transformers 5.2x
+    if offloaded:
+        return offload.Offloaded(lm, plain, compute_dtype, facts, args.teacher_device).eval()
+    model = CausalLM(lm, plain, compute_dtype, facts).eval()
+    if sharded:
+        ranks.shard(model, args)
+    return model
+
+
+def load_models(
+    load: Callable[[str, str], CausalLM],
+    paths: dict[str, str],
+    args: argparse.Namespace,
+    facts: Facts,
+) -> dict[str, CausalLM]:
+    """All models by name: frozen ones with one path are shared.
+
+    With `--lora-rank`, a frozen model with the student's path is the student without its adapters.
+
+    Args:
+        load: `load(name, path)` loads one of them.
+    """
+    models: dict[str, Any] = {}
+    for name, path in served_teacher.local(paths, args).items():
+        twin = next((n for n in models if n != "student" and paths[n] == path), None)
+        if twin:
+            models[name] = models[twin]
+        elif name != "student" and args.lora_rank and path == paths["student"]:
+            models[name] = WithoutAdapter(models["student"])
+            say(f"{name}: the student without its adapters; no second copy")
+        else:
+            models[name] = load(name, path)
+    if args.teacher_url:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            paths["student"], trust_remote_code=args.trust_remote_code
+        )
+        models["teacher"] = served_teacher.RemoteTeacher(tokenizer, facts, args)
+    if args.sampler == "vllm":
+        models["student"].engine = vllm_sampler.VllmSampler(paths["student"], facts, args)
+    return models
+
+
+def zero_moments(optimizer: torch.optim.Optimizer) -> None:
+    """The state that AdamW has before its first step, in place."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            optimizer.state[weight] = {"step": torch.tensor(0.0)} | moments
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], flag: str) -> list[int]:
+    """Ids of single tokens, spelt as in the tokenizer's vocabulary.
+
+    Raises:
+        RunError: one of them is no token; `flag` is named.
+    """
+    ids = [tokenizer.convert_tokens_to_ids(text) for text in texts]
+    unknown = [text for text, i in zip(texts, ids) if tokenizer.convert_ids_to_tokens(i) != text]
+    if unknown:
+        raise RunError(f"{flag}: no tokens of the student's tokenizer: {unknown}", code=2)
+    return ids

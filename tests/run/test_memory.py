@@ -1,0 +1,138 @@
+"""The memory estimate of --dry-run, and the padding of micro-batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import opd
+import pytest
+import tinylm
+import torch
+import transformers
+
+from opd_run import memory, ranks, rollouts
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    tinylm.save_model(folder / "student", 0)
+    tinylm.save_model(folder / "teacher", 1, num_hidden_layers=4)
+    tinylm.save_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+def arguments(folder, *flags: str):
+    paths = ["--student", f"{folder}/student", "--teacher", f"{folder}/teacher"]
+    paths += ["--prompts", f"{folder}/prompts.jsonl"]
+    kinds = ["--dtype", "float32", "--teacher-dtype", "float32"]
+    return opd.parse_args([*paths, "--device", "cpu", *kinds, *flags])
+
+
+def num_bytes(weights) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
+def test_weights_gradients_and_moments_are_those_of_the_run(folder, more):
+    args = arguments(folder, *more)
+    found = memory.estimate(opd.model_paths(args), 12, args)
+    loaded, _ = tinylm.load(opd, args)
+    student = loaded["student"]
+    assert found["student weights"] == num_bytes(student.parameters())
+    assert found["teacher weights"] == num_bytes(loaded["teacher"].parameters())
+    optimizer = opd.make_optimizer(student, args)
+    moments = [each[key] for each in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert found["optimizer"] == num_bytes(moments) == 2 * found["gradients"]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
+def test_activations_are_what_autograd_saves(folder, more):
+    """Counted without data, against the saved tensors of a real forward pass of that size."""
+    args = arguments(folder, "--micro-batch-tokens", "400", "--max-completion-tokens", "38", *more)
+    found = memory.estimate(opd.model_paths(args), 12, args)
+    student = tinylm.load(opd, args)[0]["student"]
+    ids = torch.randint(46, (8, 50))
+    mask = torch.ones_like(ids)
+    mask[:4, :5] = 0
+    saved = {}
+
+    def pack(value):
+        saved[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        student.lm.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    for weight in student.parameters():
+        saved.pop(weight.untyped_storage().data_ptr(), None)
+    want = sum(value.untyped_storage().nbytes() for value in saved.values())
+    assert found["student: activations"] == pytest.approx(want, rel=0.1)
+
+
+def test_what_the_flags_change(folder):
+    def of(*flags):
+        args = arguments(folder, *flags)
+        return memory.estimate(opd.model_paths(args), 12, args)
+
+    plain = of()
+    assert of("--gradient-checkpointing")["student: activations"] < plain["student: activations"]
+    assert of("--teacher-dtype", "bfloat16")["teacher weights"] == plain["teacher weights"] / 2
+    half = of("--dtype", "bfloat16")
+    assert half["generate: cache"] == plain["generate: cache"] / 2
+    assert half["student weights"] == plain["student weights"]
+    longer = of("--max-completion-tokens", "268")["generate: cache"]
+    assert longer == 2 * plain["generate: cache"]  # 12 + 128 tokens, 12 + 268
+    always = plain["student weights"] + plain["teacher weights"] + 3 * plain["gradients"]
+    assert always < memory.peak(plain) < sum(plain.values())
+
+
+def test_the_cache_is_what_the_sampler_holds(folder):
+    args = arguments(folder)
+    found = memory.estimate(opd.model_paths(args), 12, args)["generate: cache"]
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    cache = lm(torch.zeros(2, 10, dtype=torch.int64), use_cache=True).past_key_values
+    per_token = num_bytes(t for layer in cache.layers for t in (layer.keys, layer.values)) / 20
+    layers = lm.config.num_hidden_layers
+    assert found == 128 * (12 + 128) * per_token * (layers + 1) / layers  # and a copy of one layer
+
+
+def test_dry_run_says_it(folder, capsys):
+    args = ["--student", f"{folder}/student", "--teacher", f"{folder}/teacher", "--dry-run"]
+    opd.main([*args, "--prompts", f"{folder}/prompts.jsonl", "--run-dir", f"{folder}/none"])
+    output = capsys.readouterr().out
+    for name in ("student weights", "optimizer", "generate: cache", "peak, calculated"):
+        assert f"memory: {name}" in output
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["reasoning", "short", "uniform"])
+def test_at_most_a_tenth_is_padding(kind, num_ranks, monkeypatch):
+    generator = np.random.default_rng(0)
+    prompts, completions = {
+        "reasoning": (
+            generator.integers(60, 300, 512),
+            generator.lognormal(6.8, 0.8, 512).clip(1, 4096).astype(int),
+        ),
+        "short": (
+            generator.integers(20, 30, 128),
+            generator.normal(63, 18, 128).clip(5, 128).astype(int),
+        ),
+        "uniform": (generator.integers(60, 300, 256), generator.integers(1, 16384, 256)),
+    }[kind]
+    sizes = torch.tensor(np.stack([prompts, completions], 1))
+    masks = [torch.arange(int(n.max())) < n[:, None] for n in sizes.T]
+    rollout = SimpleNamespace(prompt_mask=masks[0], completion_mask=masks[1])
+    groups = []
+    monkeypatch.setattr(ranks, "world", lambda: num_ranks)
+    for rank in range(num_ranks):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        own, most, shortest = rollouts.pack(rollout, 16384)
+        assert len(own) <= most and sizes[shortest].sum() == sizes.sum(1).min()
+        groups += own
+    assert sorted(row for group in groups for row in group) == list(range(len(sizes)))
+    padded = [int(sizes[group].max(0).values.sum()) * len(group) for group in groups]
+    assert all(size <= 16384 or len(group) == 1 for size, group in zip(padded, groups))
+    assert 1 - int(sizes.sum()) / sum(padded) < 0.1
