@@ -19,21 +19,16 @@ that needs more than --memory-limit-gib fails, and its row says so.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import importlib
-import importlib.metadata
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +39,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-RESULTS = ROOT / "benchmarks/results"
+from rows import RESULTS, append, environment, read  # noqa: E402
+
 PROMPT, ANSWER = 32, 8  # tokens of a prompt, and of the answer that the data set has for it
 LR, BETA2 = 1e-5, 0.95
 OBJECTIVES = ("sampled", "reverse", "jsd")
@@ -499,45 +495,6 @@ def measure_equality(folder: Path, case: argparse.Namespace) -> list[dict[str, A
     return rows
 
 
-# ==== rows ====
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions, commit and hardware of a row."""
-    import torch
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if device == "cpu" else []:
-        if line.startswith("model name"):
-            name = line.split(":")[1].strip()
-            break
-    code = ["methods", "opd_ops", "csrc", "benchmarks/bench_step.py"]
-    return {
-        "num_threads": torch.get_num_threads(),
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "device": name,
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "trl": importlib.metadata.version("trl"),
-        "commit": git("rev-parse", "HEAD")[:10],
-        "dirty": bool(git("status", "--porcelain", "--", *code)),
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/bench_step.py " + " ".join(sys.argv[1:]),
-    }
-
-
-def finished(path: Path) -> list[dict[str, str]]:
-    """The rows of a result file; none if it is not there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Measure what has no rows of this commit yet."""
     parser = argparse.ArgumentParser(
@@ -555,7 +512,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure what has rows already")
     args = parser.parse_args()
     path = RESULTS / ("step_equality.csv" if args.equality else "step.csv")
-    columns = (EQUALITY_COLUMNS if args.equality else STEP_COLUMNS).split(",")
+    columns = EQUALITY_COLUMNS if args.equality else STEP_COLUMNS
     for vocab, (completion, rollouts) in itertools.product(
         args.vocab, zip(args.completion, itertools.cycle(args.rollouts))
     ):
@@ -565,7 +522,7 @@ def main() -> None:
         same = sizes | {key: seen[key] for key in ("commit", "device", "num_threads")}
         done = {
             row["objective"]
-            for row in finished(path)
+            for row in read(path)
             if not args.again and all(row[key] == str(value) for key, value in same.items())
         }
         case.objectives = [] if args.equality and done else set(args.objectives) - done
@@ -574,12 +531,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows = (measure_equality if args.equality else measure)(Path(folder), case)
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if new:
-                writer.writeheader()
-            writer.writerows({key: (row | seen).get(key, "") for key in columns} for row in rows)
+        append(path, [seen | row for row in rows], columns)
 
 
 if __name__ == "__main__":

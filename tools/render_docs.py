@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import re
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ import evidence  # noqa: E402
 import gradient_variance  # noqa: E402
 import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
+from rows import RESULTS, read  # noqa: E402
 
 
 def equation_table(source: str) -> str:
@@ -50,8 +50,7 @@ def tags(text: str) -> list[str]:
 
 def demo_line() -> str:
     """What `make demo` did, from the row that `tools/compare_runs.py --csv` wrote of it."""
-    with (ROOT / "benchmarks/results/demo.csv").open() as file:
-        row = next(csv.DictReader(file))
+    row = read(RESULTS / "demo.csv")[0]
     before, after, teacher, first, last = (
         f"{float(row[key]):.3f}"
         for key in (
@@ -72,7 +71,7 @@ def demo_line() -> str:
 
 def result_tables(method: str) -> dict[str, str]:
     """Markdown tables of what has been run; in the page of a method its arms and opd alone."""
-    rows = evidence.finished(evidence.RESULTS / "evidence.csv")
+    rows = read(RESULTS / "evidence.csv")
     if not method:
         tables: dict[str, str] = bench_ops.grid_tables()
         tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
