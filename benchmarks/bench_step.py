@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import math
@@ -130,6 +129,7 @@ def random_weights(device: str) -> Iterator[None]:
         with torch.device(device):
             made = auto.from_config(config or transformers.AutoConfig.from_pretrained(path),
                                     dtype=dtype)  # fmt: skip
+        made.eval()  # as from_pretrained does
         return (made, {"missing_keys": []}) if how.get("output_loading_info") else made
 
     auto.from_pretrained = make
@@ -364,8 +364,13 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
     import transformers
 
     for name in IMPORTS:
-        if importlib.util.find_spec(name.partition(".")[0]):
+        try:
             importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:  # transformers and trl wrap it in the latter
+            if who != "opd.py" or not case.go_on:
+                pipe.send({"failed": f"{name} cannot be imported: {one_line(error)}"})
+                return
+            print(f"{name} cannot be imported: {one_line(error)}", flush=True)
     sys.stdout = open(os.devnull, "w")  # the parent reports
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -379,11 +384,19 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
                 run_ours(clock, folder, case, objective)
             else:
                 run_trl(clock, folder, case, who, objective)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        limit = f" at {case.memory_limit_gib:g} GiB" if case.device == "cpu" else ""
-        pipe.send({"failed": f"out of memory{limit}"})
+    except Exception as error:
+        if isinstance(error, MemoryError | RuntimeError) and "memory" in f"{error!r}".lower():
+            limit = f" at {case.memory_limit_gib:g} GiB" if case.device == "cpu" else ""
+            pipe.send({"failed": f"out of memory{limit}"})
+            return
+        if case.go_on:
+            pipe.send({"failed": one_line(error)})
+        raise
+
+
+def one_line(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ Packages that the machine lacks are taken from the wheels in `.wheels/`, if they
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import os
 import signal
@@ -76,27 +76,20 @@ def path_of(folder: Path, table: str) -> Path:
 
 
 def unpack_wheels(wheels: Path, folder: Path) -> list[Path]:
-    """Folders of the wheels whose packages cannot be imported here, unpacked below `folder`."""
+    """Folders of the wheels whose packages are not installed here, unpacked below `folder`."""
     found = []
     for wheel in sorted(wheels.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            tops = {Path(name).parts[0] for name in names if not name.endswith("/")}
-            tops = {
-                top.removesuffix(".py") for top in tops if not top.endswith((".dist-info", ".so"))
-            }
-            tops = {top for top in tops if top.isidentifier()}
-            if tops and all(importlib.util.find_spec(top) for top in tops):
-                continue
-            target = folder / wheel.stem
-            if not target.is_dir():
-                part = target.with_name(target.name + ".part")
+        if rows.version(wheel.name.partition("-")[0]):
+            continue
+        target = folder / wheel.stem
+        if not target.is_dir():
+            part = target.with_name(target.name + ".part")
+            with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(part)
-                for info in archive.infolist():
-                    if (info.external_attr >> 16) & 0o111 and not info.is_dir():
-                        (part / info.filename).chmod(0o755)  # programs, such as ninja
-                part.rename(target)
-            found.append(target)
+            for program in [*part.glob("*/*/bin/*"), *part.glob("*.data/scripts/*")]:
+                program.chmod(0o755)
+            part.rename(target)
+        found.append(target)
     return found
 
 
@@ -105,7 +98,9 @@ def child_environment(wheels: list[Path]) -> dict[str, str]:
     paths = [ROOT, ROOT / "methods", ROOT / "tests", ROOT / "benchmarks"]
     old = os.environ.get("PYTHONPATH")
     given = [old] if old else []
+    programs = [str(path) for wheel in wheels for path in wheel.glob("*.data/scripts")]
     return os.environ | {
+        "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), *programs]),
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *given, *map(str, wheels)]),
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
@@ -121,35 +116,29 @@ def run(
 
     Its output goes to the log, and lines that begin with MARK to the screen as well.
     """
-    start = log.tell()
+    start = os.fstat(log.fileno()).st_size
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True
     )
-    end, shown = time.monotonic() + limit_s, start
-    code: int | None = None
-    with open(log.name, errors="replace") as reader:
+    end, last, rest = time.monotonic() + limit_s, "no output", b""
+    with open(log.name, "rb") as reader:
+        reader.seek(start)
         while True:
             done = process.poll() is not None or time.monotonic() > end
-            if done:
-                code = process.poll()
-                try:  # its children too: of one that has ended, too
+            code = process.poll()
+            if done:  # its children too, also where it has ended itself
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 process.wait()
-            reader.seek(shown)
-            whole, newline, _ = reader.read().rpartition("\n")
-            shown += len((whole + newline).encode())
-            for line in whole.splitlines():
-                if line.startswith(MARK):
-                    print(line.removeprefix(MARK), flush=True)
+            *lines, rest = (rest + reader.read()).split(b"\n")
+            for line in [*lines, rest] if done else lines:
+                text = line.decode(errors="replace").strip()
+                if text.startswith(MARK):
+                    print(text.removeprefix(MARK), flush=True)
+                last = text.removeprefix(MARK) or last
             if done:
-                break
+                return code, last[:300]
             time.sleep(0.1)
-        reader.seek(start)
-        lines = [line.removeprefix(MARK).strip() for line in reader.read().splitlines()]
-    log.seek(0, os.SEEK_END)
-    return code, next((line for line in reversed(lines) if line), "no output")[:300]
 
 
 def result_of(code: int | None, last: str, limit_s: float, num_rows: int) -> str:
@@ -224,14 +213,16 @@ def table_of(finished: list[dict[str, Any]]) -> str:
 
 
 def collect(folder: Path) -> None:
-    """Add the rows of a run to those in benchmarks/results; it is done once for a folder."""
+    """Add the rows of a GPU's run to those in benchmarks/results; each row once."""
     for table, columns in TABLES.items():
         found = rows.read(path_of(folder, table))
+        if not all(row["driver"] for row in found):
+            raise SystemExit(f"{folder}: rows of a rehearsal are no results")
         have = [tuple(row.values()) for row in rows.read(path_of(rows.RESULTS, table))]
         fresh = [row for row in found if tuple(row.values()) not in have]
         if fresh:
             rows.append(path_of(rows.RESULTS, table), fresh, columns)
-        print(f"{path_of(rows.RESULTS, table).relative_to(ROOT)}: {len(fresh)} new rows")
+        print(f"{path_of(rows.RESULTS, table).name}: {len(fresh)} new rows")
 
 
 def main() -> int:

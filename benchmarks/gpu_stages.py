@@ -135,7 +135,10 @@ def copy_rate(task: Task) -> float:
 
 
 def build(task: Task) -> None:
-    """The extension: on a GPU in place, for its target; in the rehearsal beside it, for sm_90."""
+    """The extension, in place and for the target of the GPU; in a rehearsal for sm_90, and beside
+    the one that is there, if there is one."""
+    import opd_ops
+
     spec = importlib.util.spec_from_file_location("opd_setup", ROOT / "setup.py")
     assert spec and spec.loader
     setup = importlib.util.module_from_spec(spec)
@@ -153,7 +156,7 @@ def build(task: Task) -> None:
         env.pop("CUDA_HOME", None)  # the one on PATH
     command = [sys.executable, "setup.py", "build_ext"]
     package = ROOT
-    if task.cuda:
+    if task.cuda or not opd_ops.info()["compiled"]:
         command += ["--inplace"]
     else:
         package = ROOT / "build/rehearsal"
@@ -191,6 +194,17 @@ def build(task: Task) -> None:
 SUMMARY = re.compile(r"(\d+) (passed|failed|error|errors|skipped|deselected)")
 
 
+def find_sanitizer() -> str | None:
+    """On the path, beside nvcc, or from a wheel."""
+    places = [Path(path) / "compute-sanitizer" for path in os.get_exec_path()]
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parent / "compute-sanitizer")
+    places.append(Path("/usr/local/cuda/bin/compute-sanitizer"))
+    places += [path for each in sys.path
+               for path in Path(each).glob("nvidia/*/bin/compute-sanitizer")]  # fmt: skip
+    return next((str(path) for path in places if os.access(path, os.X_OK)), None)
+
+
 def correct(task: Task) -> None:
     """The tests marked gpu in parallel processes, beside them each kernel under memcheck."""
     python, more = [sys.executable], {"OPD_OPS_REQUIRE": "cpp", "HYPOTHESIS_PROFILE": "few"}
@@ -198,7 +212,7 @@ def correct(task: Task) -> None:
     jobs: dict[str, tuple[list[str], dict[str, str]]] = {}
     kernels = [str(ROOT / "tests/gpu/each_kernel.py"), "--device", task.device]
     if task.cuda:
-        checker = shutil.which("compute-sanitizer")
+        checker = find_sanitizer()
         if checker:
             memcheck = [checker, "--tool", "memcheck", "--error-exitcode", "9", *python, *kernels]
             jobs["memcheck of each kernel"] = memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -210,6 +224,7 @@ def correct(task: Task) -> None:
             words = [*quiet, "tests/gpu", "-m", "gpu", "--part", f"{part}/{parts}"]
             jobs[f"tests marked gpu, part {part + 1} of {parts}"] = [*python, *words], {}
     else:
+        print("compute-sanitizer:", find_sanitizer() or "not there")
         jobs["each kernel"] = [*python, *kernels], {}
         jobs["tests marked gpu, collected"] = (
             [*python, *quiet, "tests/gpu", "-m", "gpu", "--collect-only", "--part", "0/1"],
@@ -433,6 +448,8 @@ def head(task: Task) -> None:
     kind = torch.bfloat16
     rate = copy_rate(task)
     no_liger = missing(task, "liger_kernel", "fused linear cross-entropy and JSD of Liger")
+    if not task.cuda:
+        no_liger = True  # its kernels are for a GPU
     for width in widths:
         case = {"direction": "forward+backward", "dtype": "bfloat16", "rows": n, "vocab": vocab,
                 "valid_vocab": valid, "width": width}  # fmt: skip

@@ -10,10 +10,11 @@ wheels=(
     datasets==5.0.1 dill==0.4.1 multiprocess==0.70.19 xxhash==3.8.1   # what trl imports
     math-verify==0.9.0 latex2sympy2-extended==1.11.0 antlr4-python3-runtime==4.13.2
     ninja==1.13.0 pybind11==3.1.0        # what the build needs
+    nvidia-cuda-sanitizer-api==13.0.85   # compute-sanitizer
 )
 fetch=("${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --dest .wheels
     --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64
-    --platform manylinux2014_x86_64 --platform any)
+    --platform manylinux_2_25_x86_64 --platform manylinux2014_x86_64 --platform any)
 "${fetch[@]}" "${wheels[@]}"
 du -sh .wheels

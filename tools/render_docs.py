@@ -5,9 +5,9 @@
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
 `diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
-benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...` and
-`gradient variance` and `step ...` come from the other files there; `size NAME` is the number of
-lines of a golden diff.
+benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...`,
+`gradient variance`, `step ...` and `gpu ...` come from the other files there; `size NAME` is the
+number of lines of a golden diff.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import bench_ops  # noqa: E402
 import evidence  # noqa: E402
+import gpu_tables  # noqa: E402
 import gradient_variance  # noqa: E402
 import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
@@ -77,7 +78,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
         tables["again 1"] = evidence.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
-        tables |= step_tables.tables()
+        tables |= step_tables.tables() | gpu_tables.tables()
         tables["demo"] = demo_line()
         tables["summary"] = evidence.summary_table(rows)
         tables["failures"] = evidence.failure_table()
