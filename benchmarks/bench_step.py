@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -420,7 +420,8 @@ def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if arm not in pipes:
             continue
         try:
-            pipes[arm].send("step")
+            with suppress(OSError):  # one that has ended may have said why
+                pipes[arm].send("step")
             report = pipes[arm].recv()
         except (EOFError, OSError):
             if not case.go_on:

@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=(
     trl==1.16.0 liger-kernel==0.8.5      # baselines
-    datasets==5.0.1 dill==0.4.1 multiprocess==0.70.19 xxhash==3.8.1   # what trl imports
+    # what trl imports, and what that imports
+    datasets==5.0.1 dill==0.4.1 multiprocess==0.70.19 xxhash==3.8.1
+    requests==2.32.5 urllib3==2.5.0 idna==3.10 certifi charset-normalizer==3.4.3
     math-verify==0.9.0 latex2sympy2-extended==1.11.0 antlr4-python3-runtime==4.13.2
     ninja==1.13.0 pybind11==3.1.0        # what the build needs
     nvidia-cuda-sanitizer-api==13.0.85   # compute-sanitizer

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import gpu  # noqa: E402
+import gpu_tables  # noqa: E402
 import rows  # noqa: E402
 
 
@@ -137,6 +140,62 @@ def test_rows_are_collected_once(tmp_path, monkeypatch):
     rows.append(path, [row | {"driver": ""}], gpu.TABLES["checks"])
     with pytest.raises(SystemExit, match="rehearsal"):
         gpu.collect(tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is there")
+def test_a_trainer_that_cannot_be_imported_says_so_and_ours_goes_on(tmp_path):
+    script = """
+        import sys; from pathlib import Path
+        import bench_step, gpu_stages, argparse
+        if __name__ == "__main__":
+            case = gpu_stages.case_of(argparse.Namespace(cuda=False, device="cpu"), 2, 4)
+            case.arms = [("GKDTrainer", "reverse"), ("opd.py", "sampled")]
+            for row in bench_step.measure(Path(sys.argv[1]), case):
+                print("ROW", row["implementation"], row.get("failed"), row.get("num_tokens"))
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                          env=gpu.child_environment([]))  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ROW")]
+    assert "cannot be imported: ModuleNotFoundError: No module named" in lines[0], done.stderr
+    assert lines[0].startswith("ROW GKDTrainer") and lines[1] == "ROW opd.py None 8"
+
+
+def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    assert all("Not measured" in text for text in gpu_tables.tables().values())
+
+    def add(table: str, **values: object) -> None:
+        row = {"driver": "580", "device": "H", "commit": "abc", "torch": "2.11", "command": "c"}
+        rows.append(gpu.path_of(tmp_path, table), [row | values], gpu.TABLES[table])
+
+    add("stages", stage="correct", seconds=41.5, result="ok", dirty=False)
+    add("stages", stage="train", seconds=1, result="ok", driver="")  # of a rehearsal
+    add("checks", stage="facts", name="copy", value="4000", unit="GB/s", ok=True)
+    case = {"direction": "forward+backward", "dtype": "bfloat16"}
+    hidden = case | {"stage": "head", "op": "token_logp", "width": 4096}
+    for who, ms in (("opd_ops", 20), ("torch", 50), ("opd_ops", 10)):  # the last one counts
+        add("ops", **hidden, implementation=who, median_ms=ms, x_floor=1.1, peak_mib=256)
+    add("ops", **hidden, implementation="Liger", failed="OutOfMemoryError: CUDA out of memory")
+    logits = case | {"stage": "rows", "op": "token_logp"}
+    for who, ms in (("opd_ops in place", 2), ("torch", 9)):
+        add("ops", **logits, implementation=who, median_ms=ms)
+    step = {"stage": "step", "rollouts": 64, "total_s": 20, "generate_s": 15, "tokens_per_s": 2184}
+    add("steps", **step, implementation="opd.py", peak_mib=9000, estimated_mib=8000)
+    add("steps", **step, implementation="GKDTrainer", failed="out of memory")
+    shown = gpu_tables.tables()
+    assert "| correct | 41.5 | ok | H | 2.11 | abc |" in shown["gpu stages"]
+    assert "| train | not measured |" in shown["gpu stages"]
+    assert "| facts | copy | 4000 GB/s | - | yes |" in shown["gpu checks"]
+    assert (
+        "| 4,096 | log-prob of a token | not measured | 10 ms, 1.10 of floor, 256 MiB | "
+        "50 ms, 1.10 of floor, 256 MiB | OutOfMemoryError |" in shown["gpu head"]
+    )
+    assert "forward+backward | bfloat16 | 2 ms | 4.5x | - | - | - |" in shown["gpu rows"]
+    assert "| 20.00 | 15.00 | - | - | 2,184 | 9,000 (8,000) |" in shown["gpu steps"]
+    assert "| step | `GKDTrainer` | 64 | out of memory |" in shown["gpu steps"]
+    assert "20.0 s, 9,000 MiB" in shown["gpu in short"]
 
 
 @pytest.mark.parametrize(("expression", "wanted"), [("not gpu", 0), ("gpu", 40), ("not slow", 0)])
