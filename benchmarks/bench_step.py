@@ -9,7 +9,7 @@ A step is: sample rollouts, teacher, student's forward and backward pass, optimi
 implementation lives in a process of its own; they take turns, one step each, so that all meet the
 same machine, and memory is theirs alone (on a GPU, which they share: one after the other). The
 models are random: time and memory do not ask what a model knows. No rollout ends early: all have
-exactly `--completion` tokens. Gradient checkpointing (TRL's default) is off everywhere (on a GPU:
+exactly `--completion` tokens. Gradient checkpointing (TRL's default) is off everywhere (by gpu.py:
 on everywhere), `lmbda` is 1 (all on-policy), the learning rate is constant.
 
 Rows go to benchmarks/results/step.csv and step_equality.csv. A case with rows of this commit is
@@ -151,7 +151,7 @@ def our_args(folder: Path, case: argparse.Namespace, objective: str) -> tuple[An
     argv += ["--max-completion-tokens", str(case.completion), "--lr", str(LR)]
     if objective != "sampled":
         argv += ["--objective", "full", "--divergence", objective]
-    if case.device == "cuda":
+    if case.checkpointing:
         argv += ["--gradient-checkpointing"]
     args = opd.parse_args([*argv, "--adam-beta2", str(BETA2)])
     tokenizer = models.prepare(opd.model_paths(args), args)
@@ -209,7 +209,7 @@ def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -
     settings: dict[str, Any] = {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": case.rollouts,
         "max_steps": case.warm_up + case.rounds + 1, "learning_rate": LR, "adam_beta2": BETA2,
-        "lr_scheduler_type": "constant", "gradient_checkpointing": cuda, "bf16": cuda,
+        "lr_scheduler_type": "constant", "gradient_checkpointing": case.checkpointing, "bf16": cuda,
         "use_cpu": not cuda, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "beta": BETAS[objective], "temperature": 1.0,
     }  # fmt: skip
@@ -422,7 +422,10 @@ def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:
         try:
             with suppress(OSError):  # one that has ended may have said why
                 pipes[arm].send("step")
-            report = pipes[arm].recv()
+            if pipes[arm].poll(case.limit_s):
+                report = pipes[arm].recv()
+            else:
+                report = {"failed": f"not done after {case.limit_s} s"}
         except (EOFError, OSError):
             if not case.go_on:
                 raise SystemExit(f"{arm}: its process died") from None
@@ -609,6 +612,7 @@ def main() -> None:
         sizes = dict(zip(SIZES, (vocab, completion, rollouts)))
         case = argparse.Namespace(**vars(args) | sizes | {"ragged": args.equality})
         case.device, case.made_on_device, case.go_on = "cpu", False, False
+        case.checkpointing, case.limit_s = False, None
         seen = environment()
         same = sizes | {key: seen[key] for key in ("commit", "device", "num_threads")}
         done = {

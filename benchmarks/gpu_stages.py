@@ -245,7 +245,8 @@ def correct(task: Task) -> None:
                                        env=os.environ | more | environment)  # fmt: skip
             code: int | None
             try:
-                code = process.wait(task.seconds_left())
+                left = task.seconds_left()
+                code = process.wait(min(80.0, left) if task.cuda else left)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -591,10 +592,11 @@ def rows_stage(task: Task) -> None:
 def case_of(task: Task, rollouts: int, completion: int) -> argparse.Namespace:
     """What bench_step has to know; weights are made at random, on the device."""
     vocab, columns = (151_669, 151_936) if task.cuda else (509, 512)
+    limit_s = 45.0 if task.cuda else 300.0
     return argparse.Namespace(
         device=task.device, vocab=vocab, columns=columns, rollouts=rollouts, completion=completion,
         warm_up=0, rounds=1 if task.cuda else 2, ragged=False, made_on_device=True, go_on=True,
-        memory_limit_gib=10.0,
+        checkpointing=True, limit_s=limit_s, memory_limit_gib=10.0,
     )  # fmt: skip
 
 
