@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-browser test-faults test-gpu test-gpu-memory nvcc lint type sync diffs docs bench bench-step toy clean
+.PHONY: help install demo report test test-fast test-engines test-browser test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -63,8 +63,18 @@ test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu
 
 test-gpu-memory: install  ## the same under compute-sanitizer, with few examples
-	HYPOTHESIS_PROFILE=dev OPD_OPS_REQUIRE=cpp PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	    compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "not 2_to_the_31"
+	HYPOTHESIS_PROFILE=few OPD_OPS_REQUIRE=cpp PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -m gpu \
+	    -k "not 2_to_the_31"
+
+OUT ?= runs/gpu
+gpu:              ## proves and measures everything on one GPU in five minutes; installs nothing
+	$(PYTHON) benchmarks/gpu.py --device cuda --budget-s 300 --out $(OUT) \
+	    $(if $(COMMIT),--commit $(COMMIT)) $(if $(STAGES),--stages $(STAGES))
+
+gpu-rehearsal: install  ## the same stages, small, on this CPU, in four minutes
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/gpu.py --device cpu --budget-s 900 \
+	    --out runs/gpu-rehearsal $(if $(STAGES),--stages $(STAGES))
 
 nvcc: install     ## the CUDA compiler as Python packages: tests compile the kernels with it
 	$(BIN)/python -m pip install -q $(NVCC)

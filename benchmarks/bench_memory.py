@@ -11,8 +11,6 @@ counts from before the first weight is read (`VmHWM` after a reset, less residen
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
 import subprocess
 import sys
@@ -21,7 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-RESULTS = ROOT / "benchmarks/results/memory.csv"
+from rows import RESULTS, append, environment  # noqa: E402
+
+COLUMNS = (
+    "shape,calculated_mib,measured_mib,calculated_over_measured,components_mib,device,torch,date"
+)
+COLUMNS += ",commit,dirty,command"
 MODEL = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.02}
 SHAPES = {
     # name: (model, vocabulary, flags)
@@ -104,8 +107,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measure(args.child, Path(folder))
         return
-    import torch
-
     for name in args.shapes:
         done = subprocess.run(
             [sys.executable, __file__, "--child", name],
@@ -120,16 +121,10 @@ def main() -> None:
             "shape": name, "calculated_mib": int(calculated) // 2**20,
             "measured_mib": int(measured) // 2**20,
             "calculated_over_measured": round(int(calculated) / int(measured), 3),
-            "components_mib": components, "device": "cpu", "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
+            "components_mib": components,
         }  # fmt: skip
         print(row)
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(RESULTS / "memory.csv", [environment() | row], COLUMNS)
 
 
 if __name__ == "__main__":

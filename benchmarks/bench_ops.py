@@ -20,29 +20,26 @@ benchmarks/results/ops.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import importlib
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import rows as results
 import torch
 import torch.nn.functional as F
-from tables import markdown
+from rows import markdown, quantile
 from torch import Tensor
 
 import opd_ops
 from opd_ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "ops.csv"
+RESULTS = results.RESULTS / "ops.csv"
 COLUMNS = [
     *("op", "implementation", "direction", "dtype", "rows", "vocab", "k", "width", "threads"),
     *(
@@ -57,7 +54,7 @@ COLUMNS = [
         "speedup",
     ),
     *("gb_per_s", "load", "device", "isa", "torch", "cuda", "commit", "dirty", "date", "command"),
-    "peak_mib",
+    *("peak_mib", "driver"),
 ]
 ALLOCATORS = {  # environment of the process
     "default": {},
@@ -348,15 +345,6 @@ def peak_mib(call: Call, device: str) -> str:
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
 
 
-def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
-
-
-def git(*command: str) -> str:
-    done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -389,24 +377,7 @@ def main() -> None:
     info = opd_ops.info()
     if info["notice"]:
         print(info["notice"])
-    common = {
-        "allocator": args.allocator,
-        "clock": args.clock,
-        "device": platform.processor() or platform.machine(),
-        "isa": info["isa"],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "csrc", "opd_ops", "benchmarks/bench_ops.py")),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "command": "python benchmarks/bench_ops.py " + " ".join(sys.argv[1:]),
-    }
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []:
-        if line.startswith("model name"):
-            common["device"] = line.split(":")[1].strip()
-            break
-    if cuda:
-        common["device"] = torch.cuda.get_device_name()
+    common = results.environment(args.device) | {"allocator": args.allocator, "clock": args.clock}
     table = []
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -416,13 +387,7 @@ def main() -> None:
                 for vocab in args.vocab:
                     table += bench(args, common, threads, dtype_name, dtype, rows, vocab)
     if args.save:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(table)
+        results.append(RESULTS, table, COLUMNS)
         print(f"{len(table)} rows appended to {RESULTS.relative_to(ROOT)}")
 
 
@@ -524,7 +489,7 @@ def grid_tables() -> dict[str, str]:
     """Markdown of the newest wall-clock rows, by the name of its place in docs/benchmarks.md."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
     keys = "op", "direction", "k", "implementation", "dtype", "rows", "vocab", "threads"
-    for row in csv.DictReader(RESULTS.open()):
+    for row in results.read(RESULTS):
         key = (*(row[key] for key in keys), row["allocator"])
         less = "--no-compile" in row["command"] and key in found  # has fewer baselines
         if row["clock"] == "wall" and not row["cuda"] and not less:

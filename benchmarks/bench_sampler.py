@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
 import importlib.metadata
 import importlib.util
 import sys
@@ -29,9 +27,14 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import opd  # noqa: E402
+from rows import RESULTS, append, environment  # noqa: E402
 
 from opd_ops import data, engines, models, runs  # noqa: E402
 
+COLUMNS = (
+    "implementation,unit,model,num_prompts,max_completion_tokens,median,p20,p80,repeats,"
+    "device,num_threads,torch,transformers,commit,dirty,date,command"
+)
 PAGE = 32  # tokens; of the cache of `generate_batch`
 
 
@@ -52,11 +55,13 @@ def generate(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.N
         ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
         mask[row, width - len(prompt.ids) :] = 1
     total = 0
+    ids, mask = ids.to(model.device), mask.to(model.device)
     for part, part_mask in zip(
         ids.split(args.sampler_batch_size), mask.split(args.sampler_batch_size), strict=True
     ):
-        made = model.lm.generate(part, attention_mask=part_mask, generation_config=law(args))
-        ends = torch.isin(made[:, width:], torch.tensor(args.eos_ids)).cumsum(1)
+        with model.autocast():
+            made = model.lm.generate(part, attention_mask=part_mask, generation_config=law(args))
+        ends = torch.isin(made[:, width:], made.new_tensor(args.eos_ids)).cumsum(1)
         total += int((ends == 0).sum() + (ends.max(1).values > 0).sum())
     return total
 
@@ -96,7 +101,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-completion-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sampler.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sampler.csv")
     own = parser.parse_args()
     args = opd.parse_args(
         [
@@ -132,25 +137,17 @@ def main() -> None:
     found = {name: np.array(values) for name, values in rates.items()}
     for name in list(kinds)[1:]:
         found[f"opd.sample / {name}"] = found["opd.sample"] / found[name]
-    seen = runs.environment()
-    own.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not own.out.exists()
-    with own.out.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(
-                "implementation,unit,model,num_prompts,max_completion_tokens,median,p20,p80,repeats,"
-                "device,num_threads,torch,transformers,commit,dirty,date".split(",")
-            )
-        for name, values in found.items():
-            low, mid, high = np.percentile(values, [20, 50, 80])
-            print(f"{name:44s} {mid:10.2f}  [{low:.2f}, {high:.2f}]")
-            writer.writerow(
-                [name, "" if "/" in name else "tokens/s", Path(own.model).name, len(chosen),
-                 own.max_completion_tokens, f"{mid:.3f}", f"{low:.3f}", f"{high:.3f}", own.repeats,
-                 seen["device"], seen["num_threads"], seen["torch"], seen["transformers"],
-                 seen["commit"][:10], seen["dirty"], datetime.date.today().isoformat()]
-            )  # fmt: skip
+    seen, rows = environment(), []
+    for name, values in found.items():
+        low, mid, high = np.percentile(values, [20, 50, 80])
+        print(f"{name:44s} {mid:10.2f}  [{low:.2f}, {high:.2f}]")
+        rows.append(seen | {
+            "implementation": name, "unit": "" if "/" in name else "tokens/s",
+            "model": Path(own.model).name, "num_prompts": len(chosen),
+            "max_completion_tokens": own.max_completion_tokens, "median": f"{mid:.3f}",
+            "p20": f"{low:.3f}", "p80": f"{high:.3f}", "repeats": own.repeats,
+        })  # fmt: skip
+    append(own.out, rows, COLUMNS)
 
 
 if __name__ == "__main__":

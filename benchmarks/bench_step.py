@@ -3,13 +3,14 @@
     make bench-step                               # equality, then time, in .venv-trl
     python benchmarks/bench_step.py --vocab 512 --completion 64 256
     python benchmarks/bench_step.py --equality    # loss and gradient on one batch, no timing
-    python benchmarks/bench_step.py --device cuda # Qwen3-0.6B <- 1.7B shapes; has not run yet
+    make gpu                                      # Qwen3-0.6B <- 1.7B shapes, by benchmarks/gpu.py
 
 A step is: sample rollouts, teacher, student's forward and backward pass, optimizer. Each
 implementation lives in a process of its own; they take turns, one step each, so that all meet the
-same machine, and memory is theirs alone. The models are random: time and memory do not ask what a
-model knows. No rollout ends early: all have exactly `--completion` tokens. Gradient checkpointing
-(TRL's default) is off everywhere, `lmbda` is 1 (all on-policy), the learning rate is constant.
+same machine, and memory is theirs alone (on a GPU, which they share: one after the other). The
+models are random: time and memory do not ask what a model knows. No rollout ends early: all have
+exactly `--completion` tokens. Gradient checkpointing (TRL's default) is off everywhere (by gpu.py:
+on everywhere), `lmbda` is 1 (all on-policy), the learning rate is constant.
 
 Rows go to benchmarks/results/step.csv and step_equality.csv. A case with rows of this commit is
 skipped unless --again. `peak_mib` is the rise over the process after its imports; an implementation
@@ -19,32 +20,28 @@ that needs more than --memory-limit-gib fails, and its row says so.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import importlib
-import importlib.metadata
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-RESULTS = ROOT / "benchmarks/results"
+from rows import RESULTS, append, environment, read  # noqa: E402
+
 PROMPT, ANSWER = 32, 8  # tokens of a prompt, and of the answer that the data set has for it
 LR, BETA2 = 1e-5, 0.95
 OBJECTIVES = ("sampled", "reverse", "jsd")
@@ -98,12 +95,17 @@ EQUALITY_COLUMNS = (
 
 
 def make_inputs(folder: Path, case: argparse.Namespace) -> None:
-    """Two random models with one vocabulary, and prompts of PROMPT tokens (fewer with `ragged`)."""
+    """Two random models with one vocabulary, and prompts of PROMPT tokens (fewer with `ragged`).
+
+    With `case.made_on_device` the folders have no weights: `random_weights` makes them."""
     import tinylm
 
     words = tinylm.WORDS + [f"w{i}" for i in range(case.vocab - len(tinylm.WORDS))]
     for seed, (role, config) in enumerate(zip(("student", "teacher"), SHAPES[case.device])):
-        tinylm.save_model(folder / role, seed, words=words, **config)
+        if case.made_on_device:
+            tinylm.save_config(folder / role, vocab=case.columns, words=words, **config)
+        else:
+            tinylm.save_model(folder / role, seed, words=words, **config)
     chance = random.Random(0)
     rows = []
     for number in range(case.rollouts * 4):
@@ -113,8 +115,32 @@ def make_inputs(folder: Path, case: argparse.Namespace) -> None:
     (folder / "prompts.jsonl").write_text("".join(rows))
 
 
-def load_ours(folder: Path, case: argparse.Namespace, objective: str) -> tuple[Any, ...]:
-    """Arguments, tokenizer, models and prompts of methods/opd.py."""
+@contextmanager
+def random_weights(device: str) -> Iterator[None]:
+    """`from_pretrained` of a folder without weights makes random ones, on the device."""
+    import torch
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM
+    load = auto.from_pretrained
+
+    def make(path: Any, config: Any = None, dtype: Any = None, **how: Any) -> Any:
+        torch.manual_seed(0 if str(path).endswith("student") else 1)
+        with torch.device(device):
+            made = auto.from_config(config or transformers.AutoConfig.from_pretrained(path),
+                                    dtype=dtype)  # fmt: skip
+        made.eval()  # as from_pretrained does
+        return (made, {"missing_keys": []}) if how.get("output_loading_info") else made
+
+    auto.from_pretrained = make
+    try:
+        yield
+    finally:
+        auto.from_pretrained = load
+
+
+def our_args(folder: Path, case: argparse.Namespace, objective: str) -> tuple[Any, Any]:
+    """Arguments of methods/opd.py, and the tokenizer."""
     import opd
 
     from opd_ops import models
@@ -125,12 +151,44 @@ def load_ours(folder: Path, case: argparse.Namespace, objective: str) -> tuple[A
     argv += ["--max-completion-tokens", str(case.completion), "--lr", str(LR)]
     if objective != "sampled":
         argv += ["--objective", "full", "--divergence", objective]
+    if case.checkpointing:
+        argv += ["--gradient-checkpointing"]
     args = opd.parse_args([*argv, "--adam-beta2", str(BETA2)])
     tokenizer = models.prepare(opd.model_paths(args), args)
     args.eos_ids = []  # nothing ends a rollout
+    return args, tokenizer
+
+
+def load_ours(folder: Path, case: argparse.Namespace, objective: str) -> tuple[Any, ...]:
+    """Arguments, tokenizer, models and prompts of methods/opd.py."""
+    import opd
+
+    args, tokenizer = our_args(folder, case, objective)
     return args, tokenizer, opd.load_models(opd.model_paths(args), args), opd.load_prompts(
         tokenizer, args
     )[0]  # fmt: skip
+
+
+def load_student(args: argparse.Namespace) -> Any:
+    """The model that is trained, alone."""
+    from opd_ops import models
+
+    return models.load_lm(args.student, False, args)
+
+
+def warm_up(student: Any, teacher: Any, device: str) -> None:
+    """A few tokens through two models: libraries are loaded and kernels chosen, on a GPU."""
+    import torch
+
+    ids = torch.zeros(4, 8, dtype=torch.int64, device=device)
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.autocast(device, kind, device == "cuda"):
+        how = {"max_new_tokens": 4, "do_sample": True, "top_k": 0, "eos_token_id": None}
+        student.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
+        student(ids).logits.float().logsumexp(-1).sum().backward()
+        with torch.no_grad():
+            teacher(ids)
+    student.zero_grad()
 
 
 def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -> Any:
@@ -151,7 +209,7 @@ def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -
     settings: dict[str, Any] = {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": case.rollouts,
         "max_steps": case.warm_up + case.rounds + 1, "learning_rate": LR, "adam_beta2": BETA2,
-        "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": cuda,
+        "lr_scheduler_type": "constant", "gradient_checkpointing": case.checkpointing, "bf16": cuda,
         "use_cpu": not cuda, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "beta": BETAS[objective], "temperature": 1.0,
     }  # fmt: skip
@@ -242,6 +300,8 @@ def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: st
 
     args, tokenizer, models, prompts = load_ours(folder, case, objective)
     optimizer = opd.make_optimizer(models["student"], args)
+    if case.made_on_device:
+        warm_up(models["student"].lm, models["teacher"].lm, case.device)
 
     def unverified(items: Any) -> list[float]:
         return [0.0] * len(items)
@@ -266,6 +326,8 @@ def run_trl(clock: Clock, folder: Path, case: argparse.Namespace, who: str, obje
     import transformers
 
     trainer = load_trl(folder, case, who, objective)
+    if case.made_on_device:
+        warm_up(trainer.model, trainer.teacher_model, case.device)
     generate, compute_loss = trainer.model.generate, trainer.compute_loss
     tokens: dict[str, int] = {}
 
@@ -302,7 +364,13 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
     import transformers
 
     for name in IMPORTS:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:  # transformers and trl wrap it in the latter
+            if who != "opd.py" or not case.go_on:
+                pipe.send({"failed": f"{name} cannot be imported: {one_line(error)}"})
+                return
+            print(f"{name} cannot be imported: {one_line(error)}", flush=True)
     sys.stdout = open(os.devnull, "w")  # the parent reports
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -311,61 +379,83 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     clock = Clock(pipe, case.device)
     try:
-        if who == "opd.py":
-            run_ours(clock, folder, case, objective)
-        else:
-            run_trl(clock, folder, case, who, objective)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        pipe.send({"failed": f"out of memory at {case.memory_limit_gib:g} GiB"})
+        with random_weights(case.device) if case.made_on_device else nullcontext():
+            if who == "opd.py":
+                run_ours(clock, folder, case, objective)
+            else:
+                run_trl(clock, folder, case, who, objective)
+    except Exception as error:
+        if isinstance(error, MemoryError | RuntimeError) and "memory" in f"{error!r}".lower():
+            limit = f" at {case.memory_limit_gib:g} GiB" if case.device == "cpu" else ""
+            pipe.send({"failed": f"out of memory{limit}"})
+            return
+        if case.go_on:
+            pipe.send({"failed": one_line(error)})
+        raise
 
 
-def measure(folder: Path, case: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one case: all implementations in turn."""
+def one_line(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of one case: all implementations in turn; on a GPU one after the other."""
     make_inputs(folder, case)
     context = multiprocessing.get_context("spawn")
-    arms = [arm for arm in ARMS if arm[1] in case.objectives]
-    pipes, workers = {}, []
+    arms = case.arms
+    pipes, workers = {}, {}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {arm: [] for arm in arms}
     for arm in arms:
         pipes[arm], end = context.Pipe()
-        workers.append(context.Process(target=work, args=(end, folder, case, *arm), daemon=True))
-        workers[-1].start()
+        worker = context.Process(target=work, args=(end, folder, case, *arm), daemon=True)
+        workers[arm] = worker
+        worker.start()
         end.close()
-    for step in range(case.warm_up + case.rounds):
-        for arm in list(pipes):
-            try:
+    steps = range(case.warm_up + case.rounds)
+    turns = [(arm, step) for step in steps for arm in arms]
+    if case.device == "cuda":
+        turns.sort(key=lambda turn: arms.index(turn[0]))
+    for arm, step in turns:
+        if arm not in pipes:
+            continue
+        try:
+            with suppress(OSError):  # one that has ended may have said why
                 pipes[arm].send("step")
+            if pipes[arm].poll(case.limit_s):
                 report = pipes[arm].recv()
-            except (EOFError, OSError):
+            else:
+                report = {"failed": f"not done after {case.limit_s} s"}
+        except (EOFError, OSError):
+            if not case.go_on:
                 raise SystemExit(f"{arm}: its process died") from None
-            if "failed" in report:
-                found[arm] = [report]
-                del pipes[arm]
-            elif report["num_tokens"] != case.rollouts * case.completion:
-                raise SystemExit(f"{arm}: rollouts ended early: {report['num_tokens']} tokens")
-            elif step >= case.warm_up:
-                found[arm].append(report)
-            print(step, *arm, {k: v if k == "failed" else round(v, 2) for k, v in report.items()})
-    for worker in workers:
-        worker.kill()
-        worker.join()
-    rows = []
-    for (who, objective), steps in found.items():
-        row: dict[str, Any] = {"implementation": who, "objective": objective}
-        row |= {key: getattr(case, key) for key in SIZES}
-        row |= {"prompt": PROMPT, "dtype": "bfloat16" if case.device == "cuda" else "float32"}
-        if "failed" in steps[0]:
-            row |= steps[0]
-        else:
-            for key in ("total_s", "generate_s", "teacher_s", "student_s"):
-                row[key] = f"{statistics.median(step[key] for step in steps):.4f}"
-            row["every_total_s"] = " ".join(f"{step['total_s']:.4f}" for step in steps)
-            row["peak_mib"] = round(max(step["peak_mib"] for step in steps))
-            row |= {key: steps[0][key] for key in ("num_tokens", "divided_by")}
-        rows.append(row)
-    return rows
+            report = {"failed": "its process died"}
+        if "failed" in report:
+            found[arm] = [report]
+        elif report["num_tokens"] != case.rollouts * case.completion:
+            raise SystemExit(f"{arm}: rollouts ended early: {report['num_tokens']} tokens")
+        elif step >= case.warm_up:
+            found[arm].append(report)
+        print(step, *arm, {k: v if k == "failed" else round(v, 2) for k, v in report.items()})
+        if "failed" in report or step == steps[-1]:
+            del pipes[arm]
+            workers[arm].kill()
+            workers[arm].join()
+            yield row_of(case, arm, found[arm])
+
+
+def row_of(case: argparse.Namespace, arm: tuple[str, str], steps: list[dict[str, Any]]) -> Any:
+    """The row of an implementation, from the reports of its steps."""
+    row: dict[str, Any] = dict(zip(("implementation", "objective"), arm))
+    row |= {key: getattr(case, key) for key in SIZES}
+    row |= {"prompt": PROMPT, "dtype": "bfloat16" if case.device == "cuda" else "float32"}
+    if "failed" in steps[0]:
+        return row | steps[0]
+    for key in ("total_s", "generate_s", "teacher_s", "student_s"):
+        row[key] = f"{statistics.median(step[key] for step in steps):.4f}"
+    row["every_total_s"] = " ".join(f"{step['total_s']:.4f}" for step in steps)
+    row["peak_mib"] = round(max(step["peak_mib"] for step in steps))
+    return row | {key: steps[0][key] for key in ("num_tokens", "divided_by")}
 
 
 # ==== equality ====
@@ -499,45 +589,6 @@ def measure_equality(folder: Path, case: argparse.Namespace) -> list[dict[str, A
     return rows
 
 
-# ==== rows ====
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions, commit and hardware of a row."""
-    import torch
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if device == "cpu" else []:
-        if line.startswith("model name"):
-            name = line.split(":")[1].strip()
-            break
-    code = ["methods", "opd_ops", "csrc", "benchmarks/bench_step.py"]
-    return {
-        "num_threads": torch.get_num_threads(),
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "device": name,
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "trl": importlib.metadata.version("trl"),
-        "commit": git("rev-parse", "HEAD")[:10],
-        "dirty": bool(git("status", "--porcelain", "--", *code)),
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/bench_step.py " + " ".join(sys.argv[1:]),
-    }
-
-
-def finished(path: Path) -> list[dict[str, str]]:
-    """The rows of a result file; none if it is not there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Measure what has no rows of this commit yet."""
     parser = argparse.ArgumentParser(
@@ -551,35 +602,32 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     parser.add_argument("--memory-limit-gib", type=float, default=10.0, help="of a process, on CPU")
     parser.add_argument("--equality", action="store_true", help="of loss and gradient, not time")
-    parser.add_argument("--device", default="cpu", choices=list(SHAPES))
     parser.add_argument("--again", action="store_true", help="measure what has rows already")
     args = parser.parse_args()
     path = RESULTS / ("step_equality.csv" if args.equality else "step.csv")
-    columns = (EQUALITY_COLUMNS if args.equality else STEP_COLUMNS).split(",")
+    columns = EQUALITY_COLUMNS if args.equality else STEP_COLUMNS
     for vocab, (completion, rollouts) in itertools.product(
         args.vocab, zip(args.completion, itertools.cycle(args.rollouts))
     ):
         sizes = dict(zip(SIZES, (vocab, completion, rollouts)))
         case = argparse.Namespace(**vars(args) | sizes | {"ragged": args.equality})
-        seen = environment(args.device)
+        case.device, case.made_on_device, case.go_on = "cpu", False, False
+        case.checkpointing, case.limit_s = False, None
+        seen = environment()
         same = sizes | {key: seen[key] for key in ("commit", "device", "num_threads")}
         done = {
             row["objective"]
-            for row in finished(path)
+            for row in read(path)
             if not args.again and all(row[key] == str(value) for key, value in same.items())
         }
         case.objectives = [] if args.equality and done else set(args.objectives) - done
         if not case.objectives:
             print(f"{sizes}: has rows of this commit")
             continue
+        case.arms = [arm for arm in ARMS if arm[1] in case.objectives]
         with tempfile.TemporaryDirectory() as folder:
-            rows = (measure_equality if args.equality else measure)(Path(folder), case)
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if new:
-                writer.writeheader()
-            writer.writerows({key: (row | seen).get(key, "") for key in columns} for row in rows)
+            rows = list((measure_equality if args.equality else measure)(Path(folder), case))
+        append(path, [seen | row for row in rows], columns)
 
 
 if __name__ == "__main__":

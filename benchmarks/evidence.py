@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import ast
 import concurrent.futures
-import csv
 import json
 import math
 import os
@@ -40,13 +39,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from claims import ARMS, CLAIMS, FOLDER, SMOKE, START, SWEPT, Comparison  # noqa: E402
-from tables import markdown  # noqa: E402
+from rows import RESULTS, append, environment, half_width, markdown, read, spread  # noqa: E402
 
 from opd_ops import runs  # noqa: E402
 
-RESULTS = ROOT / "benchmarks/results"
-STUDENT_T = {2: (12.71, 63.66), 3: (4.303, 9.925), 4: (3.182, 5.841), 5: (2.776, 4.604)}
-# quantiles of 97.5 % and 99.5 % for n seeds, n - 1 degrees of freedom
 RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
 STEPS, SWEEP_STEPS, SWEEP_SEED = 30, 15, 3
 NOISE = 0.4  # of the noisy student, in standard deviations of each matrix
@@ -226,18 +222,18 @@ def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
     *_, last = output.strip().splitlines()
     after = ast.literal_eval(last)
     steps = re.findall(r"(\d+) tokens +([\d.]+) s$", output, re.MULTILINE)
-    environment = runs.environment()
+    seen = environment()
     return {
         "avg_after": round(after["avg"], 5),
         "pass8_after": "" if cell.suite == "sweep" else round(after["pass"], 5),
         "length": round(after["mean_length"], 2),
         "truncated": round(after["truncated"], 5),
         "sampled_tokens": sum(int(tokens) for tokens, _ in steps),
-        "commit": environment["commit"][:10],
-        "dirty": environment["dirty"],
+        "commit": seen["commit"],
+        "dirty": seen["dirty"],
         "device": "cpu",
         "num_threads": 1,
-        "torch": environment["torch"],
+        "torch": seen["torch"],
     }, sum(float(seconds) for _, seconds in steps)
 
 
@@ -252,27 +248,6 @@ def write_curve(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 # ==== Tables ======================================================================================
-
-
-def finished(path: Path) -> list[dict[str, str]]:
-    """Rows that have been run."""
-    return list(csv.DictReader(path.open())) if path.is_file() else []
-
-
-def half_width(values: list[float], wide: bool = False) -> float:
-    """Of the 95 % interval of the mean; `wide`: of that of 99 %."""
-    return STUDENT_T[len(values)][wide] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def spread(values: list[float]) -> str:
-    """Mean and half-width of the 95 % interval."""
-    if not values:
-        return "-"
-    mean = statistics.mean(values)
-    digits = 1 if abs(mean) >= 20 else 3
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {half_width(values):.{digits}f}"
 
 
 def of_arm(rows: list[dict[str, str]], arm: str, column: str) -> dict[str, float]:
@@ -511,7 +486,7 @@ def main() -> None:
         parser.error("--suite and --claim: give one of them")
     if args.suite == "sweep" and args.again:
         parser.error("--again: a sweep has no second run")
-    rows = finished(args.out)
+    rows = read(args.out)
     if args.figure:
         draw(rows, args.figure)
         return
@@ -538,15 +513,7 @@ def main() -> None:
     if not args.table and todo:
         if any(FOLDER in ARMS[cell.arm].flags for cell in todo):
             make_models()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not args.out.is_file()
-        with (
-            args.out.open("a", newline="") as file,
-            concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
-        ):
-            writer = csv.DictWriter(file, FIELDS.split(","), lineterminator="\n")
-            if fresh:
-                writer.writeheader()
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             jobs = [pool.submit(run, cell, args.out.parent / "evidence") for cell in todo]
             for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="cell"):
                 if (error := job.exception()) is not None:  # the others go on, and are kept
@@ -558,9 +525,8 @@ def main() -> None:
                     f"{row['arm']} seed {row['seed']}: accuracy {row['avg_after']}, "
                     f"{row.get('sampled_tokens', '')} sampled tokens, {row['cpu_s']} CPU s"
                 )
-                writer.writerow(row)
-                file.flush()
-    rows = finished(args.out)
+                append(args.out, [row], FIELDS)
+    rows = read(args.out)
     if args.suite == "sweep":
         print(sweep_table(rows))
     elif claims:

@@ -17,23 +17,21 @@ benchmarks/results/gradient_variance.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "methods")]
-from evidence import spread  # noqa: E402
-from tables import markdown  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+from rows import RESULTS as FOLDER  # noqa: E402
+from rows import append, environment, markdown, read, spread  # noqa: E402
 
 from opd_ops import data, models, ranks, runs  # noqa: E402
 
-RESULTS = ROOT / "benchmarks/results/gradient_variance.csv"
-FIELDS = "arm,seed,batches,variance,signal,noise,cosine,commit,torch,date,command"
+RESULTS = FOLDER / "gradient_variance.csv"
+FIELDS = "arm,seed,batches,variance,signal,noise,cosine,commit,torch,date,command,device,dirty"
 ARMS = {  # without rollouts or prefixes of the teacher: the losses, at prefixes of the student
     "opd --objective full": ("opd", "--objective full"),
     "opd": ("opd", ""),
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sets of prompts")
     parser.add_argument("--batches", type=int, default=8)
     args = parser.parse_args()
-    environment, rows = runs.environment(), []
+    seen, rows = environment(), []
     for seed in range(args.seeds):
         exact = None
         for arm, (name, flags) in ARMS.items():
@@ -87,26 +85,19 @@ def main() -> None:
             variance = float((each - mean).square().sum() / (args.batches - 1))
             signal = float(mean.square().sum()) - variance / args.batches
             cosine = float(torch.cosine_similarity(mean, exact, dim=0))
-            rows.append({
+            rows.append(seen | {
                 "arm": arm, "seed": seed, "batches": args.batches, "variance": f"{variance:.4g}",
                 "signal": f"{signal:.4g}", "noise": f"{variance / signal:.4f}",
-                "cosine": f"{cosine:.4f}", "commit": environment["commit"][:10],
-                "torch": environment["torch"], "date": time.strftime("%Y-%m-%d"),
-                "command": "python " + " ".join(["benchmarks/gradient_variance.py", *sys.argv[1:]]),
+                "cosine": f"{cosine:.4f}",
             })  # fmt: skip
             print(f"seed {seed}  {arm:22s} noise {variance / signal:8.3f}  cosine {cosine:.3f}")
-    new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS.split(","), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, rows, FIELDS)
     print(table())
 
 
 def table() -> str:
     """A Markdown table of the rows: means over sets of prompts with 95 % intervals."""
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.is_file() else []
+    rows = read(RESULTS)
     titles = "arm", "sets of prompts", "noise / signal", "cosine with the exact reverse KL"
     lines = []
     for arm in ARMS:

@@ -39,6 +39,15 @@ def save_model(
 ) -> str:
     """A random Qwen3 whose logits depend on position and context; returns the folder as text."""
     torch.manual_seed(seed)
+    sizes = save_config(folder, vocab=vocab, words=words, **config)
+    transformers.Qwen3ForCausalLM(sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def save_config(
+    folder: Path, *, vocab: int | None = None, words: list[str] = WORDS, **config: Any
+) -> transformers.Qwen3Config:
+    """The folder of such a model, but for its weights."""
     sizes = {
         "vocab_size": vocab or len(words),
         "hidden_size": 32,
@@ -54,10 +63,10 @@ def save_model(
         "pad_token_id": 0,
         "bos_token_id": None,
     }
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(sizes | config)))
-    model.save_pretrained(folder)
+    found = transformers.Qwen3Config(architectures=["Qwen3ForCausalLM"], **(sizes | config))
+    found.save_pretrained(folder)
     tokenizer(words).save_pretrained(folder)
-    return str(folder)
+    return found
 
 
 def save_prompts(path: Path, num: int = 12) -> str:

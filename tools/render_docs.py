@@ -5,16 +5,15 @@
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
 `diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
-benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...` and
-`gradient variance` and `step ...` come from the other files there; `size NAME` is the number of
-lines of a golden diff.
+benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...`,
+`gradient variance`, `step ...` and `gpu ...` come from the other files there; `size NAME` is the
+number of lines of a golden diff.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import re
 import sys
 from pathlib import Path
@@ -23,9 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import bench_ops  # noqa: E402
 import evidence  # noqa: E402
+import gpu_tables  # noqa: E402
 import gradient_variance  # noqa: E402
 import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
+from rows import RESULTS, read  # noqa: E402
 
 
 def equation_table(source: str) -> str:
@@ -50,8 +51,7 @@ def tags(text: str) -> list[str]:
 
 def demo_line() -> str:
     """What `make demo` did, from the row that `tools/compare_runs.py --csv` wrote of it."""
-    with (ROOT / "benchmarks/results/demo.csv").open() as file:
-        row = next(csv.DictReader(file))
+    row = read(RESULTS / "demo.csv")[0]
     before, after, teacher, first, last = (
         f"{float(row[key]):.3f}"
         for key in (
@@ -72,13 +72,13 @@ def demo_line() -> str:
 
 def result_tables(method: str) -> dict[str, str]:
     """Markdown tables of what has been run; in the page of a method its arms and opd alone."""
-    rows = evidence.finished(evidence.RESULTS / "evidence.csv")
+    rows = read(RESULTS / "evidence.csv")
     if not method:
         tables: dict[str, str] = bench_ops.grid_tables()
         tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
         tables["again 1"] = evidence.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
-        tables |= step_tables.tables()
+        tables |= step_tables.tables() | gpu_tables.tables()
         tables["demo"] = demo_line()
         tables["summary"] = evidence.summary_table(rows)
         tables["failures"] = evidence.failure_table()

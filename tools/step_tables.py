@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
+import rows  # of benchmarks/, which render_docs.py puts on the path
+from rows import RESULTS, Row, markdown
 
-from tables import markdown  # of benchmarks/, which render_docs.py puts on the path
-
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
 OURS, TRAINERS = "opd.py", ("GKDTrainer", "DistillationTrainer")
 NAMES = {"sampled": "sampled token", "reverse": "reverse KL", "jsd": "JSD", "forward": "forward KL"}
-Row = dict[str, str]
 Case = tuple[str, ...]  # ends with the implementation
 
 
 def newest(name: str, keys: list[str]) -> dict[Case, Row]:
     """The last row of each case, small cases first."""
-    path = RESULTS / name
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = sorted(
-            csv.DictReader(file), key=lambda row: (int(row["vocab"]), int(row["completion"]))
-        )
-    return {tuple(row[key] for key in keys): row for row in rows}
+    cases = rows.read(RESULTS / name)
+    cases.sort(key=lambda row: (int(row["vocab"]), int(row["completion"])))
+    return dict(rows.newest(cases, keys))
 
 
-def of(rows: dict[Case, Row], case: Case, implementation: str) -> Row:
+def of(cases: dict[Case, Row], case: Case, implementation: str) -> Row:
     """The row of another implementation in the same case."""
     other = (*case[:-1], implementation)
-    return rows[other]
+    return cases[other]
 
 
 def spread(theirs: Row, ours: Row) -> tuple[float, float, float]:
@@ -89,11 +80,11 @@ def tables() -> dict[str, str]:
 def equality() -> str:
     """Loss and gradient of one batch against ours, and the error of each against float64."""
     keys = ["vocab", "completion", "objective", "beta", "temperature", "implementation"]
-    rows = newest("step_equality.csv", keys)
+    cases = newest("step_equality.csv", keys)
     lines = []
-    for key, row in rows.items():
+    for key, row in cases.items():
         if row["implementation"] != OURS:
-            ours = of(rows, key, OURS)
+            ours = of(cases, key, OURS)
             name = NAMES[row["objective"]]
             if row["objective"] == "jsd":
                 name += f", beta {row['beta']}"

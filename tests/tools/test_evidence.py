@@ -112,9 +112,7 @@ def test_what_a_baseline_prints_is_read(arm, size):
 def test_a_failed_cell_costs_no_other_and_old_rates_do_not_mix(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.csv"
     swept = [
-        row
-        for row in evidence.finished(evidence.RESULTS / "evidence.csv")
-        if row["suite"] == "sweep"
+        row for row in evidence.read(evidence.RESULTS / "evidence.csv") if row["suite"] == "sweep"
     ]
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, evidence.FIELDS.split(","))
@@ -132,7 +130,7 @@ def test_a_failed_cell_costs_no_other_and_old_rates_do_not_mix(tmp_path, monkeyp
     with pytest.raises(SystemExit, match="1 of 6 cells failed"):
         evidence.main()
     assert "failed: out of memory" in capsys.readouterr().err
-    kept = {row["arm"] for row in evidence.finished(out) if row["suite"] == "run"}
+    kept = {row["arm"] for row in evidence.read(out) if row["suite"] == "run"}
     assert kept == set(evidence.SMOKE) - {"opd"}
     out.write_text(
         out.read_text().replace("--lr 1.5e-4 --eval-every 30", "--lr 9e-4 --eval-every 30")

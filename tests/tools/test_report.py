@@ -26,6 +26,7 @@ def run(folder, kind: str, *more: str) -> dict[tuple[int, str], float]:
 
 
 def test_tensorboard_has_every_number_of_the_file(tmp_path):
+    pytest.importorskip("tensorboard")
     logged = run(tmp_path / "run", "tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
