@@ -62,7 +62,8 @@ def measure(name: str, folder: Path) -> None:
     import opd
     import tinylm
 
-    from opd_ops import memory, models
+    from opd_run import memory, setup
+    from opd_run.run import Run
 
     config, vocabulary, flags = SHAPES[name]
     words = tinylm.WORDS + [f"w{i}" for i in range(vocabulary - len(tinylm.WORDS))]
@@ -72,18 +73,19 @@ def measure(name: str, folder: Path) -> None:
     argv = [*FLAGS, *flags, "--student", f"{folder}/student", "--teacher", f"{folder}/teacher"]
     argv += ["--prompts", f"{folder}/prompts.jsonl", "--run-dir", f"{folder}/run"]
     args = opd.parse_args(argv)
-    tokenizer = models.prepare(opd.model_paths(args), args)
-    longest = max(len(prompt.ids) for prompt in opd.load_prompts(tokenizer, args)[0])
+    tokenizer, facts = setup.prepare(opd.model_paths(args), args, opd.render)
+    prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    longest = max(len(prompt.ids) for prompt in prompts)
     found = memory.estimate(opd.model_paths(args), longest, args)
-    load, start = opd.load_models, []
+    load, start = setup.load_models, []
 
     def marked(*args):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         start.append(status("VmRSS"))
         return load(*args)
 
-    opd.load_models = marked
-    opd.runs.Run.save = lambda *args: None  # a checkpoint is no part of the formula
+    setup.load_models = marked
+    Run.save = lambda *args: None  # a checkpoint is no part of the formula
     opd.main(argv)
     components = " ".join(f"{key}={size // 2**20}" for key, size in found.items())
     print("RESULT", memory.peak(found), status("VmHWM") - start[0], components)

@@ -29,7 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import opd  # noqa: E402
 from rows import RESULTS, append, environment  # noqa: E402
 
-from opd_ops import data, engines, models, runs  # noqa: E402
+from opd_run import setup, vllm_sampler  # noqa: E402
+from opd_run.files import TINY  # noqa: E402
+from opd_run.models import CausalLM  # noqa: E402
 
 COLUMNS = (
     "implementation,unit,model,num_prompts,max_completion_tokens,median,p20,p80,repeats,"
@@ -38,15 +40,15 @@ COLUMNS = (
 PAGE = 32  # tokens; of the cache of `generate_batch`
 
 
-def law(args: argparse.Namespace) -> transformers.GenerationConfig:
+def law(model: CausalLM, args: argparse.Namespace) -> transformers.GenerationConfig:
     """The full softmax at temperature 1."""
     return transformers.GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=args.eos_ids,
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=opd.stop_ids(model.facts),
         pad_token_id=0, max_new_tokens=args.max_completion_tokens,
     )  # fmt: skip
 
 
-def generate(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
+def generate(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
     """Tokens that `model.generate` made, EOS included."""
     width = max(len(prompt.ids) for prompt in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -60,30 +62,30 @@ def generate(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.N
         ids.split(args.sampler_batch_size), mask.split(args.sampler_batch_size), strict=True
     ):
         with model.autocast():
-            made = model.lm.generate(part, attention_mask=part_mask, generation_config=law(args))
-        ends = torch.isin(made[:, width:], made.new_tensor(args.eos_ids)).cumsum(1)
+            made = model.lm.generate(
+                part, attention_mask=part_mask, generation_config=law(model, args)
+            )
+        ends = torch.isin(made[:, width:], made.new_tensor(opd.stop_ids(model.facts))).cumsum(1)
         total += int((ends == 0).sum() + (ends.max(1).values > 0).sum())
     return total
 
 
-def generate_batch(
-    model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace
-) -> int:
+def generate_batch(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
     """Tokens that continuous batching made; its cache is just large enough for all at once."""
     ids = [list(prompt.ids) for prompt in prompts]
     pages = sum(-(-(len(each) + args.max_completion_tokens) // PAGE) for each in ids)
     how = transformers.ContinuousBatchingConfig(
         page_size=PAGE, num_blocks=pages + 1, max_batch_tokens=max(256, len(ids))
     )
-    found = model.lm.generate_batch(ids, law(args), how, warmup=False).values()
+    found = model.lm.generate_batch(ids, law(model, args), how, warmup=False).values()
     if len(found) < len(ids) or any(each.error for each in found):
         raise SystemExit(f"generate_batch: {[each.error for each in found]}")
     return sum(len(each.generated_tokens) for each in found)
 
 
-def ours(model: models.CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
+def ours(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
     """Tokens that the method files' sampler made, EOS included; or the model's engine for it."""
-    uniform = opd.uniforms(len(prompts), 2, 0, args)
+    uniform = opd.uniforms(len(prompts), "rollouts", 0, args)
     return int(opd.sample(model, prompts, uniform, args, 1.0).completion_mask.sum())
 
 
@@ -96,8 +98,8 @@ def vllm_version() -> str:
 def main() -> None:
     """Time them and append their rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=str(runs.TINY / "student"))
-    parser.add_argument("--prompts", default=str(runs.TINY / "prompts/test.jsonl"))
+    parser.add_argument("--model", default=str(TINY / "student"))
+    parser.add_argument("--prompts", default=str(TINY / "prompts/test.jsonl"))
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-completion-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
@@ -113,9 +115,10 @@ def main() -> None:
             str(own.max_completion_tokens),
         ]
     )
-    tokenizer = models.prepare({"student": own.model}, args)
-    model = models.load_lm(own.model, False, args)
-    chosen = data.load_prompts(tokenizer, args)[0][: own.num_prompts]
+    loaded, tokenizer, facts = setup.models_of(opd, args, {"student": own.model})
+    model = loaded["student"]
+    prompts = opd.load_prompts(own.prompts, args.seed, tokenizer, facts, args)
+    chosen = prompts[: own.num_prompts]
     kinds = {
         "opd.sample": (ours, model),
         "transformers.generate": (generate, model),
@@ -123,7 +126,7 @@ def main() -> None:
     }
     if importlib.util.find_spec("vllm"):
         driven = copy.copy(model)
-        driven.engine = engines.VllmSampler(own.model, args)
+        driven.engine = vllm_sampler.VllmSampler(own.model, facts, args)
         kinds[f"vllm {vllm_version()}"] = (ours, driven)
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(own.repeats + 1):

@@ -20,6 +20,7 @@ that needs more than --memory-limit-gib fails, and its row says so.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -139,11 +140,9 @@ def random_weights(device: str) -> Iterator[None]:
         auto.from_pretrained = load
 
 
-def our_args(folder: Path, case: argparse.Namespace, objective: str) -> tuple[Any, Any]:
-    """Arguments of methods/opd.py, and the tokenizer."""
+def our_args(folder: Path, case: argparse.Namespace, objective: str) -> argparse.Namespace:
+    """Arguments of methods/opd.py."""
     import opd
-
-    from opd_ops import models
 
     argv = ["--student", f"{folder}/student", "--teacher", f"{folder}/teacher"]
     argv += ["--prompts", f"{folder}/prompts.jsonl", "--device", case.device]
@@ -153,27 +152,33 @@ def our_args(folder: Path, case: argparse.Namespace, objective: str) -> tuple[An
         argv += ["--objective", "full", "--divergence", objective]
     if case.checkpointing:
         argv += ["--gradient-checkpointing"]
-    args = opd.parse_args([*argv, "--adam-beta2", str(BETA2)])
-    tokenizer = models.prepare(opd.model_paths(args), args)
-    args.eos_ids = []  # nothing ends a rollout
-    return args, tokenizer
+    args: argparse.Namespace = opd.parse_args([*argv, "--adam-beta2", str(BETA2)])
+    return args
 
 
 def load_ours(folder: Path, case: argparse.Namespace, objective: str) -> tuple[Any, ...]:
     """Arguments, tokenizer, models and prompts of methods/opd.py."""
     import opd
 
-    args, tokenizer = our_args(folder, case, objective)
-    return args, tokenizer, opd.load_models(opd.model_paths(args), args), opd.load_prompts(
-        tokenizer, args
-    )[0]  # fmt: skip
+    from opd_run import setup
+
+    args = our_args(folder, case, objective)
+    models, tokenizer, facts = setup.models_of(opd, args)
+    for model in models.values():
+        model.facts = dataclasses.replace(facts, eos_ids={})  # nothing ends a rollout
+    prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    return args, tokenizer, models, prompts
 
 
 def load_student(args: argparse.Namespace) -> Any:
-    """The model that is trained, alone."""
-    from opd_ops import models
+    """The model that is trained, alone; nothing ends a rollout. And its tokenizer."""
+    import opd
 
-    return models.load_lm(args.student, False, args)
+    from opd_run import setup
+
+    models, tokenizer, facts = setup.models_of(opd, args, {"student": args.student})
+    models["student"].facts = dataclasses.replace(facts, eos_ids={})
+    return models["student"], tokenizer
 
 
 def warm_up(student: Any, teacher: Any, device: str) -> None:
@@ -194,12 +199,11 @@ def warm_up(student: Any, teacher: Any, device: str) -> None:
 def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -> Any:
     """One of TRL's trainers, with the settings of `load_ours`."""
     import datasets
+    import opd
     import torch
     import transformers
     import trl
     import trl.experimental.gkd
-
-    from opd_ops import compat
 
     cuda = case.device == "cuda"
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
@@ -216,7 +220,7 @@ def load_trl(folder: Path, case: argparse.Namespace, who: str, objective: str) -
     rows = []
     for line in (folder / "prompts.jsonl").read_text().splitlines():
         row = json.loads(line)
-        text = compat.render(tokenizer, row["prompt"], {})
+        text = opd.render(tokenizer, row["prompt"], opd.parse_args([]))
         ids, answer = tokenizer.encode(text), tokenizer.encode(row["answer"])
         mask = [0] * len(ids) + [1] * len(answer)
         rows.append({"prompt": text, "input_ids": ids + answer, "completion_mask": mask})
@@ -298,6 +302,8 @@ def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: st
     """The main loop of methods/opd.py, without verifier, diagnostics and log."""
     import opd
 
+    from opd_run import retry
+
     args, tokenizer, models, prompts = load_ours(folder, case, objective)
     optimizer = opd.make_optimizer(models["student"], args)
     if case.made_on_device:
@@ -314,7 +320,7 @@ def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: st
         with clock.phase("teacher"):
             batch = [
                 (micro, opd.score(models, micro, args))
-                for micro in opd.micro_batches(rollout, args)
+                for micro in retry.micro_batches(rollout, args)
             ]
         opd.train_step(models["student"], optimizer, batch, args, step)
         num_tokens = int(rollout.trained_mask.sum())
@@ -467,6 +473,8 @@ def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
     import torch
     import transformers
 
+    from opd_run import retry
+
     transformers.utils.logging.set_verbosity_error()
     args, tokenizer, models, prompts = load_ours(folder, case, "reverse")
     rollout, _ = opd.collect(
@@ -486,7 +494,7 @@ def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
 
     def ours() -> Any:
         student, losses = models["student"], []
-        for micro in opd.micro_batches(rollout, args):
+        for micro in retry.micro_batches(rollout, args):
             losses.append(opd.token_loss(student, micro, opd.score(models, micro, args), args)[0])
         return sum(losses)
 

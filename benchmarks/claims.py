@@ -20,12 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from opd_ops import runs  # noqa: E402
+from opd_run.files import TINY  # noqa: E402
 
 FOLDER = "runs/evidence"
 METHODS = ("opd", "sg_opd", "exopd", "topk_opd", "tropd")
-MERGE = " ".join(f"--teacher {name}={runs.TINY}/expert_{name}" for name in ("add", "sub", "mul"))
-WEAK = f"--teacher {runs.TINY}/expert_add"  # right in one domain of three
+MERGE = " ".join(f"--teacher {name}={TINY}/expert_{name}" for name in ("add", "sub", "mul"))
+WEAK = f"--teacher {TINY}/expert_add"  # right in one domain of three
 NOISY = f"--student {FOLDER}/models/noisy"  # far from its teacher
 OTHER_END = f"--teacher {FOLDER}/models/other_end"  # ends its turns with another token
 
@@ -71,7 +71,7 @@ ARMS = {name: method(name) for name in METHODS} | {
     "exopd-1.5": method("exopd", "--reward-scale 1.5"),
     "exopd-2": method("exopd", "--reward-scale 2"),
     "opd-merge": method("exopd", f"{MERGE} --reward-scale 1", "exopd-merge"),  # lambda 1 is opd
-    "exopd-corrected": method("exopd", f"--reference {runs.TINY}/teacher_base"),
+    "exopd-corrected": method("exopd", f"--reference {TINY}/teacher_base"),
     # 4: a teacher that is right in one domain of three
     "opd-weak": method("opd", WEAK),
     "sg_opd-weak": method("sg_opd", WEAK),
@@ -129,7 +129,7 @@ class Claim:
 
 def recorded_score(model: str) -> float:
     """Accuracy over all domains of a model of the tiny family, as assets/tiny/README.md has it."""
-    text = (runs.TINY / "README.md").read_text(encoding="utf-8")
+    text = (TINY / "README.md").read_text(encoding="utf-8")
     (score,) = re.findall(rf"\| `{model}` \|[^|]*\|[^|]*\| ([\d.]+) %", text)
     return float(score) / 100
 

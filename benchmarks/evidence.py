@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from claims import ARMS, CLAIMS, FOLDER, SMOKE, START, SWEPT, Comparison  # noqa: E402
 from rows import RESULTS, append, environment, half_width, markdown, read, spread  # noqa: E402
 
-from opd_ops import runs  # noqa: E402
+from opd_run.files import TINY, read_metrics  # noqa: E402
 
 RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
 STEPS, SWEEP_STEPS, SWEEP_SEED = 30, 15, 3
@@ -125,7 +125,7 @@ def make_models() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = ROOT / FOLDER / "models"
-    tokenizer = AutoTokenizer.from_pretrained(runs.TINY / "student")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "student")
 
     def save(model: Any, name: str) -> None:
         for each in (model, tokenizer):
@@ -133,7 +133,7 @@ def make_models() -> None:
         (folder / f"{name}.part").rename(folder / name)  # whole or not at all
 
     if not (folder / "other_end").is_dir():  # it reads <|end|> as ever and says <|unk|> instead
-        model = AutoModelForCausalLM.from_pretrained(runs.TINY / "teacher")
+        model = AutoModelForCausalLM.from_pretrained(TINY / "teacher")
         end, other = tokenizer.convert_tokens_to_ids(["<|end|>", "<|unk|>"])
         rows = model.get_input_embeddings().weight.detach().clone()
         rows[[end, other]] = rows[[other, end]]
@@ -141,7 +141,7 @@ def make_models() -> None:
         model.lm_head.weight = torch.nn.Parameter(rows)
         save(model, "other_end")
     if not (folder / "noisy").is_dir():  # right 11 % of the time instead of 43 %
-        model = AutoModelForCausalLM.from_pretrained(runs.TINY / "student", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(TINY / "student", dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -187,7 +187,7 @@ def run(cell: Cell, curves: Path) -> dict[str, object]:
 def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
     """(columns, seconds of training) of a method's run; its curve is kept."""
     folder = ROOT / FOLDER / cell.name
-    rows = runs.read_metrics(folder)
+    rows = read_metrics(folder)
     most = 2 if cell.suite == "sweep" else 8
     before, *_, after = [row for row in rows if f"eval/student/avg@{most}" in row]
     steps = [row for row in rows if "loss" in row]

@@ -630,9 +630,9 @@ def estimated_mib(folder: Path, case: argparse.Namespace) -> int:
     import bench_step
     import opd
 
-    from opd_ops import memory
+    from opd_run import memory
 
-    args, _ = bench_step.our_args(folder, case, "sampled")
+    args = bench_step.our_args(folder, case, "sampled")
     found = memory.estimate(opd.model_paths(args), bench_step.PROMPT, args)
     return memory.peak(found) // 2**20
 
@@ -647,9 +647,10 @@ def sample(task: Task) -> None:
         case = case_of(task, rollouts, 64 if task.cuda else 8)
         with tempfile.TemporaryDirectory() as name, bench_step.random_weights(task.device):
             bench_step.make_inputs(Path(name), case)
-            args, tokenizer = bench_step.our_args(Path(name), case, "sampled")
-            model = bench_step.load_student(args)
-            prompts = opd.load_prompts(tokenizer, args)[0][:rollouts]
+            args = bench_step.our_args(Path(name), case, "sampled")
+            model, tokenizer = bench_step.load_student(args)
+            prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, model.facts, args)
+            prompts = prompts[:rollouts]
         for who, call in (("opd.sample", bench_sampler.ours),
                           ("transformers.generate", bench_sampler.generate)):  # fmt: skip
             call(model, prompts, argparse.Namespace(**vars(args) | {"max_completion_tokens": 2}))

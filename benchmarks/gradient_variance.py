@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 from rows import RESULTS as FOLDER  # noqa: E402
 from rows import append, environment, markdown, read, spread  # noqa: E402
 
-from opd_ops import data, models, ranks, runs  # noqa: E402
+from opd_run import ranks, retry, setup, verifier  # noqa: E402
 
 RESULTS = FOLDER / "gradient_variance.csv"
 FIELDS = "arm,seed,batches,variance,signal,noise,cosine,commit,torch,date,command,device,dirty"
@@ -47,23 +47,21 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
     method = importlib.import_module(name)
     args = method.parse_args([*flags.split(), "--device", "cpu", "--seed", str(seed)])
     ranks.start(args)
-    paths = method.model_paths(args)
-    tokenizer = models.prepare(paths, args)
-    prompts, _ = data.load_prompts(tokenizer, args)
-    loaded = models.load_models(paths, args)
-    verifier = runs.Verifier(data.verifier_function(args.verifier), args.verifier_timeout_s)
+    loaded, tokenizer, facts = setup.models_of(method, args)
+    prompts = method.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    child = verifier.Verifier(verifier.verifier_function(args.verifier), args.verifier_timeout_s)
     chosen = method.prompts_of_step(prompts, 0, args)
     found = []
     for each in range(batches):
         args.seed = 1000 * (seed + 1) + each  # of sampling; the prompts are chosen
-        rollout, _ = method.collect(loaded, tokenizer, verifier, chosen, args, 0)
-        batch = [(m, method.score(loaded, m, args)) for m in method.micro_batches(rollout, args)]
+        rollout, _ = method.collect(loaded, tokenizer, child, chosen, args, 0)
+        batch = [(m, method.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
         tokens = sum(int(rollout.trained_mask.sum()) for rollout, _ in batch)
         loaded["student"].train()
         method.accumulate(loaded["student"], tokens, args, batch)
         grads = [w.grad for w in loaded["student"].parameters() if w.grad is not None]
         found.append(torch.cat([grad.flatten() for grad in grads]))
-    verifier.close()
+    child.close()
     return torch.stack(found).double()
 
 

@@ -192,7 +192,7 @@ class Run:
             raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
         if resume_from:
             say(f"resume: from {resume_from}", *self._changed_flags(args))
-        record = {"args": vars(args), "facts": asdict(facts)}
+        record: dict[str, Any] = {"args": vars(args), "facts": asdict(facts)}
         record |= {"environment": environment(), "argv": sys.argv}
         with self._writing("the run folder"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)

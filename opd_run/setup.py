@@ -193,6 +193,20 @@ def load_models(
     return models
 
 
+def models_of(
+    method: Any, args: argparse.Namespace, paths: dict[str, str] | None = None
+) -> tuple[dict[str, CausalLM], Any, Facts]:
+    """Models, tokenizer and facts, as `main` of a method file has them: for tests and benchmarks.
+
+    Args:
+        method: the module.  paths: instead of `method.model_paths(args)`.
+    """
+    paths = paths or method.model_paths(args)
+    tokenizer, facts = prepare(paths, args, method.render)
+    load = partial(method.load, facts=facts, args=args)
+    return load_models(load, paths, args, facts), tokenizer, facts
+
+
 def zero_moments(optimizer: torch.optim.Optimizer) -> None:
     """The state that AdamW has before its first step, in place."""
     for group in optimizer.param_groups:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,4 @@ def endless(models: dict[str, Any]) -> dict[str, Any]:
 
 def load(module: Any, args: Any, **paths: str) -> tuple[dict[str, Any], Any]:
     """The models of a method file and their tokenizer, as its `main` loads them."""
-    paths = paths or module.model_paths(args)
-    tokenizer, facts = setup.prepare(paths, args, module.render)
-    one = partial(module.load, facts=facts, args=args)
-    return setup.load_models(one, paths, args, facts), tokenizer
+    return setup.models_of(module, args, paths)[:2]

@@ -103,9 +103,8 @@ def with_sizes(page: str) -> str:
 
     def size(found: re.Match[str]) -> str:
         old, new = ((ROOT / f"methods/{name}.py").read_text() for name in ("opd", found[1]))
-        lines = sync_methods.diff(old, new, found[1]).splitlines()[2:]
-        changed = [line for line in lines if line[0] in "+-" and line[1:].strip()]
-        return f"<!-- size {found[1]} -->{len(changed)}<!-- /size -->"
+        size = sync_methods.num_changed(old, new)
+        return f"<!-- size {found[1]} -->{size}<!-- /size -->"
 
     return re.sub(r"<!-- size (\w+) -->.*?<!-- /size -->", size, page)
 

@@ -91,11 +91,11 @@ def num_changed(reference: str, text: str) -> int:
 
 def full_objective_lines(reference: str) -> set[str]:
     """Lines of `opd.py` that `--objective full` and `--discount` own."""
-    tree, lines = ast.parse(reference), reference.splitlines()
-    owned: set[str] = set()
-    for node in ast.walk(tree):
+    lines, owned = reference.splitlines(), set()
+    for node in ast.walk(ast.parse(reference)):
         full = isinstance(node, ast.If) and 'args.objective == "full"' in lines[node.lineno - 1]
-        if full or (isinstance(node, ast.FunctionDef) and node.name == "discounted_sum"):
+        discount = isinstance(node, ast.FunctionDef) and node.name == "discounted_sum"
+        if isinstance(node, ast.stmt) and (full or discount):
             owned |= set(lines[node.lineno - 1 : node.end_lineno])
     flags = ("--objective", "--discount", "--divergence", "--jsd-beta", "discounted_sum(")
     return owned | {line for line in lines if any(flag in line for flag in flags)}

@@ -13,7 +13,6 @@ import importlib
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,10 @@ FLAGS = ["--student", str(files.TINY / "student"), "--teacher", str(files.TINY /
          "--device", "cpu", "--lr", "3e-5", "--max-completion-tokens", "128"]  # fmt: skip
 
 
-def load(module: Any, args: Any, paths: dict[str, str]) -> tuple[dict[str, Any], Any, Any]:
-    """Models, tokenizer and facts of a method file."""
-    tokenizer, facts = setup.prepare(paths, args, module.render)
-    one = partial(module.load, facts=facts, args=args)
-    return setup.load_models(one, paths, args, facts), tokenizer, facts
-
-
 def store_rollouts() -> None:
     """16 completions of the tiny student, with verdicts and coins, into rollouts.safetensors."""
     args = opd.parse_args(FLAGS)
-    loaded, tokenizer, facts = load(opd, args, opd.model_paths(args))
+    loaded, tokenizer, facts = setup.models_of(opd, args)
     prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)[:16]
     uniform = opd.uniforms(16, "rollouts", 0, args)
     rollout = opd.sample(loaded["student"], prompts, uniform, args, 1.0)
@@ -58,7 +50,7 @@ def trajectory(method: str) -> dict[str, list[float]]:
     """Loss and gradient norm of each update, and the norms of all weights after the last."""
     module: Any = importlib.import_module(method)
     args = module.parse_args(FLAGS)
-    loaded, _, _ = load(module, args, module.model_paths(args))
+    loaded, _, _ = setup.models_of(module, args)
     prompt = data.Prompt((0,), "", "", "add", {})
     tensors = load_file(HERE / "rollouts.safetensors")
     extra = {"coin": tensors.pop("coin")}  # what sg_opd and tropd draw in `collect`
