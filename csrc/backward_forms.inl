@@ -25,17 +25,6 @@ void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const
                 temperature);
 }
 
-Tensor full_kl_backward(const Tensor& student_logits, const Tensor& teacher_logits,
-                        const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                        double temperature, int64_t divergence, double beta) {
-  const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  const Tensor out = new_rows(student);
-  divergence_grad_rows(student, teacher, out, stats, grad, valid_vocab, temperature, divergence,
-                       beta);
-  return out;
-}
-
 void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
                               const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
                               double temperature, int64_t divergence, double beta) {

@@ -92,7 +92,6 @@ struct Kernels {
   // Sum of exp((z - stats.shift) / temperature) outside ascending ids, from the chunks' sums.
   double (*outside_sum)(const Row& row, double inv_temperature, const ChunkSums<A>& chunks,
                         const RowStats& stats, const int64_t* sorted_ids, int64_t num_ids);
-  int64_t (*rank)(const Row& row, int64_t id);  // of a token, ties by the lower id, from 0
   // Rows of a matrix by index. dots: out[k] = scale * <vector, row ids[k]>;
   // combine: out = sum of weights[k] * row ids[k]. `vector` and `out` are padded to kChunk.
   void (*dots)(const A* vector, const Row& first, int64_t stride, const int64_t* ids, int64_t k,

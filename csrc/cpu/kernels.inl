@@ -441,36 +441,6 @@ double outside_sum(const Row& row, double inv_temperature, const ChunkSums<typen
 }
 
 template <class L>
-int64_t rank(const Row& row, int64_t id) {
-  using A = typename L::A;
-  using V = typename L::V;
-  alignas(64) A buffer[kChunk];
-  const A value = load_at(row, id, A());
-  int64_t before = 0;
-  if (!(value > -INFINITY)) {  // NaN counts as -inf, on either side
-    for (int64_t i = 0; i < row.valid; ++i)
-      before += load_at(row, i, A()) > -INFINITY || i < id;
-    return before;
-  }
-  const V bound = L::set(value);
-  for (int64_t c = 0; c < row.valid; c += kChunk) {
-    const A* z = fetch(row, c, buffer);
-    if (c + kChunk <= id) {
-      for (int64_t j = 0; j < kChunk; j += L::width)
-        before += __builtin_popcount(vge_bits(vload(z + j), bound));
-    } else if (c > id) {
-      for (int64_t j = 0; j < kChunk; j += L::width)
-        before += __builtin_popcount(vgt_bits(vload(z + j), bound));
-    } else {
-      for (int64_t j = 0; j < kChunk; ++j) before += c + j < id ? z[j] >= value : z[j] > value;
-    }
-  }
-  return before;
-}
-
-// ==== rows of a matrix by index ====
-
-template <class L>
 void dots(const typename L::A* vector, const Row& first, int64_t stride, const int64_t* ids,
           int64_t k, double scale, typename L::A* out) {
   using A = typename L::A;
@@ -538,7 +508,7 @@ void store(const typename L::A* values, void* out, DType dtype, int64_t n, bool 
 template <class L>
 constexpr Kernels<typename L::A> table() {
   return {stats<L>,  outside<L>, scatter<L>,    divergence<L>,  divergence_grad<L>,
-          chunks<L>, kth<L>,     candidates<L>, outside_sum<L>, rank<L>,
+          chunks<L>, kth<L>,     candidates<L>, outside_sum<L>,
           dots<L>,   combine<L>, load<L>,       store<L>};
 }
 

@@ -60,7 +60,6 @@ struct TopkLogp {
   int64_t* ids;                   // [N, K]
   float *logp, *lse, *tail_logp;  // [N, K], [N], [N]
   float* token_logp;              // [N], or null
-  int64_t* token_rank;
 };
 
 struct FullKl {
