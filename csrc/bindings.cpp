@@ -24,15 +24,16 @@ STABLE_TORCH_LIBRARY(opd_ops, m) {
       "Tensor? slope, Tensor? tail_stats, Tensor? tail_dense, int valid_vocab, "
       "float temperature) -> Tensor");
   m.def(
-      "gather_logp_backward_(Tensor(a!) logits, Tensor ids, Tensor grad, Tensor stats, "
+      "gather_logp_backward_out(Tensor logits, Tensor ids, Tensor grad, Tensor stats, "
       "Tensor dense, Tensor? slope, Tensor? tail_stats, Tensor? tail_dense, "
-      "int valid_vocab, float temperature) -> ()");
+      "int valid_vocab, float temperature, Tensor(a!) out) -> ()");
   m.def(
       "full_kl(Tensor student_logits, Tensor teacher_logits, int valid_vocab, float temperature, "
       "int divergence, float beta) -> (Tensor divergence, Tensor stats)");
   m.def(
-      "full_kl_backward_(Tensor(a!) student_logits, Tensor teacher_logits, Tensor stats, "
-      "Tensor grad, int valid_vocab, float temperature, int divergence, float beta) -> ()");
+      "full_kl_backward_out(Tensor student_logits, Tensor teacher_logits, Tensor stats, "
+      "Tensor grad, int valid_vocab, float temperature, int divergence, float beta, "
+      "Tensor(a!) out) -> ()");
 }
 
 #define OPD_IMPLEMENT(device)                                                                      \
@@ -42,9 +43,9 @@ STABLE_TORCH_LIBRARY(opd_ops, m) {
   m.impl("gather_linear_backward_hidden", TORCH_BOX(&opd::device::gather_linear_backward_hidden)); \
   m.impl("gather_linear_backward_head_", TORCH_BOX(&opd::device::gather_linear_backward_head));    \
   m.impl("gather_logp_backward", TORCH_BOX(&opd::device::gather_logp_backward));                   \
-  m.impl("gather_logp_backward_", TORCH_BOX(&opd::device::gather_logp_backward_inplace));          \
+  m.impl("gather_logp_backward_out", TORCH_BOX(&opd::device::gather_logp_backward_out));           \
   m.impl("full_kl", TORCH_BOX(&opd::device::full_kl));                                             \
-  m.impl("full_kl_backward_", TORCH_BOX(&opd::device::full_kl_backward_inplace))
+  m.impl("full_kl_backward_out", TORCH_BOX(&opd::device::full_kl_backward_out))
 
 #ifdef OPD_EMULATION  // the CUDA ops on CPU tensors, for tests
 STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) { OPD_IMPLEMENT(cuda); }

@@ -16,15 +16,15 @@ Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tenso
                             const std::optional<Tensor>& tail_stats,
                             const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
                             double temperature);
-void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                                  const Tensor& stats, const Tensor& dense,
-                                  const std::optional<Tensor>& slope,
-                                  const std::optional<Tensor>& tail_stats,
-                                  const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                                  double temperature);
+void gather_logp_backward_out(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                              const Tensor& stats, const Tensor& dense,
+                              const std::optional<Tensor>& slope,
+                              const std::optional<Tensor>& tail_stats,
+                              const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
+                              double temperature, const Tensor& out);
 std::tuple<Tensor, Tensor> full_kl(const Tensor& student_logits, const Tensor& teacher_logits,
                                    int64_t valid_vocab, double temperature, int64_t divergence,
                                    double beta);
-void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
-                              const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                              double temperature, int64_t divergence, double beta);
+void full_kl_backward_out(const Tensor& student_logits, const Tensor& teacher_logits,
+                          const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                          double temperature, int64_t divergence, double beta, const Tensor& out);

@@ -156,7 +156,11 @@ def _register() -> None:
         rows, dtype = student.shape[0], row_dtype(student)
         return student.new_empty(rows, dtype=dtype), student.new_empty(rows, 5, dtype=dtype)
 
-    for name in ("gather_logp_backward_", "gather_linear_backward_head_", "full_kl_backward_"):
+    for name in (
+        "gather_logp_backward_out",
+        "gather_linear_backward_head_",
+        "full_kl_backward_out",
+    ):
         _fake(f"opd_ops::{name}")(lambda *args: None)
 
 

@@ -99,11 +99,9 @@ class _Product:
         hidden = self.hidden[piece].to(self.dtype)
         return _multiply(hidden, self.head.t(), self.buffers[0][: hidden.shape[0]])
 
-    def rounded(self, gradient: Tensor) -> Tensor:
-        """The gradient of the logits of a chunk in the type of the operands."""
-        if gradient.dtype == self.dtype:
-            return gradient
-        return self.buffers[1][: gradient.shape[0]].copy_(gradient)
+    def gradient(self, logits: Tensor) -> Tensor:
+        """Where that of the logits of a chunk goes: over them, or rounded beside them."""
+        return self.buffers[-1][: logits.shape[0]]
 
 
 def _chunks(num_rows: int, workspace_mib: float, *products: _Product | None) -> list[slice]:
@@ -136,7 +134,6 @@ class _Gradients:
     def add(self, piece: slice, gradient: Tensor) -> None:
         """A chunk, from d loss / d logits."""
         product = self.product
-        gradient = product.rounded(gradient)
         if self.hidden is not None:
             _multiply(gradient, product.head, self.hidden[piece])
         if self.head is not None:
@@ -232,10 +229,12 @@ def row_loss(
             done.append((losses.detach(), rows.logp.detach(), logged))
             if any(needed):
                 outer = Rows(grads[0], None, None, grads[1], None, None)
-                gradient = logp_gradient(ids[piece], rows, outer)
-                assert gradient is not None
-                torch.ops.opd_ops.gather_logp_backward_(logits, ids[piece], *gradient, *settings)
-                gradients.add(piece, logits)
+                arguments, out = logp_gradient(ids[piece], rows, outer), product.gradient(logits)
+                assert arguments is not None
+                torch.ops.opd_ops.gather_logp_backward_out(
+                    logits, ids[piece], *arguments, *settings, out
+                )
+                gradients.add(piece, out)
         loss = torch.cat([chunk[0] for chunk in done]).sum()  # the same for any number of chunks
         logp = torch.cat([chunk[1] for chunk in done])
         logged = {name: torch.cat([chunk[2][name] for chunk in done]) for name in done[0][2]}
@@ -357,8 +356,9 @@ def _register() -> None:
         for piece in pieces:
             logits = product.logits(piece)
             parts = (None if argument is None else argument[piece] for argument in arguments)
-            torch.ops.opd_ops.gather_logp_backward_(logits, *parts, valid, temperature)
-            gradients.add(piece, logits)
+            out = product.gradient(logits)
+            torch.ops.opd_ops.gather_logp_backward_out(logits, *parts, valid, temperature, out)
+            gradients.add(piece, out)
         grad_hidden, grad_head = _or_empty(gradients.result(), hidden)
         return grad_hidden, grad_head
 
@@ -440,11 +440,11 @@ def _register() -> None:
         pieces = _chunks(hidden.shape[0], workspace_mib, student, teacher)
         weight = hidden.new_ones(hidden.shape[0]) if token_weight is None else token_weight
         weight = weight.to(row_dtype(hidden))
-        values, gradients = [], None
+        values, gradients, grad_logits = [], None, None
         if student is not None and head is not None:
             gradients = _Gradients(student, head, len(pieces), needed)
-        elif need_hidden:  # the hidden states are logits: their gradient is the kernel's
-            hidden = hidden.clone(memory_format=torch.contiguous_format)
+        elif need_hidden:  # the hidden states are logits
+            grad_logits = hidden.new_empty(hidden.shape)
         for piece in pieces:
             near = hidden[piece] if student is None else student.logits(piece)
             far = teacher_hidden[piece] if teacher is None else teacher.logits(piece)
@@ -454,13 +454,20 @@ def _register() -> None:
             value, stats = torch.ops.opd_ops.full_kl(near, far, *settings)
             values.append(value)
             if any(needed):
-                torch.ops.opd_ops.full_kl_backward_(near, far, stats, weight[piece], *settings)
+                if student is not None:
+                    out = student.gradient(near)
+                else:
+                    assert grad_logits is not None
+                    out = grad_logits[piece]
+                torch.ops.opd_ops.full_kl_backward_out(
+                    near, far, stats, weight[piece], *settings, out
+                )
                 if gradients is not None:
-                    gradients.add(piece, near)
+                    gradients.add(piece, out)
         result = torch.cat(values)
         loss = (weight * result.masked_fill(weight == 0, 0.0)).sum()
-        found = gradients.result() if gradients is not None else (hidden, None)
-        grad_hidden, grad_head = _or_empty(found if any(needed) else (None, None), hidden)
+        found = gradients.result() if gradients is not None else (grad_logits, None)
+        grad_hidden, grad_head = _or_empty(found, hidden)
         return loss, result, grad_hidden, grad_head
 
     @linear_full_kl.register_fake

@@ -232,6 +232,7 @@ void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const 
         ScatterRow<A> args;
         args.row = rows[n];
         args.out = target + n * target_stride;
+        args.out_dtype = dtype_of("out", out);
         args.size = out.size(1);
         args.stats = {ps[2 * n], ps[2 * n + 1], 0.0};
         args.dense = pa[n];
@@ -278,7 +279,8 @@ void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Te
                                  static_cast<Divergence>(divergence),
                                  beta,
                                  1.0 / temperature};
-        table.divergence_grad(args, r[4], pg[n], target + n * stride, out.size(1));
+        table.divergence_grad(args, r[4], pg[n], target + n * stride, dtype_of("out", out),
+                              out.size(1));
       }
     });
   });

@@ -122,6 +122,7 @@ void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const 
   GatherBackward args{};
   args.logits = rows("logits", z, valid_vocab);
   args.out = out.data_ptr();
+  args.out_dtype = dtype_of("out", out);
   args.out_stride = out.stride(0);
   args.size = z.size(1);
   args.ids = data<int64_t>(members);
@@ -201,6 +202,7 @@ void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Te
   args.student = rows("student_logits", student, valid_vocab);
   args.teacher = rows("teacher_logits", teacher, valid_vocab);
   args.out = out.data_ptr();
+  args.out_dtype = dtype_of("out", out);
   args.out_stride = out.stride(0);
   args.size = student.size(1);
   args.divergence = static_cast<int>(divergence);

@@ -101,7 +101,7 @@ def test_in_place_leaves_the_neighbours_alone(dtype):
     ones = torch.ones(3, 5)
     arguments = (ids, ones, stats, -ones.sum(1), None, None, None, 1390, 1.0)
     apart = OPS.gather_logp_backward(rows, *arguments)
-    OPS.gather_logp_backward_(rows, *arguments)
+    OPS.gather_logp_backward_out(rows, *arguments, rows)
     assert torch.equal(apart, rows) and (rows[:, 1390:] == 0).all() and (rows[:, :1390] != 0).any()
     assert (wide[:, :3] == 7).all() and (wide[:, 1404:] == 7).all()
 
@@ -146,7 +146,7 @@ def everything():
     for kind in range(3):
         value, rows = OPS.full_kl(z, teacher, 2700, 0.7, kind, 0.3)
         gradient = z.clone()
-        OPS.full_kl_backward_(gradient, teacher, rows, one, 2700, 0.7, kind, 0.3)
+        OPS.full_kl_backward_out(z, teacher, rows, one, 2700, 0.7, kind, 0.3, gradient)
         results += [value, rows, gradient]
     hidden, head = torch.randn(3, 77, generator=torch.Generator().manual_seed(1)), teacher[:, :77]
     buffer, few = torch.zeros(3, 77), ids % 3

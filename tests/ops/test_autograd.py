@@ -98,9 +98,13 @@ def opcheck_cases():
         "gather_linear_backward_hidden": (*frozen, ids, grad),
         "gather_linear_backward_head_": (torch.zeros(11, 4), hidden.detach(), ids, grad),
         "gather_logp_backward": (z.detach(), ids, grad, stats, dense, one, None, None, 9, 0.7),
-        "gather_logp_backward_": (z.detach(), ids, grad, stats, dense, None, stats, one, 9, 0.7),
+        "gather_logp_backward_out": (
+            *(z.detach(), ids, grad, stats, dense, None, stats, one, 9, 0.7, torch.zeros(3, 11)),
+        ),
         "full_kl": (z.detach(), other, 9, 0.7, 2, 0.3),
-        "full_kl_backward_": (z.detach(), other, five, one, 9, 0.7, 1, 0.3),
+        "full_kl_backward_out": (
+            *(z.detach(), other, five, one, 9, 0.7, 1, 0.3, torch.zeros(3, 11)),
+        ),
         "linear_gather_logp": (hidden, head, ids, 9, 0.7, False, True, f32, 1.0),
         "linear_topk_logp": (*frozen, 3, None, 9, 0.7, f32, 1.0),
         "linear_gather_logp_backward": (
@@ -248,5 +252,6 @@ def test_infinite_divergence_does_not_spread():
     values = opd_ops.full_kl(student, None, teacher, None).values
     assert values[0] == INF and values[1].isfinite()
     found = opd_ops.full_kl(student, None, teacher, None, token_weight=torch.tensor([0.0, 1.0]))
+    assert found.loss == values[1]
     (grad,) = torch.autograd.grad(found.loss, student)
     assert grad.isfinite().all() and (grad[0] == 0).all() and (grad[1] != 0).any()

@@ -119,11 +119,17 @@ def test_compiled_ops_check_for_themselves():
         "grad: expected shape [3, 1]": lambda: ops.gather_logp_backward(
             *(Z, ids, one, stats, one, None, None, None, 8, 1.0)
         ),
-        "rows that do not overlap": lambda: ops.gather_logp_backward_(
-            *(Z[:1].expand(3, 8), ids, one[:, None], stats, one, None, None, None, 8, 1.0)
+        "rows that do not overlap": lambda: ops.gather_logp_backward_out(
+            *(Z, ids, one[:, None], stats, one, None, None, None, 8, 1.0, Z[:1].expand(3, 8))
         ),
-        "rows without gaps": lambda: ops.full_kl_backward_(
-            *(torch.zeros(8, 3).t(), Z, torch.zeros(3, 5), one, 8, 1.0, 0, 0.5)
+        "out: expected shape [3, 8]": lambda: ops.gather_logp_backward_out(
+            *(Z, ids, one[:, None], stats, one, None, None, None, 8, 1.0, Z[:, :7])
+        ),
+        "out: expected the type": lambda: ops.gather_logp_backward_out(
+            *(Z.half(), ids, one[:, None], stats, one, None, None, None, 8, 1.0, Z.clone())
+        ),
+        "rows without gaps": lambda: ops.full_kl_backward_out(
+            *(Z, Z, torch.zeros(3, 5), one, 8, 1.0, 0, 0.5, torch.zeros(8, 3).t())
         ),
         "teacher_logits: expected [3, at least 8]": lambda: ops.full_kl(
             Z, Z[:, :7], 8, 1.0, 0, 0.5

@@ -242,6 +242,19 @@ def test_float32_products(name, workspace_mib, as_on_cuda, products):
         assert set(heads[:chunks]) == {torch.float32}
 
 
+def test_autocast_does_not_lower_a_teacher_in_float32():
+    """What a frozen model says in float32 stays so when the student's autocast is on."""
+    hidden, head = operands()
+    teacher_hidden, teacher_head = (each.detach() for each in operands(seed=1))
+    teacher_logits = teacher_hidden @ teacher_head.T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = opd_ops.full_kl(hidden, head, teacher_hidden, teacher_head).values
+        exact = opd_ops.full_kl(hidden, head, teacher_logits, None).values
+        rounded = opd_ops.full_kl(hidden, head, teacher_hidden @ teacher_head.T, None).values
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    assert (rounded - exact).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 autocast", "as on CUDA"])
 def test_error_of_the_log_ratio_at_a_real_vocabulary(kind, request):
     """Trap 37. A teacher close to the student (KL about 0.01), 151,936 tokens, against float64.
