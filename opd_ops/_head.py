@@ -59,27 +59,34 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     elif out.dtype == torch.float32 and _has_float32_products(a.device):
         _multiply_to_float32(a, b, out, add)
     else:
-        step = max(1, _BLOCK // max(1, out.shape[1] * a.element_size()))
-        for start in range(0, out.shape[0], step):
-            block = torch.mm(a[start : start + step], b)
+        for block in _blocks(out.shape[0], out.shape[1] * a.element_size()):
+            part = torch.mm(a[block], b)
             if add:
-                out[start : start + step] += block
+                out[block] += part
             else:
-                out[start : start + step] = block
+                out[block] = part
     return out
+
+
+def _blocks(num_rows: int, bytes_per_row: int) -> list[slice]:
+    step = max(1, _BLOCK // max(1, bytes_per_row))
+    return [slice(at, min(at + step, num_rows)) for at in range(0, num_rows, step)]
 
 
 class _Product:
     """`hidden @ head[:valid].T`, some rows at a time, in one buffer that is used again.
 
-    Where torch can, 16-bit operands give float32 logits; their gradient is rounded, once.
+    Where torch can, 16-bit operands give float32 logits; their gradient is rounded, once. On a CPU
+    a head of another type is cast block by block: fresh memory for all of it costs more than a
+    second cast.
     """
 
     def __init__(
         self, hidden: Tensor, head: Tensor, valid: int, dtype: torch.dtype, gradient: bool = False
     ) -> None:
         self.hidden, self.dtype = hidden, dtype
-        self.head = head[:valid].to(dtype)
+        self.head = head[:valid] if hidden.device.type == "cpu" else head[:valid].to(dtype)
+        self.blocks = _blocks(valid, head.shape[1] * dtype.itemsize)
         wide = dtype.itemsize == 2 and _has_float32_products(hidden.device)
         self.types = [torch.float32 if wide else dtype]
         if wide and gradient:
@@ -97,7 +104,22 @@ class _Product:
     def logits(self, piece: slice) -> Tensor:
         """Those of a chunk; they are overwritten by the next one's."""
         hidden = self.hidden[piece].to(self.dtype)
-        return _multiply(hidden, self.head.t(), self.buffers[0][: hidden.shape[0]])
+        out = self.buffers[0][: hidden.shape[0]]
+        if self.head.dtype == self.dtype:
+            return _multiply(hidden, self.head.t(), out)
+        for block in self.blocks:
+            _multiply(hidden, self.head[block].to(self.dtype).t(), out[:, block])
+        return out
+
+    def to_hidden(self, gradient: Tensor, out: Tensor) -> None:
+        """The gradient of the hidden states from that of the logits."""
+        if self.head.dtype == self.dtype:
+            _multiply(gradient, self.head, out)
+            return
+        total = out.new_zeros(out.shape, dtype=row_dtype(out))
+        for block in self.blocks:
+            _multiply(gradient[:, block], self.head[block].to(self.dtype), total, add=True)
+        out.copy_(total)
 
     def gradient(self, logits: Tensor) -> Tensor:
         """Where that of the logits of a chunk goes: over them, or rounded beside them."""
@@ -135,7 +157,7 @@ class _Gradients:
         """A chunk, from d loss / d logits."""
         product = self.product
         if self.hidden is not None:
-            _multiply(gradient, product.head, self.hidden[piece])
+            product.to_hidden(gradient, self.hidden[piece])
         if self.head is not None:
             hidden = product.hidden[piece].to(product.dtype)
             out = self.head[: len(product.head)]

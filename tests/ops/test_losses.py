@@ -207,6 +207,28 @@ def test_rows_of_the_workspace_begin_at_aligned_addresses(products):
     assert torch.equal(logits, hidden[:5] @ head[:VALID].T)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("workspace_mib", CHUNKS)
+def test_a_head_of_another_type_is_cast_in_blocks(name, workspace_mib, products, monkeypatch):
+    """Under autocast: the same values, gradients in float32, and never a second head in memory."""
+    results = []
+    for block in (2**24, 40 * D * 2):
+        monkeypatch.setattr(_head, "_BLOCK", block)
+        products.clear()
+        hidden, head = operands()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = losses(hidden, head, workspace_mib)[name]()
+        found.loss.backward()
+        assert hidden.grad.dtype == head.grad.dtype == torch.float32
+        results.append((found.loss.detach(), found[1], hidden.grad, head.grad))
+    heads = [b for a, b, _, _ in products if b[0] == D or (b[1] == D and b[0] != N)]
+    assert heads and all(max(shape) <= 40 for shape in heads if D in shape)
+    (loss, values, *_), (same, also, *_) = results
+    torch.testing.assert_close((loss, values), (same, also), rtol=1e-6, atol=1e-6)
+    for got, expected in zip(results[1][2:], results[0][2:]):
+        assert (got - expected).norm() / expected.norm() < 2.0**-7
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Products of 16-bit operands with float32 results, which torch has on CUDA only."""
