@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import opd_ops
@@ -234,11 +235,14 @@ Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score`
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
     """`read(hidden, head)` at the N positions that predict trained tokens.
 
-    It returns a tensor [N, ...], or several; they come back as [B, T, ...], zero elsewhere.
+    What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
+    a sum [] stays as it is.
     """
     attention_mask, mask = rollout.attention_mask.to(model.device), rollout.trained_mask
 
     def scattered(values: Tensor) -> Tensor:
+        if values.dim() == 0:
+            return values
         values = values.to(mask.device)
         return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
 
@@ -250,15 +254,45 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     )
-    return scattered(found) if torch.is_tensor(found) else tuple(map(scattered, found))
+    return tree_map(scattered, found)
 
 
 def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
     """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
     ids, law = rollout.completion_ids[rollout.trained_mask].to(model.device), loss_law(model, args)
     return read_tokens(
-        model, rollout, lambda hidden, head: opd_ops.linear_token_logp(hidden, head, ids, **law)[0]
+        model, rollout, lambda hidden, head: opd_ops.token_logp(hidden, head, ids, **law).logp
     )
+
+
+def loss_of_tokens(
+    student: CausalLM,
+    rollout: Rollout,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    values: Sequence[Tensor],
+    args: Args,
+    ids: Tensor | None = None,
+    together: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over trained tokens of `loss_of(student_logp, *values)`, and what it logs, [B, T].
+
+    `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. Where a token's loss depends on
+    its own log-probs alone, `loss_of` gets N tokens in pieces, and the head is multiplied three
+    times; with `together` it gets all, [B, T], for a fourth product.
+    """
+    mask, law = rollout.trained_mask, loss_law(student, args)
+    if together:
+        student_logp = token_logp(student, rollout, args)
+        loss, logged = loss_of(student_logp, *(value * mask for value in values))
+        return torch.where(mask, loss, 0.0).sum(), logged
+    ids = (rollout.completion_ids if ids is None else ids)[mask].to(student.device)
+    pieces = [value[mask].to(student.device) for value in values]  # [N] each
+    found = read_tokens(
+        student,
+        rollout,
+        lambda hidden, head: opd_ops.gated_kl(hidden, head, ids, loss_of, pieces, **law),
+    )
+    return found.loss, found.logged
 
 
 def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
@@ -307,7 +341,7 @@ def draw(
     place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
     rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
     token = (place if order is None else order.gather(1, place))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, token, **law)[0]
+    return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
@@ -468,19 +502,26 @@ def token_loss(
     student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
-    student_logp = token_logp(student, rollout, args)
-    log_ratio = student_logp.detach() - scores["teacher_logp"]  # Eq. (1)
-    teacher_shift = scores["teacher_logp"] - scores["reference_logp"]  # Eq. (5)
-    advantage = -log_ratio + (args.reward_scale - 1.0) * teacher_shift  # Eq. (2)
-    policy_log_ratio = (student_logp.detach() - rollout.behaviour_logp) * rollout.trained_mask
-    weight = importance_weight(policy_log_ratio, args)
-    loss_sum = -(weight * advantage * student_logp).sum()  # Eq. (4)
-    logged = {"log_ratio": log_ratio, "advantage": advantage, "policy_log_ratio": policy_log_ratio}
-    logged["teacher_shift"] = teacher_shift
+
+    def loss_of(
+        student_logp: Tensor, teacher_logp: Tensor, behaviour_logp: Tensor, reference_logp: Tensor
+    ) -> Any:
+        log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)
+        teacher_shift = teacher_logp - reference_logp  # Eq. (5)
+        advantage = -log_ratio + (args.reward_scale - 1.0) * teacher_shift  # Eq. (2)
+        policy_log_ratio = student_logp.detach() - behaviour_logp
+        weight = importance_weight(policy_log_ratio, args)
+        logged = {"log_ratio": log_ratio, "advantage": advantage}
+        logged["policy_log_ratio"] = policy_log_ratio
+        logged["teacher_shift"] = teacher_shift
+        return -weight * advantage * student_logp, logged  # Eq. (4)
+
+    values = [scores["teacher_logp"], rollout.behaviour_logp, scores["reference_logp"]]
+    loss_sum, logged = loss_of_tokens(student, rollout, loss_of, values, args)
     for name in filter(None, (name for name, _ in map(split_name, args.teacher))):
         mine = [[float(each.domain == name)] for each in rollout.prompts]  # [B, 1]
-        logged[f"share_{name}"] = torch.tensor(mine).to(log_ratio).expand_as(log_ratio)
-        logged[f"log_ratio_{name}"] = log_ratio * logged[f"share_{name}"]  # adds up to the whole
+        share = torch.tensor(mine).to(logged["log_ratio"]).expand_as(logged["log_ratio"])
+        logged |= {f"share_{name}": share, f"log_ratio_{name}": logged["log_ratio"] * share}
     return loss_sum, logged
 
 

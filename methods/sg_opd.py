@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import opd_ops
@@ -240,11 +241,14 @@ Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score`
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
     """`read(hidden, head)` at the N positions that predict trained tokens.
 
-    It returns a tensor [N, ...], or several; they come back as [B, T, ...], zero elsewhere.
+    What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
+    a sum [] stays as it is.
     """
     attention_mask, mask = rollout.attention_mask.to(model.device), rollout.trained_mask
 
     def scattered(values: Tensor) -> Tensor:
+        if values.dim() == 0:
+            return values
         values = values.to(mask.device)
         return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
 
@@ -256,15 +260,45 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     )
-    return scattered(found) if torch.is_tensor(found) else tuple(map(scattered, found))
+    return tree_map(scattered, found)
 
 
 def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
     """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
     ids, law = rollout.completion_ids[rollout.trained_mask].to(model.device), loss_law(model, args)
     return read_tokens(
-        model, rollout, lambda hidden, head: opd_ops.linear_token_logp(hidden, head, ids, **law)[0]
+        model, rollout, lambda hidden, head: opd_ops.token_logp(hidden, head, ids, **law).logp
     )
+
+
+def loss_of_tokens(
+    student: CausalLM,
+    rollout: Rollout,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    values: Sequence[Tensor],
+    args: Args,
+    ids: Tensor | None = None,
+    together: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over trained tokens of `loss_of(student_logp, *values)`, and what it logs, [B, T].
+
+    `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. Where a token's loss depends on
+    its own log-probs alone, `loss_of` gets N tokens in pieces, and the head is multiplied three
+    times; with `together` it gets all, [B, T], for a fourth product.
+    """
+    mask, law = rollout.trained_mask, loss_law(student, args)
+    if together:
+        student_logp = token_logp(student, rollout, args)
+        loss, logged = loss_of(student_logp, *(value * mask for value in values))
+        return torch.where(mask, loss, 0.0).sum(), logged
+    ids = (rollout.completion_ids if ids is None else ids)[mask].to(student.device)
+    pieces = [value[mask].to(student.device) for value in values]  # [N] each
+    found = read_tokens(
+        student,
+        rollout,
+        lambda hidden, head: opd_ops.gated_kl(hidden, head, ids, loss_of, pieces, **law),
+    )
+    return found.loss, found.logged
 
 
 def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
@@ -313,7 +347,7 @@ def draw(
     place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
     rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
     token = (place if order is None else order.gather(1, place))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, token, **law)[0]
+    return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
@@ -497,42 +531,57 @@ def token_loss(
     student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
-    student_logp = token_logp(student, rollout, args)
-    log_ratio = student_logp.detach() - scores["teacher_logp"]  # Eq. (1)
-    from_teacher = rollout.source[:, None] == 1  # [B, 1]
-    agree = rollout.verdict[:, None] * -log_ratio > 0  # [B, T]
-    gate = sign_gate(agree, rollout, args)
-    advantage = gate * -log_ratio  # Eq. (2)
-    if args.gate_target == "reference":
-        teacher_shift = scores["teacher_logp"] - scores["reference_logp"]
-        advantage = -log_ratio + (gate - 1.0) * teacher_shift  # Eq. (6)
-    if args.teacher_rollout_loss == "nll":
-        # DEVIATION: the paper's loss on teacher rollouts is not known to us.
-        advantage = torch.where(from_teacher, 1.0, advantage)  # Eq. (7)
-    own = rollout.trained_mask & ~from_teacher  # no weight undoes that the teacher sampled
-    policy_log_ratio = (student_logp.detach() - rollout.behaviour_logp) * own
-    weight = importance_weight(policy_log_ratio, args)
-    loss_sum = -(weight * advantage * student_logp).sum()  # Eq. (4)
-    logged = {"log_ratio": log_ratio, "advantage": advantage, "policy_log_ratio": policy_log_ratio}
-    logged["gate"] = gate
-    for name, sign in (("correct", 1.0), ("incorrect", -1.0)):
-        logged[name] = ((rollout.verdict[:, None] == sign) & own).float()
-        logged[f"agree_{name}"] = agree * logged[name]
-    return loss_sum, logged
+    own = rollout.trained_mask & (rollout.source[:, None] == 0)  # [B, T] sampled by the student
+    shuffled = args.gate_control == "random"
+
+    def loss_of(
+        student_logp: Tensor,
+        teacher_logp: Tensor,
+        behaviour_logp: Tensor,
+        reference_logp: Tensor,
+        verdict: Tensor,
+        own: Tensor,
+    ) -> Any:
+        log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)
+        agree = verdict * -log_ratio > 0
+        fires = shuffle(agree, rollout) if shuffled else agree
+        gate = sign_gate(fires, verdict, args)
+        advantage = gate * -log_ratio  # Eq. (2)
+        if args.gate_target == "reference":
+            advantage = -log_ratio + (gate - 1.0) * (teacher_logp - reference_logp)  # Eq. (6)
+        if args.teacher_rollout_loss == "nll":
+            # DEVIATION: the paper's loss on teacher rollouts is not known to us.
+            advantage = torch.where(own, advantage, 1.0)  # Eq. (7)
+        policy_log_ratio = (student_logp.detach() - behaviour_logp) * own  # not the teacher's
+        weight = importance_weight(policy_log_ratio, args)
+        logged = {"log_ratio": log_ratio, "advantage": advantage}
+        logged["policy_log_ratio"], logged["gate"] = policy_log_ratio, gate
+        for name, sign in (("correct", 1.0), ("incorrect", -1.0)):
+            logged[name] = ((verdict == sign) & own).float()
+            logged[f"agree_{name}"] = agree * logged[name]
+        return -weight * advantage * student_logp, logged  # Eq. (4)
+
+    values = [scores["teacher_logp"], rollout.behaviour_logp]
+    values += [scores.get("reference_logp", scores["teacher_logp"])]
+    values += [rollout.verdict[:, None].expand_as(own), own]
+    return loss_of_tokens(student, rollout, loss_of, values, args, together=shuffled)
 
 
-def sign_gate(agree: Tensor, rollout: Rollout, args: Args) -> Tensor:
-    """[B, T] from `agree` [B, T]: teacher and verifier would move the token the same way."""
+def sign_gate(agree: Tensor, verdict: Tensor, args: Args) -> Tensor:
+    """The gate where teacher and verifier would move a token the same way (`agree`) or not."""
     if args.gate_control == "inverse":
         agree = ~agree
-    elif args.gate_control == "random":  # the tokens of each rollout swap gates: the same rate
-        untrained = ~rollout.trained_mask
-        places = untrained.int().argsort(dim=1, stable=True)
-        drawn = rollout.extra["coin"].masked_fill(untrained, 2.0).argsort(dim=1, stable=True)
-        agree = agree.scatter(1, places, agree.gather(1, drawn))
     # DEVIATION: the form is our reading; disagreement shrinks nothing at the reported I = 1.
     gate = torch.where(agree, args.gate_extrapolation, args.gate_interpolation)
-    return torch.where(rollout.verdict[:, None] == 0, 1.0, gate)  # Eq. (5)
+    return torch.where(verdict == 0, 1.0, gate)  # Eq. (5)
+
+
+def shuffle(agree: Tensor, rollout: Rollout) -> Tensor:
+    """[B, T]: the trained tokens of each rollout swap their places at random: the same rate."""
+    untrained = ~rollout.trained_mask
+    places = untrained.int().argsort(dim=1, stable=True)
+    drawn = rollout.extra["coin"].masked_fill(untrained, 2.0).argsort(dim=1, stable=True)
+    return agree.scatter(1, places, agree.gather(1, drawn))
 
 
 def group_sign(verdict: Tensor, size: int) -> Tensor:

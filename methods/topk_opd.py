@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import opd_ops
@@ -235,11 +236,14 @@ Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score`
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
     """`read(hidden, head)` at the N positions that predict trained tokens.
 
-    It returns a tensor [N, ...], or several; they come back as [B, T, ...], zero elsewhere.
+    What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
+    a sum [] stays as it is.
     """
     attention_mask, mask = rollout.attention_mask.to(model.device), rollout.trained_mask
 
     def scattered(values: Tensor) -> Tensor:
+        if values.dim() == 0:
+            return values
         values = values.to(mask.device)
         return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
 
@@ -251,15 +255,45 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     )
-    return scattered(found) if torch.is_tensor(found) else tuple(map(scattered, found))
+    return tree_map(scattered, found)
 
 
 def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
     """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
     ids, law = rollout.completion_ids[rollout.trained_mask].to(model.device), loss_law(model, args)
     return read_tokens(
-        model, rollout, lambda hidden, head: opd_ops.linear_token_logp(hidden, head, ids, **law)[0]
+        model, rollout, lambda hidden, head: opd_ops.token_logp(hidden, head, ids, **law).logp
     )
+
+
+def loss_of_tokens(
+    student: CausalLM,
+    rollout: Rollout,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    values: Sequence[Tensor],
+    args: Args,
+    ids: Tensor | None = None,
+    together: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over trained tokens of `loss_of(student_logp, *values)`, and what it logs, [B, T].
+
+    `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. Where a token's loss depends on
+    its own log-probs alone, `loss_of` gets N tokens in pieces, and the head is multiplied three
+    times; with `together` it gets all, [B, T], for a fourth product.
+    """
+    mask, law = rollout.trained_mask, loss_law(student, args)
+    if together:
+        student_logp = token_logp(student, rollout, args)
+        loss, logged = loss_of(student_logp, *(value * mask for value in values))
+        return torch.where(mask, loss, 0.0).sum(), logged
+    ids = (rollout.completion_ids if ids is None else ids)[mask].to(student.device)
+    pieces = [value[mask].to(student.device) for value in values]  # [N] each
+    found = read_tokens(
+        student,
+        rollout,
+        lambda hidden, head: opd_ops.gated_kl(hidden, head, ids, loss_of, pieces, **law),
+    )
+    return found.loss, found.logged
 
 
 def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
@@ -308,7 +342,7 @@ def draw(
     place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
     rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
     token = (place if order is None else order.gather(1, place))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, token, **law)[0]
+    return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
@@ -486,10 +520,11 @@ def score(models: Models, rollout: Rollout, args: Args) -> dict[str, Any]:
     teacher, trained, size = models["teacher"], rollout.trained_mask, args.support_size
     view, own_ids = teacher_view(rollout, args), rollout.completion_ids[..., None]
     law = loss_law(teacher, args)
-    topk = partial(opd_ops.linear_topk_logp, k=size, **law)
+    topk = partial(opd_ops.topk_logp, k=size, **law)
     with_token = args.support == "teacher+sampled"
     if args.support == "student":  # with the weights before the updates on this batch
-        student_ids = read_tokens(models["student"], rollout, lambda *both: topk(*both)[0])[trained]
+        of_student = read_tokens(models["student"], rollout, lambda *both: topk(*both).ids)
+        student_ids = of_student[trained]
 
     def read(hidden: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Support ids [N, K]; teacher_logp of them and of the token [N, K + 1]; the tail [N]."""
@@ -497,10 +532,10 @@ def score(models: Models, rollout: Rollout, args: Args) -> dict[str, Any]:
         if args.support == "student":
             ids = student_ids.to(hidden.device)
             every = torch.cat([ids, token_ids[:, None]], 1)
-            logp = opd_ops.linear_gather_logp(hidden, head, every, **law)[0]
+            logp = opd_ops.gather_logp(hidden, head, every, **law).logp
         else:
-            ids, logp, _, _, token_logp, _ = topk(hidden, head, token_ids=token_ids)
-            logp = torch.cat([logp, token_logp[:, None]], 1)
+            top = topk(hidden, head, token_ids=token_ids)
+            ids, logp = top.ids, torch.cat([top.logp, top.token_logp[:, None]], 1)
         tail_logp = torch.zeros_like(logp[:, 0])
         if args.tail == "bucket":
             inside = torch.cat([ids, own_ids[trained].to(ids)], 1)[:, : size + with_token]
@@ -532,39 +567,31 @@ def token_loss(
         law |= loss_law(student, args)
         if args.tail == "bucket":
             law |= {"tail": "bucket", "teacher_tail_logp": tail_logp}  # Eq. (4)
-        divergence = read_tokens(
+        law |= {"renormalise": renormalised(args), "support_mask": mask}  # then K rows of the head
+        found = read_tokens(
             student,
             rollout,
-            lambda hidden, head: opd_ops.linear_support_kl(
-                hidden,
-                head,
-                ids,
-                support_logp,
-                renormalise=renormalised(args),  # then from K rows of the head
-                support_mask=mask,
-                **law,
-            )[0],
+            lambda hidden, head: opd_ops.support_kl(hidden, head, ids, support_logp, **law),
         )
-        logged = {"divergence": divergence.detach(), "teacher_mass": teacher_mass}
-        return divergence.sum(), logged  # Eq. (2)
-    law = loss_law(student, args)
-    logp = read_tokens(
-        student,
-        rollout,
-        lambda hidden, head: opd_ops.linear_gather_logp(hidden, head, ids, **law)[0],
-    )
-    student_logp, outside = logp[..., -1], scores["outside"]
-    terms = logp.exp() * (logp - scores["support_logp"])  # [B, T, K + 1], exact on the support
-    log_ratio = student_logp.detach() - scores["support_logp"][..., -1]  # Eq. (1)
-    policy_log_ratio = (student_logp.detach() - rollout.behaviour_logp) * rollout.trained_mask
-    weight = importance_weight(policy_log_ratio, args)
-    # The +1 is what the terms of the support have in their gradient: without it, the tail would
-    # leave the gradient of the student's mass on the support, which pushes mass out of it.
-    tail = outside * weight * (log_ratio + 1.0) * student_logp
-    loss_sum = (terms[..., :-1].sum(-1) + tail).sum()  # Eq. (5)
-    divergence = terms.detach()[..., :-1].sum(-1) + outside * weight * log_ratio  # its value
-    logged = {"log_ratio": log_ratio, "policy_log_ratio": policy_log_ratio}
-    return loss_sum, logged | {"divergence": divergence, "teacher_mass": teacher_mass}
+        return found.loss, {"divergence": found.values, "teacher_mass": teacher_mass}  # Eq. (2)
+
+    def loss_of(logp: Tensor, support_logp: Tensor, outside: Tensor, behaviour_logp: Tensor) -> Any:
+        student_logp = logp[:, -1]
+        terms = (logp.exp() * (logp - support_logp))[:, :-1].sum(-1)  # exact on the support
+        log_ratio = student_logp.detach() - support_logp[:, -1]  # Eq. (1)
+        policy_log_ratio = student_logp.detach() - behaviour_logp
+        weight = importance_weight(policy_log_ratio, args)
+        # The +1 is what the terms of the support have in their gradient: without it, the tail would
+        # leave the gradient of the student's mass on the support, which pushes mass out of it.
+        tail = outside * weight * (log_ratio + 1.0) * student_logp
+        logged = {"log_ratio": log_ratio, "policy_log_ratio": policy_log_ratio}
+        logged["divergence"] = terms.detach() + outside * weight * log_ratio  # its value
+        return terms + tail, logged  # Eq. (5)
+
+    values = [scores["support_logp"], scores["outside"], rollout.behaviour_logp]
+    ids = scores["support_ids"]
+    loss_sum, logged = loss_of_tokens(student, rollout, loss_of, values, args, ids)
+    return loss_sum, logged | {"teacher_mass": teacher_mass}
 
 
 def renormalised(args: Args) -> bool:
@@ -580,7 +607,7 @@ def outside_logp(hidden: Tensor, head: Tensor | None, ids: Tensor, law: dict[str
     nothing = torch.full(ids.shape, -math.inf, device=hidden.device)
     law = law | {"divergence": "forward", "renormalise": False, "tail": "bucket"}
     law["teacher_tail_logp"] = nothing.new_zeros(len(hidden))
-    return -opd_ops.linear_support_kl(hidden, head, ids, nothing, **law)[0]
+    return -opd_ops.support_kl(hidden, head, ids, nothing, **law).values
 
 
 def special_ids(tokenizer: Any, facts: Facts, args: Args) -> list[int]:

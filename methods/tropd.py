@@ -40,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import opd_ops
@@ -236,11 +237,14 @@ Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score`
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
     """`read(hidden, head)` at the N positions that predict trained tokens.
 
-    It returns a tensor [N, ...], or several; they come back as [B, T, ...], zero elsewhere.
+    What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
+    a sum [] stays as it is.
     """
     attention_mask, mask = rollout.attention_mask.to(model.device), rollout.trained_mask
 
     def scattered(values: Tensor) -> Tensor:
+        if values.dim() == 0:
+            return values
         values = values.to(mask.device)
         return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
 
@@ -252,15 +256,45 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     )
-    return scattered(found) if torch.is_tensor(found) else tuple(map(scattered, found))
+    return tree_map(scattered, found)
 
 
 def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
     """Log-probs of the sampled tokens: [B, T] nats, full vocabulary, loss temperature."""
     ids, law = rollout.completion_ids[rollout.trained_mask].to(model.device), loss_law(model, args)
     return read_tokens(
-        model, rollout, lambda hidden, head: opd_ops.linear_token_logp(hidden, head, ids, **law)[0]
+        model, rollout, lambda hidden, head: opd_ops.token_logp(hidden, head, ids, **law).logp
     )
+
+
+def loss_of_tokens(
+    student: CausalLM,
+    rollout: Rollout,
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    values: Sequence[Tensor],
+    args: Args,
+    ids: Tensor | None = None,
+    together: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over trained tokens of `loss_of(student_logp, *values)`, and what it logs, [B, T].
+
+    `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. Where a token's loss depends on
+    its own log-probs alone, `loss_of` gets N tokens in pieces, and the head is multiplied three
+    times; with `together` it gets all, [B, T], for a fourth product.
+    """
+    mask, law = rollout.trained_mask, loss_law(student, args)
+    if together:
+        student_logp = token_logp(student, rollout, args)
+        loss, logged = loss_of(student_logp, *(value * mask for value in values))
+        return torch.where(mask, loss, 0.0).sum(), logged
+    ids = (rollout.completion_ids if ids is None else ids)[mask].to(student.device)
+    pieces = [value[mask].to(student.device) for value in values]  # [N] each
+    found = read_tokens(
+        student,
+        rollout,
+        lambda hidden, head: opd_ops.gated_kl(hidden, head, ids, loss_of, pieces, **law),
+    )
+    return found.loss, found.logged
 
 
 def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
@@ -309,7 +343,7 @@ def draw(
     place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
     rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
     token = (place if order is None else order.gather(1, place))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, token, **law)[0]
+    return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
@@ -470,15 +504,17 @@ def score(models: Models, rollout: Rollout, args: Args) -> dict[str, Any]:
     """Everything that comes from frozen models."""
     teacher = models["teacher"]
     if args.outlier != "forward_kl" or args.acceptance == "always":  # no Eq. (4)
-        return {"teacher_logp": token_logp(teacher, rollout, args)}
+        teacher_logp = token_logp(teacher, rollout, args)
+        nothing, no_ids = (x[..., None][..., :0] for x in (teacher_logp, rollout.completion_ids))
+        return {"teacher_logp": teacher_logp, "support_logp": nothing, "support_ids": no_ids}
     token_ids, law = rollout.completion_ids[rollout.trained_mask], loss_law(teacher, args)
     law |= {"token_ids": token_ids.to(teacher.device)}
     size = min(args.outlier_support, teacher.facts.valid_vocab)
 
     def read(hidden: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """teacher_logp of the token [N] and of the support [N, K], and its ids."""
-        ids, logp, _, _, teacher_logp, _ = opd_ops.linear_topk_logp(hidden, head, size, **law)
-        return teacher_logp, logp, ids
+        top = opd_ops.topk_logp(hidden, head, size, **law)
+        return top.token_logp, top.logp, top.ids
 
     teacher_logp, logp, ids = read_tokens(teacher, rollout, read)
     if args.outlier_renormalise:
@@ -490,51 +526,56 @@ def token_loss(
     student: CausalLM, rollout: Rollout, scores: dict[str, Any], args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
-    if "support_ids" in scores:
-        ids = torch.cat([rollout.completion_ids[..., None], scores["support_ids"]], -1)
-        ids = ids[rollout.trained_mask].to(student.device)  # [N, 1 + K]
-        law = loss_law(student, args)
-        logp = read_tokens(
-            student,
-            rollout,
-            lambda hidden, head: opd_ops.linear_gather_logp(hidden, head, ids, **law)[0],
-        )
-        student_logp, target = logp[..., 0], scores["support_logp"]
-        forward_kl = (target.exp() * (target - logp[..., 1:])).sum(-1)  # Eq. (4)
-    else:
-        student_logp = token_logp(student, rollout, args)
-        forward_kl = torch.zeros_like(student_logp)
-    log_ratio = student_logp.detach() - scores["teacher_logp"]  # Eq. (1)
-    advantage = -log_ratio
-    policy_log_ratio = student_logp.detach() - rollout.behaviour_logp
-    policy_log_ratio = policy_log_ratio * rollout.response_mask  # no one sampled the prefix here
-    weight = importance_weight(policy_log_ratio, args)
-    accepted = acceptance(advantage, rollout, args)
-    outlier = 1.0 - accepted
-    inside = torch.where(accepted > 0, accepted * advantage, 0.0)  # 0 * -inf is 0 here
-    trust_loss = -(weight * inside * student_logp) * rollout.response_mask
-    if args.outlier == "forward_kl" and args.outlier_form == "differentiable":
-        # DEVIATION: the official code makes it an advantage; then all outliers are pushed down.
-        outlier_loss = outlier * forward_kl
-    else:
-        instead = {"clip": args.outlier_threshold, "mask": 0.0}.get(args.outlier)  # Eq. (6)
-        instead = -forward_kl.detach() if instead is None else instead
-        outlier_loss = -(weight * outlier * instead * student_logp)
-    outlier_loss = outlier_loss * rollout.response_mask
-    gap = torch.where(rollout.prefix_mask, scores["teacher_logp"] - student_logp, 0.0)
-    if args.guidance_form == "scalar":  # pushes down where the student likes the token less
-        gap = gap.detach() * student_logp
-    guidance_loss = args.guidance_weight * gap
-    loss_sum = (trust_loss + outlier_loss + guidance_loss).sum()  # Eq. (5)
-    logged = {"log_ratio": log_ratio, "advantage": advantage, "policy_log_ratio": policy_log_ratio}
-    logged |= {"accepted": accepted * rollout.response_mask}
-    logged |= {"outlier": outlier * rollout.response_mask}
-    parts = {"trust_loss": trust_loss, "outlier_loss": outlier_loss, "guidance_loss": guidance_loss}
-    return loss_sum, logged | {name: part.detach() for name, part in parts.items()}
+    ids = torch.cat([rollout.completion_ids[..., None], scores["support_ids"]], -1)  # [B, T, 1+K]
+
+    def loss_of(
+        logp: Tensor,
+        teacher_logp: Tensor,
+        target: Tensor,
+        behaviour_logp: Tensor,
+        coin: Tensor,
+        response_mask: Tensor,
+        prefix_mask: Tensor,
+    ) -> Any:
+        student_logp = logp[:, 0]  # [n]; the others are of the support
+        log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)
+        advantage = -log_ratio
+        # No one sampled the prefix here.
+        policy_log_ratio = (student_logp.detach() - behaviour_logp) * response_mask
+        weight = importance_weight(policy_log_ratio, args)
+        accepted = acceptance(advantage, coin, args)
+        outlier = 1.0 - accepted
+        inside = torch.where(accepted > 0, accepted * advantage, 0.0)  # 0 * -inf is 0 here
+        trust_loss = -(weight * inside * student_logp) * response_mask
+        forward_kl = (
+            (target.exp() * (target - logp[:, 1:])).sum(-1) if ids.shape[-1] > 1 else 0.0
+        )  # Eq. (4)
+        if args.outlier == "forward_kl" and args.outlier_form == "differentiable":
+            # DEVIATION: the official code makes it an advantage; then all outliers are pushed down.
+            outlier_loss = outlier * forward_kl
+        else:
+            instead = {"clip": args.outlier_threshold, "mask": 0.0}.get(args.outlier)  # Eq. (6)
+            instead = -forward_kl.detach() if instead is None else instead
+            outlier_loss = -(weight * outlier * instead * student_logp)
+        outlier_loss = outlier_loss * response_mask
+        gap = torch.where(prefix_mask, teacher_logp - student_logp, 0.0)
+        if args.guidance_form == "scalar":  # pushes down where the student likes the token less
+            gap = gap.detach() * student_logp
+        guidance_loss = args.guidance_weight * gap
+        logged = {"log_ratio": log_ratio, "advantage": advantage}
+        logged |= {"policy_log_ratio": policy_log_ratio, "accepted": accepted * response_mask}
+        logged |= {"outlier": outlier * response_mask, "trust_loss": trust_loss}
+        logged |= {"outlier_loss": outlier_loss, "guidance_loss": guidance_loss}
+        return trust_loss + outlier_loss + guidance_loss, logged  # Eq. (5)
+
+    coin = rollout.extra.get("coin", torch.zeros_like(rollout.behaviour_logp))
+    values = [scores["teacher_logp"], scores["support_logp"], rollout.behaviour_logp, coin]
+    values += [rollout.response_mask, rollout.prefix_mask]
+    return loss_of_tokens(student, rollout, loss_of, values, args, ids)
 
 
-def acceptance(advantage: Tensor, rollout: Rollout, args: Args) -> Tensor:
-    """How much of each token is inside of the trust region, [B, T], 0 to 1; no gradient."""
+def acceptance(advantage: Tensor, coin: Tensor, args: Args) -> Tensor:
+    """How much of each token is inside of the trust region, [N], 0 to 1; no gradient."""
     if args.outlier != "forward_kl":
         return (advantage >= args.outlier_threshold).float()  # Eq. (6)
     if args.acceptance in ("always", "never"):
@@ -542,7 +583,7 @@ def acceptance(advantage: Tensor, rollout: Rollout, args: Args) -> Tensor:
     probability = advantage.exp().clamp(max=1.0)
     if args.acceptance == "expected":
         return probability
-    return (rollout.extra["coin"] < probability).float()  # Eq. (2)
+    return (coin < probability).float()  # Eq. (2)
 
 
 def teacher_prefixes(

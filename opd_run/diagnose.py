@@ -235,11 +235,12 @@ def divergences(
             for each, head in zip(both, heads)
         ]  # fmt: skip
         student, teacher = (torch.log_softmax(each / temperature, -1) for each in logits)
-        part = {"reverse_kl": opd_ops.full_kl(student, teacher, divergence="reverse")}
+        pair = (student, None, teacher, None)  # logits
+        part = {"reverse_kl": opd_ops.full_kl(*pair, divergence="reverse").values}
         if not names or set(names) - {"reverse_kl"}:
             support, own = teacher.topk(k, -1).indices, student.topk(k, -1).indices
             part |= {
-                "forward_kl": opd_ops.full_kl(student, teacher, divergence="forward"),
+                "forward_kl": opd_ops.full_kl(*pair, divergence="forward").values,
                 "student_entropy": _entropy(student),
                 "teacher_entropy": _entropy(teacher),
                 "teacher_mass": teacher.gather(1, support).exp().sum(1),
@@ -395,8 +396,9 @@ def _tokens(
     def read_teacher(hidden: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-prob of the token [N]; ids and log-probs of the support, [N, K]."""
         token_ids = ids.to(hidden.device)
-        top = opd_ops.linear_topk_logp(hidden, head, size, token_ids=token_ids, **law)
-        return top[4], top[0], top[1]
+        top = opd_ops.topk_logp(hidden, head, size, token_ids=token_ids, **law)
+        assert top.token_logp is not None
+        return top.token_logp, top.ids, top.logp
 
     scored = read_tokens(teacher, one, read_teacher)
     teacher_logp, support, support_logp = (values[mask] for values in scored)
@@ -404,9 +406,7 @@ def _tokens(
     student_logp = read_tokens(
         student,
         one,
-        lambda hidden, head: opd_ops.linear_gather_logp(
-            hidden, head, every.to(hidden.device), **law
-        )[0],
+        lambda hidden, head: opd_ops.gather_logp(hidden, head, every.to(hidden.device), **law).logp,
     )[mask]
     used = sorted(set(every.flatten().tolist()))
     return {
