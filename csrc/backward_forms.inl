@@ -1,4 +1,4 @@
-// The backward ops that write into a new tensor or into the logits; included at the end of each
+// The backward ops that write into a new tensor or a given one; included at the end of each
 // device's ops.cpp, which has `backward_rows` and `divergence_grad_rows`.
 Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tensor& grad,
                             const Tensor& stats, const Tensor& dense,
@@ -13,35 +13,24 @@ Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tenso
   return out;
 }
 
-void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                                  const Tensor& stats, const Tensor& dense,
-                                  const std::optional<Tensor>& slope,
-                                  const std::optional<Tensor>& tail_stats,
-                                  const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                                  double temperature) {
+void gather_logp_backward_out(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                              const Tensor& stats, const Tensor& dense,
+                              const std::optional<Tensor>& slope,
+                              const std::optional<Tensor>& tail_stats,
+                              const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
+                              double temperature, const Tensor& out) {
   const Tensor z = with_dense_rows("logits", logits);
-  check_inplace("logits", logits);
-  backward_rows(z, z, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
+  check_out(out, z);
+  backward_rows(z, out, ids, grad, stats, dense, slope, tail_stats, tail_dense, valid_vocab,
                 temperature);
 }
 
-Tensor full_kl_backward(const Tensor& student_logits, const Tensor& teacher_logits,
-                        const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                        double temperature, int64_t divergence, double beta) {
+void full_kl_backward_out(const Tensor& student_logits, const Tensor& teacher_logits,
+                          const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                          double temperature, int64_t divergence, double beta, const Tensor& out) {
   const Tensor student = with_dense_rows("student_logits", student_logits);
   const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  const Tensor out = new_rows(student);
+  check_out(out, student);
   divergence_grad_rows(student, teacher, out, stats, grad, valid_vocab, temperature, divergence,
-                       beta);
-  return out;
-}
-
-void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
-                              const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                              double temperature, int64_t divergence, double beta) {
-  const Tensor student = with_dense_rows("student_logits", student_logits);
-  const Tensor teacher = with_dense_rows("teacher_logits", teacher_logits, student);
-  check_inplace("student_logits", student_logits);
-  divergence_grad_rows(student, teacher, student, stats, grad, valid_vocab, temperature, divergence,
                        beta);
 }

@@ -114,6 +114,18 @@ inline void check_inplace(const char* name, const Tensor& t) {
             ": writing in place needs rows that do not overlap");
 }
 
+// Where the gradient of `logits` goes: their own memory, or other rows of the same shape; of the
+// same type, or beside float32 logits of 16 bits.
+inline void check_out(const Tensor& out, const Tensor& logits) {
+  check_device("out", out, logits);
+  OPD_CHECK(out.dim() == 2 && out.size(0) == logits.size(0) && out.size(1) == logits.size(1),
+            "out: expected shape ", shape(logits), ", got ", shape(out));
+  const DType type = dtype_of("out", out), given = dtype_of("logits", logits);
+  OPD_CHECK(type == given || (given == DType::f32 && type != DType::f64),
+            "out: expected the type of the logits, or a 16-bit type beside float32 logits");
+  check_inplace("out", out);
+}
+
 inline void check_k(int64_t k, int64_t valid_vocab) {
   OPD_CHECK(k >= 1 && k <= valid_vocab, "k: expected 1 to ", valid_vocab, ", got ", k);
 }

@@ -2,7 +2,7 @@
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather_logp(
     const Tensor& logits, const Tensor& ids, int64_t valid_vocab, double temperature,
     bool with_entropy, bool with_tail);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature);
 Tensor gather_linear(const Tensor& hidden, const Tensor& head, const Tensor& ids, double scale);
@@ -16,18 +16,15 @@ Tensor gather_logp_backward(const Tensor& logits, const Tensor& ids, const Tenso
                             const std::optional<Tensor>& tail_stats,
                             const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
                             double temperature);
-void gather_logp_backward_inplace(const Tensor& logits, const Tensor& ids, const Tensor& grad,
-                                  const Tensor& stats, const Tensor& dense,
-                                  const std::optional<Tensor>& slope,
-                                  const std::optional<Tensor>& tail_stats,
-                                  const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
-                                  double temperature);
+void gather_logp_backward_out(const Tensor& logits, const Tensor& ids, const Tensor& grad,
+                              const Tensor& stats, const Tensor& dense,
+                              const std::optional<Tensor>& slope,
+                              const std::optional<Tensor>& tail_stats,
+                              const std::optional<Tensor>& tail_dense, int64_t valid_vocab,
+                              double temperature, const Tensor& out);
 std::tuple<Tensor, Tensor> full_kl(const Tensor& student_logits, const Tensor& teacher_logits,
                                    int64_t valid_vocab, double temperature, int64_t divergence,
                                    double beta);
-Tensor full_kl_backward(const Tensor& student_logits, const Tensor& teacher_logits,
-                        const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                        double temperature, int64_t divergence, double beta);
-void full_kl_backward_inplace(const Tensor& student_logits, const Tensor& teacher_logits,
-                              const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
-                              double temperature, int64_t divergence, double beta);
+void full_kl_backward_out(const Tensor& student_logits, const Tensor& teacher_logits,
+                          const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
+                          double temperature, int64_t divergence, double beta, const Tensor& out);

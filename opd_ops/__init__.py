@@ -2,27 +2,26 @@
 
 Every op exists as plain PyTorch in `opd_ops.reference` (the specification, and the place of the
 documentation) and, where it was built for the device, as a compiled one. `OPD_OPS_IMPL` chooses:
-`auto` (default: compiled where built, else the reference), `reference` or `cpp`.
+`auto` (default: compiled where built, else plain PyTorch), `plain` or `cpp`.
 `OPD_OPS_REQUIRE=cpp` makes a missing compiled library an ImportError. `info()` tells what runs.
 
 >>> import torch
->>> logp, lse = token_logp(torch.zeros(1, 4), torch.tensor([2]))
->>> logp.exp()
+>>> token_logp(torch.zeros(1, 4), None, torch.tensor([2])).logp.exp()
 tensor([0.2500])
 """
 
-from opd_ops._ops import (
-    full_kl,
-    gated_kl,
-    gather_logp,
-    info,
+from opd_ops._dispatch import info
+from opd_ops._old_names import (  # noqa: F401
     linear_full_kl,
-    linear_gated_kl,
-    linear_gather_logits,
     linear_gather_logp,
     linear_support_kl,
     linear_token_logp,
     linear_topk_logp,
+)
+from opd_ops._ops import (
+    full_kl,
+    gated_kl,
+    gather_logp,
     support_kl,
     token_logp,
     topk_logp,
@@ -35,13 +34,6 @@ __all__ = [
     "gated_kl",
     "gather_logp",
     "info",
-    "linear_full_kl",
-    "linear_gated_kl",
-    "linear_gather_logits",
-    "linear_gather_logp",
-    "linear_support_kl",
-    "linear_token_logp",
-    "linear_topk_logp",
     "support_kl",
     "token_logp",
     "topk_logp",

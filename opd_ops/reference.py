@@ -4,10 +4,14 @@ Each function here has the name, the signature and the meaning of the public op;
 are tested against these, and take their documentation from here. Readability and numerical care
 come first, speed second. Shared conventions:
 
-- `logits` are [N, V] float32, bfloat16, float16 or float64; `hidden` [N, D] and `head` [V, D] share
-  one dtype. N may be 0; leading dimensions are flattened by the caller.
+- Every op takes hidden states [N, D] and the head [V, D] of one dtype (float32, bfloat16, float16
+  or float64), and walks over the rows in chunks, so that it needs `workspace_mib` of memory instead
+  of [N, V]. `head=None` says that `hidden` holds the logits [N, V] themselves, for models whose
+  head is more than a matrix product. N may be 0; leading dimensions are flattened by the caller.
 - Arithmetic is float32 inside and the results are float32 for every input type, except that
   float64 stays float64. Log-probs are natural logarithms (nats). Gradients have the input's dtype.
+- Under `torch.autocast`, hidden and head are cast to the autocast dtype for the product, as
+  `torch.nn.functional.linear` does. The product has the dtype of its operands.
 - `valid_vocab`: ids from there on are padding of the vocabulary; they never enter a softmax or a
   top-K, and their gradient is 0. Default: the whole row.
 - `temperature`: every softmax is over `logits / temperature`.
@@ -15,47 +19,77 @@ come first, speed second. Shared conventions:
 - -inf logits are allowed (masks). A row of only -inf gives -inf log-probs and gradient 0. +inf and
   NaN propagate: every value of that row becomes NaN. Ties go to the lowest id.
 - ids are int64 inside [0, valid_vocab); anything else raises `IndexError` before a logit is read.
-- `linear_*` ops take the hidden states and the head in place of logits, and walk over the rows in
-  chunks, so that they need `workspace_mib` of memory instead of [N, V]. `head=None` says that
-  `hidden` already holds the logits [N, V], for models whose head is more than a matrix product.
-  Under `torch.autocast`, hidden and head are cast to the autocast dtype for the product, as
-  `torch.nn.functional.linear` does. The product has the dtype of its inputs.
-- `inplace=True` allows an op to leave the gradient in the memory of `logits` (which must not be a
-  leaf): a second backward through it is refused, and so is double backward.
+- Results are named tuples; what was not asked for is None in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = [
-    "full_kl",
-    "gated_kl",
-    "gather_logp",
-    "linear_full_kl",
-    "linear_gated_kl",
-    "linear_gather_logits",
-    "linear_gather_logp",
-    "linear_support_kl",
-    "linear_token_logp",
-    "linear_topk_logp",
-    "support_kl",
-    "token_logp",
-    "topk_logp",
-]
+__all__ = ["full_kl", "gated_kl", "gather_logp", "support_kl", "token_logp", "topk_logp"]
 
 Divergence = Literal["reverse", "forward", "jsd"]
 Tail = Literal["none", "bucket"]
-GradHead = Literal["dense", "rows"] | Tensor
+LossOf = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 INF = float("inf")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# ==== what the ops return ====
+
+
+class TokenLogp(NamedTuple):
+    """Of `token_logp`."""
+
+    logp: Tensor  # [N] nats
+    lse: Tensor  # [N]
+    entropy: Tensor | None  # [N] nats, where asked for
+
+
+class TopK(NamedTuple):
+    """Of `topk_logp`."""
+
+    ids: Tensor  # [N, K] int64
+    logp: Tensor  # [N, K] nats
+    lse: Tensor  # [N]
+    tail_logp: Tensor  # [N] nats: the log of the mass outside
+    token_logp: Tensor | None  # [N] nats, of `token_ids`
+
+
+class GatherLogp(NamedTuple):
+    """Of `gather_logp`."""
+
+    logp: Tensor  # [N, K] nats
+    lse: Tensor  # [N]
+
+
+class SupportKL(NamedTuple):
+    """Of `support_kl`."""
+
+    loss: Tensor  # [] nats, differentiable
+    values: Tensor  # [N] nats, detached
+
+
+class GatedKL(NamedTuple):
+    """Of `gated_kl`."""
+
+    loss: Tensor  # [], differentiable
+    student_logp: Tensor  # [N] or [N, M] nats, detached
+    logged: dict[str, Tensor]  # [N, ...] each, detached
+
+
+class FullKL(NamedTuple):
+    """Of `full_kl`."""
+
+    loss: Tensor  # [] nats, differentiable
+    values: Tensor  # [N] nats, detached
 
 
 # ==== argument checks, shared with the compiled ops ====
@@ -70,8 +104,8 @@ def _describe(value: object) -> str:
 def _check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, V], "
-            f"got {_describe(logits)}"
+            f"{name}: expected logits [N, V] of float32, bfloat16, float16 or float64 without a "
+            f"head, got {_describe(logits)}"
         )
     if logits.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one column, got {_describe(logits)}")
@@ -147,18 +181,17 @@ def _check_hidden(name: str, hidden: Tensor, head_name: str, head: Tensor) -> No
 
 
 def _check_product(
-    name: str,
     hidden: Tensor,
-    head_name: str,
     head: Tensor | None,
     valid_vocab: int | None,
     temperature: float,
+    whose: str = "",
 ) -> int:
     """Check hidden states and head, or logits and None; the number of ids that count."""
     if head is None:
-        _check_logits(name, hidden)
+        _check_logits(f"{whose}hidden", hidden)
         return _check_vocab(valid_vocab, hidden.shape[1], temperature)
-    _check_hidden(name, hidden, head_name, head)
+    _check_hidden(f"{whose}hidden", hidden, f"{whose}head", head)
     return _check_vocab(valid_vocab, head.shape[0], temperature)
 
 
@@ -182,17 +215,6 @@ def _check_divergence(divergence: str, beta: float) -> None:
         )
 
 
-def _check_inplace(name: str, logits: Tensor, inplace: bool) -> None:
-    if not inplace:
-        return
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(f"{name}: inplace=True needs logits that are not a leaf, got a leaf")
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(
-            f"{name}: inplace=True needs rows without gaps, got strides {logits.stride()}"
-        )
-
-
 def _check_support(
     support_ids: Tensor,
     teacher_logp: Tensor,
@@ -204,6 +226,7 @@ def _check_support(
     tail: str,
     teacher_tail_logp: Tensor | None,
     support_mask: Tensor | None,
+    token_weight: Tensor | None,
 ) -> Tensor:
     """Check the arguments of `support_kl`; the support ids with masked ones replaced by 0."""
     _check_divergence(divergence, beta)
@@ -222,6 +245,8 @@ def _check_support(
             "gradient are 0; use renormalise=False, or a larger support"
         )
     _check_float("teacher_logp", teacher_logp, shape, like)
+    if token_weight is not None:
+        _check_float("token_weight", token_weight, shape[:1], like)
     if teacher_tail_logp is not None:
         _check_float("teacher_tail_logp", teacher_tail_logp, shape[:1], like)
     if support_mask is not None:
@@ -235,105 +260,54 @@ def _check_support(
 
 
 def _check_gated(
-    teacher_logp: Tensor,
-    verdict: Tensor,
-    reference_logp: Tensor | None,
-    token_weight: Tensor | None,
-    like: Tensor,
+    token_ids: Tensor, loss_of: LossOf, values: Sequence[Tensor], like: Tensor, valid: int
 ) -> None:
-    shape = (like.shape[0],)
-    _check_float("teacher_logp", teacher_logp, shape, like)
-    _check_float("verdict", verdict, shape, like)
-    if reference_logp is not None:
-        _check_float("reference_logp", reference_logp, shape, like)
-    if token_weight is not None:
-        _check_float("token_weight", token_weight, shape, like)
-
-
-def _check_grad_head(grad_head: object, head: Tensor) -> None:
-    if isinstance(grad_head, Tensor):
-        _check_float("grad_head", grad_head, tuple(head.shape), head)
-    elif not isinstance(grad_head, str) or grad_head not in ("dense", "rows"):
-        raise ValueError(f"grad_head: expected 'dense', 'rows' or a buffer, got {grad_head!r}")
-
-
-def _check_support_grad_head(grad_head: object, head: Tensor, renormalise: bool) -> None:
-    _check_grad_head(grad_head, head)
-    if not renormalise and isinstance(grad_head, str) and grad_head == "rows":
-        raise ValueError("grad_head: 'rows' needs renormalise=True, else every row has a gradient")
-
-
-def _common_vocab(
-    student_name: str, student: int, teacher_name: str, teacher: int, valid_vocab: int | None
-) -> int | None:
-    """Rows of different length need a `valid_vocab` that both have."""
-    if valid_vocab is None and student != teacher:
-        raise ValueError(
-            f"valid_vocab: {student_name} has {student} ids and {teacher_name} {teacher}; "
-            "say how many of them both share"
-        )
-    if valid_vocab is not None and valid_vocab > min(student, teacher):
-        raise ValueError(
-            f"valid_vocab: expected at most {min(student, teacher)} "
-            f"({student_name} has {student} ids, {teacher_name} {teacher}), got {valid_vocab}"
-        )
-    return valid_vocab
+    if not isinstance(token_ids, Tensor) or token_ids.dim() not in (1, 2):
+        raise ValueError(f"token_ids: expected int64 [N] or [N, M], got {_describe(token_ids)}")
+    _check_ids("token_ids", token_ids, (like.shape[0], *token_ids.shape[1:]), like, valid)
+    if not callable(loss_of):
+        raise ValueError(f"loss_of: expected a function, got {_describe(loss_of)}")
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != like.shape[0]:
+            raise ValueError(
+                f"values[{i}]: expected a tensor [{like.shape[0]}, ...], got {_describe(value)}"
+            )
+        if value.device != like.device:
+            raise ValueError(
+                f"values[{i}]: expected a tensor on {like.device}, got {_describe(value)}"
+            )
 
 
 def _check_full(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    divergence: str,
-    beta: float,
-    valid_vocab: int | None,
-    temperature: float,
-    inplace: bool,
-) -> int:
-    _check_logits("student_logits", student_logits)
-    _check_logits("teacher_logits", teacher_logits)
-    _check_divergence(divergence, beta)
-    valid_vocab = _common_vocab(
-        "student_logits",
-        student_logits.shape[1],
-        "teacher_logits",
-        teacher_logits.shape[1],
-        valid_vocab,
-    )
-    valid = _check_vocab(valid_vocab, student_logits.shape[1], temperature)
-    _check_shape(
-        "teacher_logits",
-        teacher_logits,
-        (student_logits.shape[0], teacher_logits.shape[1]),
-        student_logits,
-    )
-    _check_inplace("student_logits", student_logits, inplace)
-    return valid
-
-
-def _check_linear_full(
-    student_hidden: Tensor,
-    student_head: Tensor | None,
+    hidden: Tensor,
+    head: Tensor | None,
     teacher_hidden: Tensor,
     teacher_head: Tensor | None,
+    token_weight: Tensor | None,
     divergence: str,
     beta: float,
     valid_vocab: int | None,
     temperature: float,
 ) -> int:
+    """Check the arguments of `full_kl`; the number of ids that count."""
     _check_divergence(divergence, beta)
-    vocabs = [
-        hidden.shape[-1] if head is None else head.shape[0]
-        for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
-    ]
-    valid_vocab = _common_vocab("the student", vocabs[0], "the teacher", vocabs[1], valid_vocab)
-    _check_product(
-        "teacher_hidden", teacher_hidden, "teacher_head", teacher_head, valid_vocab, temperature
-    )
-    shape = (student_hidden.shape[0], teacher_hidden.shape[1])
-    _check_shape("teacher_hidden", teacher_hidden, shape, student_hidden)
-    return _check_product(
-        "student_hidden", student_hidden, "student_head", student_head, valid_vocab, temperature
-    )
+    student = _check_product(hidden, head, None, temperature)
+    teacher = _check_product(teacher_hidden, teacher_head, None, temperature, "teacher_")
+    if valid_vocab is None and student != teacher:
+        raise ValueError(
+            f"valid_vocab: the student has {student} ids and the teacher {teacher}; "
+            "say how many of them both share"
+        )
+    if valid_vocab is not None and not 1 <= valid_vocab <= min(student, teacher):
+        raise ValueError(
+            f"valid_vocab: expected 1 to {min(student, teacher)} (the student has {student} ids, "
+            f"the teacher {teacher}), got {valid_vocab}"
+        )
+    shape = (hidden.shape[0], teacher_hidden.shape[1])
+    _check_shape("teacher_hidden", teacher_hidden, shape, hidden)
+    if token_weight is not None:
+        _check_float("token_weight", token_weight, shape[:1], hidden)
+    return student if valid_vocab is None else valid_vocab
 
 
 # ==== the mathematics of one row ====
@@ -435,7 +409,39 @@ def _support_divergence(
     return _divergence(student, teacher, divergence, beta)
 
 
-# ==== rows in chunks: hidden states and head instead of logits ====
+def _weighted(values: Tensor, token_weight: Tensor | None) -> Tensor:
+    """A row of weight 0 is silent, even where its value is not finite."""
+    if token_weight is None:
+        return values
+    weight = token_weight.detach().to(values.dtype)
+    return weight * values.masked_fill(weight == 0, 0.0)
+
+
+def _call_loss(
+    loss_of: LossOf, student_logp: Tensor, values: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses [n] and what to log of each row, from the caller's function."""
+    with torch.autocast(student_logp.device.type, enabled=False):
+        loss, logged = loss_of(student_logp, *values)
+    num_rows = student_logp.shape[0]
+    if not isinstance(loss, Tensor) or tuple(loss.shape) != (num_rows,):
+        raise ValueError(f"loss_of: expected a loss [{num_rows}], got {_describe(loss)}")
+    if student_logp.requires_grad and not loss.requires_grad:
+        raise ValueError("loss_of: expected a loss that depends on student_logp, got a constant")
+    for name, each in logged.items():
+        if not isinstance(each, Tensor) or each.dim() == 0 or len(each) != num_rows:
+            raise ValueError(
+                f"loss_of: expected {name!r} to be [{num_rows}, ...], got {_describe(each)}"
+            )
+    return loss, {name: each.detach() for name, each in logged.items()}
+
+
+def _gated(student_logp: Tensor, loss_of: LossOf, values: Sequence[Tensor]) -> GatedKL:
+    loss, logged = _call_loss(loss_of, student_logp, [value.detach() for value in values])
+    return GatedKL(loss.sum(), student_logp.detach(), logged)
+
+
+# ==== rows in chunks ====
 
 
 def _autocast(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,32 +453,8 @@ def _autocast(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), head.to(dtype)
 
 
-def _in_chunks(
-    function: Callable[..., Any], num_rows: int, bytes_per_row: int, workspace_mib: float
-) -> list[tuple[Any, ...]]:
-    """Call `function(slice)` on slices of rows that fit the workspace; recompute in backward."""
-    _check_workspace(workspace_mib)
-    step = max(1, int(workspace_mib * 2**20) // max(1, bytes_per_row))
-    if num_rows <= step:
-        return [function(slice(0, num_rows))]
-    pieces = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-    if not torch.is_grad_enabled():
-        return [function(piece) for piece in pieces]
-    return [
-        checkpoint(function, piece, use_reentrant=False, preserve_rng_state=False)
-        for piece in pieces
-    ]
-
-
-def _joined(chunks: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    if len(chunks) == 1:
-        return chunks[0]
-    columns = zip(*chunks, strict=True)
-    return tuple(None if column[0] is None else torch.cat(column) for column in columns)
-
-
 class _Product:
-    """`rows(slice)`: logits of a slice of rows, from hidden states and a head or as they are."""
+    """Slices of rows of logits, from hidden states and a head or as they are."""
 
     def __init__(
         self,
@@ -480,11 +462,10 @@ class _Product:
         head: Tensor | None,
         valid_vocab: int | None,
         temperature: float,
-        name: str = "hidden",
-        head_name: str = "head",
     ) -> None:
+        self.valid = _check_product(hidden, head, valid_vocab, temperature)
+        self.given, self.temperature = (hidden, head), temperature
         self.hidden, self.head = hidden, head
-        self.valid = _check_product(name, hidden, head_name, head, valid_vocab, temperature)
         if head is None:
             return
         self.hidden, self.head = _autocast(hidden, head[: self.valid])
@@ -492,71 +473,52 @@ class _Product:
         if self.head.requires_grad and self.dtype != torch.float64:
             self.head = self.head.float()  # chunks then add up their gradients in float32
 
-    def rows(self, piece: slice) -> Tensor:
-        if self.head is None:
-            return self.hidden[piece]
-        return F.linear(self.hidden[piece], self.head.to(self.dtype))
+    def softmax(self, piece: slice) -> _Rows:
+        """A slice of rows and their statistics."""
+        rows = self.hidden[piece]
+        if self.head is not None:
+            rows = F.linear(rows, self.head.to(self.dtype))
+        return _Rows(rows, self.valid, self.temperature)
+
+    def some_logits(self, piece: slice, ids: Tensor) -> Tensor:
+        """Logits / temperature at ids [n, K], summed over D in float32: of K rows of the head."""
+        hidden, head = self.given
+        if head is None:
+            return _work(hidden[piece].gather(1, ids)) / self.temperature
+        rows = F.embedding(ids, _work(head))  # [n, K, D]; repeated ids add up in float32
+        return (_work(hidden[piece])[:, None, :] * rows).sum(-1) / self.temperature
 
     def bytes_per_row(self) -> int:
         return 4 * 4 * self.valid  # about four float32 rows live at once
+
+    def in_chunks(
+        self,
+        function: Callable[[slice], tuple[Tensor | None, ...]],
+        workspace_mib: float,
+        bytes_per_row: int = 0,
+    ) -> tuple[Any, ...]:
+        """`function` on slices of rows that fit the workspace; computed again in backward."""
+        _check_workspace(workspace_mib)
+        num_rows = self.hidden.shape[0]
+        step = max(1, int(workspace_mib * 2**20) // (bytes_per_row or self.bytes_per_row()))
+        if num_rows <= step:
+            return function(slice(0, num_rows))
+        pieces = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+        if torch.is_grad_enabled():
+            chunks = [
+                checkpoint(function, piece, use_reentrant=False, preserve_rng_state=False)
+                for piece in pieces
+            ]
+        else:
+            chunks = [function(piece) for piece in pieces]
+        columns = zip(*chunks, strict=True)
+        return tuple(None if column[0] is None else torch.cat(column) for column in columns)
 
 
 # ==== the ops ====
 
 
 def token_logp(
-    logits: Tensor,
-    token_ids: Tensor,
-    *,
-    with_entropy: bool = False,
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    inplace: bool = False,
-) -> tuple[Tensor, ...]:
-    """Log-prob of one token per row under the full softmax.
-
-    Args:
-        logits: [N, V], float32, bfloat16, float16 or float64.
-        token_ids: [N] int64 in [0, valid_vocab).
-        with_entropy: also return the entropy of each row.
-        valid_vocab: ids from here on are padding; they take no part and get gradient 0.
-        temperature: > 0; the softmax is over logits / temperature.
-        inplace: the gradient may take the memory of `logits`; see the module's conventions.
-
-    Returns:
-        logp [N] nats, <= 0; lse [N], the log of the sum of exp(logits / temperature); with
-        `with_entropy` also entropy [N] nats, >= 0. All are float32 (float64 for float64 logits).
-
-    Gradient: to `logits` through all returned tensors, in the dtype of `logits`.
-    Cost: one read of the logits, in backward one read and one write; no other [N, V] memory in
-    the compiled op. Error: within 2x that of float32 PyTorch against float64, plus 1e-6 nats.
-    Deterministic for any number of threads. Raises ValueError or IndexError naming the argument.
-
-    >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 0.0, 9.0]])
-    >>> logp, lse, entropy = token_logp(logits, torch.tensor([1, 0]), with_entropy=True)
-    >>> logp.exp()
-    tensor([0.2500, 0.0009])
-    >>> entropy[0].exp().item()
-    4.0
-    >>> logp, lse = token_logp(logits, torch.tensor([1, 0]), valid_vocab=3)
-    >>> logp.exp()
-    tensor([0.3333, 0.6652])
-    """
-    _check_logits("logits", logits)
-    valid = _check_vocab(valid_vocab, logits.shape[1], temperature)
-    _check_ids("token_ids", token_ids, (logits.shape[0],), logits, valid)
-    _check_inplace("logits", logits, inplace)
-    rows = _Rows(logits, valid, temperature)
-    logp = rows.logp(rows.logits.gather(1, token_ids[:, None])).squeeze(-1)
-    if not with_entropy:
-        return logp, rows.lse()
-    every = rows.logp(rows.logits)
-    empty = every == -INF
-    entropy = -(every.exp() * every.masked_fill(empty, 0.0)).sum(-1)
-    return logp, rows.lse(), entropy
-
-
-def linear_token_logp(
     hidden: Tensor,
     head: Tensor | None,
     token_ids: Tensor,
@@ -565,107 +527,59 @@ def linear_token_logp(
     valid_vocab: int | None = None,
     temperature: float = 1.0,
     workspace_mib: float = 256,
-) -> tuple[Tensor, ...]:
-    """`token_logp(hidden @ head.T, token_ids)` without ever holding [N, V].
+) -> TokenLogp:
+    """Log-prob of one token per row under the full softmax.
 
     Args:
         hidden: [N, D] float; with `head=None` the logits [N, V] themselves.
         head: [V, D] of the same dtype, or None.
         token_ids: [N] int64 in [0, valid_vocab).
         with_entropy: also return the entropy of each row.
-        valid_vocab: ids from here on are padding; their rows of `head` are not multiplied.
+        valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients.
 
     Returns:
-        logp [N], lse [N][, entropy [N]] as `token_logp`.
+        logp [N] nats, <= 0; lse [N], the log of the sum of exp(logits / temperature); entropy [N]
+        nats, >= 0, or None. All are float32 (float64 for float64).
 
-    Gradient: to `hidden` and `head` in their dtypes; the head's is accumulated over chunks in
-    float32. Backward multiplies a second time instead of keeping the logits. Error budget: that
-    of `token_logp` on the product, which has the operands' dtype (under autocast: that of it).
+    Gradient: to `hidden` and `head` in their dtypes, through all returned tensors; the head's is
+    added up over chunks in float32. Backward multiplies a second time instead of keeping the
+    logits: four matrix products in all, where `gated_kl` takes three.
+    Cost: one read of the logits, in backward one read and one write. Error: within 2x that of
+    float32 PyTorch against float64, plus 1e-6 nats, on the product in its dtype. Deterministic
+    for any number of threads. Raises ValueError or IndexError naming the argument.
 
+    >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 0.0, 9.0]])
+    >>> logp, lse, entropy = token_logp(logits, None, torch.tensor([1, 0]), with_entropy=True)
+    >>> logp.exp()
+    tensor([0.2500, 0.0009])
+    >>> entropy[0].exp().item()
+    4.0
+    >>> token_logp(logits, None, torch.tensor([1, 0]), valid_vocab=3).logp.exp()
+    tensor([0.3333, 0.6652])
     >>> hidden, head = torch.eye(2, 3), torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
-    >>> logp, lse = linear_token_logp(hidden, head, torch.tensor([0, 3]))
-    >>> torch.allclose(logp, token_logp(hidden @ head.T, torch.tensor([0, 3]))[0])
+    >>> from_head = token_logp(hidden, head, torch.tensor([0, 3])).logp
+    >>> torch.allclose(from_head, token_logp(hidden @ head.T, None, torch.tensor([0, 3])).logp)
     True
     """
     product = _Product(hidden, head, valid_vocab, temperature)
     _check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, product.valid)
 
-    def chunk(piece: slice) -> tuple[Tensor, ...]:
-        return token_logp(
-            product.rows(piece),
-            token_ids[piece],
-            with_entropy=with_entropy,
-            valid_vocab=product.valid,
-            temperature=temperature,
-        )
+    def chunk(piece: slice) -> tuple[Tensor | None, ...]:
+        rows = product.softmax(piece)
+        logp = rows.logp(rows.logits.gather(1, token_ids[piece, None])).squeeze(-1)
+        if not with_entropy:
+            return logp, rows.lse(), None
+        every = rows.logp(rows.logits)
+        empty = every == -INF
+        return logp, rows.lse(), -(every.exp() * every.masked_fill(empty, 0.0)).sum(-1)
 
-    return _joined(_in_chunks(chunk, hidden.shape[0], product.bytes_per_row(), workspace_mib))
+    return TokenLogp(*product.in_chunks(chunk, workspace_mib))
 
 
 @torch.no_grad()
 def topk_logp(
-    logits: Tensor,
-    k: int,
-    *,
-    token_ids: Tensor | None = None,
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, ...]:
-    """The K likeliest tokens of each row with their log-probs under the full softmax.
-
-    Args:
-        logits: [N, V], float32, bfloat16, float16 or float64.
-        k: 1 to valid_vocab.
-        token_ids: [N] int64; also report the log-prob and the rank of this token.
-        valid_vocab: ids from here on are padding and never selected.
-        temperature: > 0; the softmax is over logits / temperature.
-
-    Returns:
-        ids [N, K] int64, likeliest first, ties by the lower id; logp [N, K] nats; lse [N];
-        tail_logp [N], the log of the mass outside the K tokens, summed over those outside (-inf
-        when K is the whole vocabulary); with `token_ids` also token_logp [N] and token_rank [N]
-        int64, counted from 0, so that `ids[n, token_rank[n]] == token_ids[n]` below K.
-
-    Gradient: none; all outputs are detached. NaN is never selected before a number.
-    Cost: one read of the logits in the compiled op. The ids are the same on every device.
-
-    >>> logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
-    >>> ids, logp, lse, tail_logp, token_logp, token_rank = topk_logp(
-    ...     logits, 2, token_ids=torch.tensor([0]))
-    >>> ids, token_rank
-    (tensor([[1, 2]]), tensor([2]))
-    >>> logp.exp().sum() + tail_logp.exp()
-    tensor([1.0000])
-    """
-    _check_logits("logits", logits)
-    valid = _check_vocab(valid_vocab, logits.shape[1], temperature)
-    _check_k(k, valid)
-    if token_ids is not None:
-        _check_ids("token_ids", token_ids, (logits.shape[0],), logits, valid)
-    rows = _Rows(logits, valid, temperature)
-    values = rows.logits.masked_fill(rows.logits.isnan(), -INF)
-    threshold = values.topk(k, sorted=True).values[:, -1:]  # torch.topk leaves ties open
-    above, level = values > threshold, values == threshold
-    wanted = k - above.sum(-1, keepdim=True)
-    chosen = above | (level & (level.cumsum(-1) <= wanted))  # [N, V], K True in each row
-    ids = chosen.nonzero()[:, 1].view(-1, k)  # ascending ids
-    order = values.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
-    ids = ids.gather(1, order)
-    logp = rows.logp(rows.logits.gather(1, ids))
-    result = (ids, logp, rows.lse(), rows.outside(chosen))
-    if token_ids is None:
-        return result
-    token = token_ids[:, None]
-    value = values.gather(1, token)
-    earlier = torch.arange(valid, device=logits.device) < token
-    rank = ((values > value) | ((values == value) & earlier)).sum(-1)
-    return *result, rows.logp(rows.logits.gather(1, token)).squeeze(-1), rank
-
-
-@torch.no_grad()
-def linear_topk_logp(
     hidden: Tensor,
     head: Tensor | None,
     k: int,
@@ -674,24 +588,33 @@ def linear_topk_logp(
     valid_vocab: int | None = None,
     temperature: float = 1.0,
     workspace_mib: float = 256,
-) -> tuple[Tensor, ...]:
-    """`topk_logp(hidden @ head.T, k)` without ever holding [N, V].
+) -> TopK:
+    """The K likeliest tokens of each row with their log-probs under the full softmax.
 
     Args:
         hidden: [N, D] float; with `head=None` the logits [N, V] themselves.
         head: [V, D] of the same dtype, or None.
         k: 1 to valid_vocab.
-        token_ids: [N] int64; also report the log-prob and the rank of this token.
+        token_ids: [N] int64; also report the log-prob of this token.
         valid_vocab: ids from here on are padding and never selected.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory.
 
     Returns:
-        ids [N, K], logp [N, K], lse [N], tail_logp [N][, token_logp [N], token_rank [N]] as
-        `topk_logp`. No gradient.
+        ids [N, K] int64, likeliest first, ties by the lower id; logp [N, K] nats; lse [N];
+        tail_logp [N], the log of the mass outside the K tokens, summed over those outside (-inf
+        when K is the whole vocabulary); token_logp [N] with `token_ids`, else None.
 
-    >>> ids, logp, lse, tail_logp = linear_topk_logp(torch.eye(2), torch.eye(3, 2), 1)
-    >>> ids.tolist()
+    Gradient: none; all outputs are detached. NaN is never selected before a number.
+    Cost: one read of the logits in the compiled op. The ids are the same on every device.
+
+    >>> logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    >>> top = topk_logp(logits, None, 2, token_ids=torch.tensor([0]))
+    >>> top.ids
+    tensor([[1, 2]])
+    >>> top.logp.exp().sum() + top.tail_logp.exp()
+    tensor([1.0000])
+    >>> topk_logp(torch.eye(2), torch.eye(3, 2), 1).ids.tolist()
     [[0], [1]]
     """
     product = _Product(hidden, head, valid_vocab, temperature)
@@ -699,54 +622,26 @@ def linear_topk_logp(
     if token_ids is not None:
         _check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, product.valid)
 
-    def chunk(piece: slice) -> tuple[Tensor, ...]:
-        return topk_logp(
-            product.rows(piece),
-            k,
-            token_ids=None if token_ids is None else token_ids[piece],
-            valid_vocab=product.valid,
-            temperature=temperature,
-        )
+    def chunk(piece: slice) -> tuple[Tensor | None, ...]:
+        rows = product.softmax(piece)
+        values = rows.logits.masked_fill(rows.logits.isnan(), -INF)
+        threshold = values.topk(k, sorted=True).values[:, -1:]  # torch.topk leaves ties open
+        above, level = values > threshold, values == threshold
+        wanted = k - above.sum(-1, keepdim=True)
+        chosen = above | (level & (level.cumsum(-1) <= wanted))  # [n, V], K True in each row
+        ids = chosen.nonzero()[:, 1].view(-1, k)  # ascending ids
+        order = values.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
+        ids = ids.gather(1, order)
+        logp = rows.logp(rows.logits.gather(1, ids))
+        token = None
+        if token_ids is not None:
+            token = rows.logp(rows.logits.gather(1, token_ids[piece, None])).squeeze(-1)
+        return ids, logp, rows.lse(), rows.outside(chosen), token
 
-    return _joined(_in_chunks(chunk, hidden.shape[0], product.bytes_per_row(), workspace_mib))
+    return TopK(*product.in_chunks(chunk, workspace_mib))
 
 
 def gather_logp(
-    logits: Tensor,
-    ids: Tensor,
-    *,
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of K tokens per row under the full softmax.
-
-    Args:
-        logits: [N, V], float32, bfloat16, float16 or float64.
-        ids: [N, K] int64 in [0, valid_vocab); may repeat.
-        valid_vocab: ids from here on are padding; they take no part and get gradient 0.
-        temperature: > 0; the softmax is over logits / temperature.
-        inplace: the gradient may take the memory of `logits`; see the module's conventions.
-
-    Returns:
-        logp [N, K] nats, lse [N].
-
-    Gradient: to `logits` through both: scatter(g) - (sum of g) * softmax, where repeated ids add
-    up in float32. Cost: one read; in backward one read and one write.
-
-    >>> logp, lse = gather_logp(torch.zeros(1, 4), torch.tensor([[2, 2, 0]]))
-    >>> logp.exp()
-    tensor([[0.2500, 0.2500, 0.2500]])
-    """
-    _check_logits("logits", logits)
-    valid = _check_vocab(valid_vocab, logits.shape[1], temperature)
-    _check_id_rows("ids", ids, logits, valid)
-    _check_inplace("logits", logits, inplace)
-    rows = _Rows(logits, valid, temperature)
-    return rows.logp(rows.logits.gather(1, ids)), rows.lse()
-
-
-def linear_gather_logp(
     hidden: Tensor,
     head: Tensor | None,
     ids: Tensor,
@@ -754,144 +649,65 @@ def linear_gather_logp(
     valid_vocab: int | None = None,
     temperature: float = 1.0,
     workspace_mib: float = 256,
-) -> tuple[Tensor, Tensor]:
-    """`gather_logp(hidden @ head.T, ids)` without ever holding [N, V].
+) -> GatherLogp:
+    """Log-probs of K tokens per row under the full softmax.
 
     Args:
         hidden: [N, D] float; with `head=None` the logits [N, V] themselves.
         head: [V, D] of the same dtype, or None.
         ids: [N, K] int64 in [0, valid_vocab); may repeat.
-        valid_vocab: ids from here on are padding; their rows of `head` are not multiplied.
+        valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients.
 
     Returns:
         logp [N, K] nats, lse [N].
 
-    Gradient: to `hidden` and `head` in their dtypes, the head's accumulated in float32.
+    Gradient: to `hidden` and `head` through both: of the logits it is scatter(g) - (sum of g) *
+    softmax, where repeated ids add up in float32. Four products, as in `token_logp`.
 
-    >>> logp, lse = linear_gather_logp(torch.zeros(1, 2), torch.eye(4, 2), torch.tensor([[0, 3]]))
-    >>> logp.exp()
+    >>> gather_logp(torch.zeros(1, 4), None, torch.tensor([[2, 2, 0]])).logp.exp()
+    tensor([[0.2500, 0.2500, 0.2500]])
+    >>> gather_logp(torch.zeros(1, 2), torch.eye(4, 2), torch.tensor([[0, 3]])).logp.exp()
     tensor([[0.2500, 0.2500]])
     """
     product = _Product(hidden, head, valid_vocab, temperature)
     _check_id_rows("ids", ids, hidden, product.valid)
 
-    def chunk(piece: slice) -> tuple[Tensor, ...]:
-        logits = product.rows(piece)
-        return gather_logp(logits, ids[piece], valid_vocab=product.valid, temperature=temperature)
+    def chunk(piece: slice) -> tuple[Tensor | None, ...]:
+        rows = product.softmax(piece)
+        return rows.logp(rows.logits.gather(1, ids[piece])), rows.lse()
 
-    logp, lse = _joined(_in_chunks(chunk, hidden.shape[0], product.bytes_per_row(), workspace_mib))
-    return logp, lse
-
-
-class _HeadRows(torch.autograd.Function):
-    """head[ids] [n, K, D], whose gradient is a sparse tensor, or is added to a buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, head: Tensor, ids: Tensor, buffer: Tensor | None) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype, ctx.buffer = head.shape, head.dtype, buffer
-        return head[ids]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (ids,) = ctx.saved_tensors
-        unique, position = ids.flatten().unique(return_inverse=True)
-        rows = _work(grad.flatten(0, 1))
-        rows = rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, position, rows)
-        if ctx.buffer is not None:
-            ctx.buffer.index_add_(0, unique, rows.to(ctx.buffer.dtype))
-            return None, None, None
-        sparse = torch.sparse_coo_tensor(
-            unique[None], rows.to(ctx.dtype), ctx.shape, check_invariants=False, is_coalesced=True
-        )
-        return sparse, None, None
-
-
-def linear_gather_logits(
-    hidden: Tensor,
-    head: Tensor | None,
-    ids: Tensor,
-    *,
-    grad_head: GradHead = "dense",
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    workspace_mib: float = 256,
-) -> Tensor:
-    """`(hidden @ head.T).gather(1, ids) / temperature` from K rows of the head per token.
-
-    Args:
-        hidden: [N, D] float; with `head=None` the logits [N, V] themselves.
-        head: [V, D] of the same dtype, or None.
-        ids: [N, K] int64 in [0, valid_vocab); may repeat.
-        grad_head: how the head's gradient comes back: "dense" [V, D]; "rows", a sparse COO
-            tensor with only the rows that occur; or a float buffer [V, D] to which backward
-            adds it while `head.grad` stays as it is.
-        valid_vocab: bound on the ids.
-        temperature: > 0; divides the result.
-        workspace_mib: bound on extra memory besides the returned gradients.
-
-    Returns:
-        [N, K] float32 (float64 for float64), summed over D in float32: for low-precision operands
-        closer to the exact product than the full matrix product, whose output is rounded. Autocast
-        does not lower it: the operands are taken as they are.
-
-    Gradient: to `hidden` and `head`; rows of repeated ids are added in float32, in the order of
-    (row, column), so the compiled op is bitwise reproducible. Cost: N * K * D instead of
-    N * V * D; the head's other rows are not read.
-
-    >>> hidden, head = torch.ones(1, 2), torch.arange(8.0).view(4, 2).requires_grad_()
-    >>> linear_gather_logits(hidden, head, torch.tensor([[3, 0]]), grad_head="rows")
-    tensor([[13.,  1.]], grad_fn=<...>)
-    """
-    valid = _check_product("hidden", hidden, "head", head, valid_vocab, temperature)
-    _check_id_rows("ids", ids, hidden, valid)
-    if head is None:
-        return _work(hidden.gather(1, ids)) / temperature
-    _check_grad_head(grad_head, head)
-    hidden = _work(hidden)
-    if head.requires_grad and isinstance(grad_head, str) and grad_head == "dense":
-        head = _work(head)  # repeated ids add up in float32
-
-    def chunk(piece: slice) -> tuple[Tensor, ...]:
-        assert head is not None
-        if isinstance(grad_head, str) and grad_head == "dense":
-            rows = F.embedding(ids[piece], head)  # [n, K, D]
-        else:
-            buffer = grad_head if isinstance(grad_head, Tensor) else None
-            rows = _HeadRows.apply(head, ids[piece], buffer)  # type: ignore[no-untyped-call]
-        rows = _work(rows)
-        return ((hidden[piece, None, :] * rows).sum(-1) / temperature,)
-
-    bytes_per_row = 4 * 4 * ids.shape[1] * head.shape[1]
-    (logits,) = _joined(_in_chunks(chunk, hidden.shape[0], bytes_per_row, workspace_mib))
-    return cast(Tensor, logits)
+    return GatherLogp(*product.in_chunks(chunk, workspace_mib))
 
 
 def support_kl(
-    student_logits: Tensor,
+    hidden: Tensor,
+    head: Tensor | None,
     support_ids: Tensor,
     teacher_logp: Tensor,
     *,
+    token_weight: Tensor | None = None,
     divergence: Divergence = "reverse",
     beta: float = 0.5,
     renormalise: bool = True,
     tail: Tail = "none",
     teacher_tail_logp: Tensor | None = None,
     support_mask: Tensor | None = None,
-    with_student_mass: bool = False,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Divergence of student and teacher on K tokens per row.
+    workspace_mib: float = 256,
+) -> SupportKL:
+    """Divergence of student and teacher on K tokens per row, and its weighted sum as a loss.
 
     Args:
-        student_logits: [N, V], float32, bfloat16, float16 or float64.
+        hidden: [N, D] float, the student's; with `head=None` its logits [N, V] themselves.
+        head: [V, D] of the same dtype, or None.
         support_ids: [N, K] int64 in [0, valid_vocab), distinct within a row.
         teacher_logp: [N, K] nats, the teacher's full-softmax log-probs of these tokens at the
             same temperature; a constant.
+        token_weight: [N] float, or None for 1: a constant factor of each row's divergence in the
+            loss. A row of weight 0 adds nothing, whatever its divergence is.
         divergence: "reverse" KL(student || teacher), "forward" KL(teacher || student), or "jsd",
             beta KL(teacher || M) + (1 - beta) KL(student || M), M = (1 - beta) student + beta
             teacher.
@@ -902,111 +718,28 @@ def support_kl(
         tail: "bucket" adds one outcome, everything outside the support; needs renormalise=False.
         teacher_tail_logp: [N] nats, log of the teacher's mass outside, for the bucket.
         support_mask: [N, K] bool; False entries do not exist, whatever id and log-prob they hold.
-        with_student_mass: also return the student's mass on the support (reads the whole row).
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
-        temperature: > 0; the student's softmax is over student_logits / temperature.
-        inplace: the gradient may take the memory of `student_logits`.
+        temperature: > 0; the student's softmax is over logits / temperature.
+        workspace_mib: bound on extra memory besides the returned gradients.
 
     Returns:
-        divergence [N] nats, +inf where it is infinite; student_mass [N] in [0, 1], detached, or
-        None. A row without any unmasked token gives 0.
+        loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences
+        without weight and detached, +inf where infinite. A row without any unmasked token gives 0.
 
-    Gradient: to `student_logits` through the divergence; unspecified in rows where it is
-    infinite. With renormalisation only the K logits matter: the rest of the row is neither read
-    nor moved. The student's bucket is summed over the complement, precise to 1e-6 relative even
-    when it holds 1e-8.
+    Gradient: to `hidden` and `head` through the loss; unspecified in rows where it is infinite.
+    With renormalisation only K logits of a row matter: K rows of the head are multiplied, in
+    float32 and never lowered by autocast; the others are neither read nor moved. Without it the
+    loss takes three matrix products, as `gated_kl` does. The student's bucket is summed over the
+    complement, precise to 1e-6 relative even when it holds 1e-8.
 
     >>> logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    >>> ids, teacher_logp, _, tail = topk_logp(logits, 2)
-    >>> divergence, mass = support_kl(logits, ids, teacher_logp, with_student_mass=True)
-    >>> divergence.item(), round(mass.item(), 4)
-    (0.0, 0.8808)
-    >>> support_kl(logits, ids, torch.tensor([[0.5, 0.2]]).log(), renormalise=False, tail="bucket",
-    ...            teacher_tail_logp=torch.tensor([0.3]).log())[0]
+    >>> top = topk_logp(logits, None, 2)
+    >>> support_kl(logits, None, top.ids, top.logp).loss
+    tensor(0.)
+    >>> teacher_logp, tail = torch.tensor([[0.5, 0.2]]).log(), torch.tensor([0.3]).log()
+    >>> support_kl(logits, None, top.ids, teacher_logp, renormalise=False, tail="bucket",
+    ...            teacher_tail_logp=tail).values
     tensor([0.0930])
-    """
-    _check_logits("student_logits", student_logits)
-    valid = _check_vocab(valid_vocab, student_logits.shape[1], temperature)
-    support_ids = _check_support(
-        support_ids,
-        teacher_logp,
-        student_logits,
-        valid,
-        divergence,
-        beta,
-        renormalise,
-        tail,
-        teacher_tail_logp,
-        support_mask,
-    )
-    _check_inplace("student_logits", student_logits, inplace)
-    if renormalise:
-        values = _work(student_logits.gather(1, support_ids)) / temperature
-        student_tail = None
-    if not renormalise or with_student_mass:
-        rows = _Rows(student_logits, valid, temperature)
-        logp = rows.logp(rows.logits.gather(1, support_ids))
-    if not renormalise:
-        values = logp
-        inside = _members(support_ids, support_mask, valid)
-        student_tail = rows.outside(inside) if tail == "bucket" else None
-    result = _support_divergence(
-        values,
-        teacher_logp,
-        support_mask,
-        renormalise,
-        student_tail,
-        teacher_tail_logp,
-        divergence,
-        beta,
-    )
-    if not with_student_mass:
-        return result, None
-    mass = logp.detach().exp()
-    if support_mask is not None:
-        mass = mass.masked_fill(~support_mask, 0.0)
-    return result, mass.sum(-1)
-
-
-def linear_support_kl(
-    hidden: Tensor,
-    head: Tensor | None,
-    support_ids: Tensor,
-    teacher_logp: Tensor,
-    *,
-    divergence: Divergence = "reverse",
-    beta: float = 0.5,
-    renormalise: bool = True,
-    tail: Tail = "none",
-    teacher_tail_logp: Tensor | None = None,
-    support_mask: Tensor | None = None,
-    with_student_mass: bool = False,
-    grad_head: GradHead = "dense",
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    workspace_mib: float = 256,
-) -> tuple[Tensor, Tensor | None]:
-    """`support_kl(hidden @ head.T, ...)`; with renormalisation from K rows of the head only.
-
-    Args:
-        hidden: [N, D] float; with `head=None` the logits [N, V] themselves.
-        head: [V, D] of the same dtype, or None.
-        grad_head: "dense", "rows" or a buffer, as in `linear_gather_logits`; without
-            renormalisation every row of the head has a gradient, and "rows" is refused.
-        workspace_mib: bound on extra memory besides the returned gradients.
-        support_ids, teacher_logp, divergence, beta, renormalise, tail, teacher_tail_logp,
-        support_mask, with_student_mass, valid_vocab, temperature: as in `support_kl`.
-
-    Returns:
-        divergence [N] nats; student_mass [N] or None. The mass needs the full product: asking
-        for it costs N * V * D, without gradient.
-
-    Gradient: to `hidden` and `head`.
-
-    >>> hidden, head = torch.ones(1, 2), torch.eye(4, 2)
-    >>> ids, teacher_logp = torch.tensor([[0, 2]]), torch.tensor([[0.5, 0.5]]).log()
-    >>> linear_support_kl(hidden, head, ids, teacher_logp)[0]
-    tensor([0.1109])
     """
     product = _Product(hidden, head, valid_vocab, temperature)
     support_ids = _check_support(
@@ -1020,330 +753,188 @@ def linear_support_kl(
         tail,
         teacher_tail_logp,
         support_mask,
+        token_weight,
     )
-    if head is not None:
-        _check_support_grad_head(grad_head, head, renormalise)
 
     def part(tensor: Tensor | None, piece: slice) -> Tensor | None:
         return None if tensor is None else tensor[piece]
 
-    def chunk(piece: slice) -> tuple[Any, ...]:
-        logits = product.rows(piece)
-        return support_kl(
-            logits,
-            support_ids[piece],
+    def chunk(piece: slice) -> tuple[Tensor | None, ...]:
+        ids, mask, student_tail = support_ids[piece], part(support_mask, piece), None
+        if renormalise:  # the normaliser of the full softmax cancels
+            student = product.some_logits(piece, ids)
+        else:
+            rows = product.softmax(piece)
+            student = rows.logp(rows.logits.gather(1, ids))
+            if tail == "bucket":
+                student_tail = rows.outside(_members(ids, mask, product.valid))
+        value = _support_divergence(
+            student,
             teacher_logp[piece],
-            divergence=divergence,
-            beta=beta,
-            renormalise=renormalise,
-            tail=tail,
-            teacher_tail_logp=part(teacher_tail_logp, piece),
-            support_mask=part(support_mask, piece),
-            with_student_mass=with_student_mass,
-            valid_vocab=product.valid,
-            temperature=temperature,
+            mask,
+            renormalise,
+            student_tail,
+            part(teacher_tail_logp, piece),
+            divergence,
+            beta,
         )
+        return (value,)
 
-    def full(product: _Product) -> tuple[Any, ...]:
-        return _joined(_in_chunks(chunk, hidden.shape[0], product.bytes_per_row(), workspace_mib))
-
-    if head is None:
-        result, mass = full(product)
-        return result, mass
-    if not renormalise:
-        if isinstance(grad_head, Tensor):
-            product.head = _IntoBuffer.apply(head, grad_head)[: product.valid]  # type: ignore[no-untyped-call]
-            product.hidden, product.head = _autocast(hidden, product.head)
-        result, mass = full(product)
-        return result, mass
-    mass = None
-    if with_student_mass:
-        with torch.no_grad():
-            mass = full(product)[1]
-    values = linear_gather_logits(
-        hidden,
-        head,
-        support_ids,
-        grad_head=grad_head,
-        valid_vocab=valid_vocab,
-        temperature=temperature,
-        workspace_mib=workspace_mib,
-    )
-    result = _support_divergence(
-        values, teacher_logp, support_mask, True, None, None, divergence, beta
-    )
-    return result, mass
-
-
-class _IntoBuffer(torch.autograd.Function):
-    """head itself, whose gradient is added to a buffer instead of going to `head.grad`."""
-
-    @staticmethod
-    def forward(ctx: Any, head: Tensor, buffer: Tensor) -> Tensor:
-        ctx.buffer = buffer
-        return head.view_as(head)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.buffer.add_(grad)
-        return None, None
-
-
-def _gated(
-    student_logp: Tensor,
-    teacher_logp: Tensor,
-    verdict: Tensor,
-    extrapolation: float,
-    interpolation: float,
-    reference_logp: Tensor | None,
-    token_weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    detached = student_logp.detach()
-    teacher_logp = teacher_logp.detach().to(detached.dtype)
-    log_ratio = detached - teacher_logp
-    agrees = verdict.detach() * -log_ratio > 0
-    gate = torch.full_like(detached, interpolation).masked_fill(agrees, extrapolation)
-    gate = gate.masked_fill(verdict == 0, 1.0)
-    if reference_logp is None:
-        advantage = gate * -log_ratio
-    else:
-        reward = teacher_logp - reference_logp.detach().to(detached.dtype)
-        advantage = -log_ratio + (gate - 1) * reward
-    if token_weight is not None:
-        weight = token_weight.detach().to(detached.dtype)
-        unused = weight == 0  # a row of weight 0 is silent even where its log-probs are not finite
-        advantage = (weight * advantage).masked_fill(unused, 0.0)
-        student_logp = student_logp.masked_fill(unused, 0.0)
-    return -advantage * student_logp, detached, log_ratio, gate
+    some = 4 * 4 * support_ids.shape[1] * hidden.shape[1] if renormalise and head is not None else 0
+    (values,) = product.in_chunks(chunk, workspace_mib, some)
+    return SupportKL(_weighted(values, token_weight).sum(), values.detach())
 
 
 def gated_kl(
-    student_logits: Tensor,
-    token_ids: Tensor,
-    teacher_logp: Tensor,
-    verdict: Tensor,
-    *,
-    extrapolation: float,
-    interpolation: float,
-    reference_logp: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sign-gated policy-gradient loss of the reverse KL, per sampled token.
-
-    With advantage = gate * (teacher_logp - student_logp), or with `reference_logp`
-    (teacher_logp - student_logp) + (gate - 1) * (teacher_logp - reference_logp), the loss is
-    -token_weight * advantage * student_logp, advantage and gate held constant. gate is 1 where
-    verdict is 0, `extrapolation` where verdict * (teacher_logp - student_logp) > 0, else
-    `interpolation`. With both gates 1 it is plain on-policy distillation.
-
-    Args:
-        student_logits: [N, V], float32, bfloat16, float16 or float64.
-        token_ids: [N] int64 in [0, valid_vocab), the sampled tokens.
-        teacher_logp: [N] nats, the teacher's log-prob of them; a constant.
-        verdict: [N] float, -1, 0 or +1: the verifier's word; 0 is unverified.
-        extrapolation, interpolation: the gate's two values.
-        reference_logp: [N] nats, or None.
-        token_weight: [N] float, or None for 1; rows of weight 0 get loss 0 and gradient 0.
-        valid_vocab, temperature, inplace: as in `token_logp`.
-
-    Returns:
-        loss [N]; student_logp [N], log_ratio [N] = student_logp - teacher_logp, gate [N]: these
-        three are detached.
-
-    Gradient: to `student_logits` through the loss only.
-
-    >>> logits, teacher = torch.zeros(2, 2), torch.tensor([0.8, 0.2]).log()
-    >>> loss, student_logp, log_ratio, gate = gated_kl(
-    ...     logits, torch.tensor([0, 0]), teacher, torch.tensor([1.0, 1.0]),
-    ...     extrapolation=1.8, interpolation=0.5)
-    >>> gate
-    tensor([1.8000, 0.5000])
-    >>> torch.allclose(loss, -gate * -log_ratio * student_logp)
-    True
-    """
-    _check_logits("student_logits", student_logits)
-    _check_gated(teacher_logp, verdict, reference_logp, token_weight, student_logits)
-    logp = token_logp(
-        student_logits,
-        token_ids,
-        valid_vocab=valid_vocab,
-        temperature=temperature,
-        inplace=inplace,
-    )[0]
-    return _gated(
-        logp, teacher_logp, verdict, extrapolation, interpolation, reference_logp, token_weight
-    )
-
-
-def linear_gated_kl(
     hidden: Tensor,
     head: Tensor | None,
     token_ids: Tensor,
-    teacher_logp: Tensor,
-    verdict: Tensor,
+    loss_of: LossOf,
+    values: Sequence[Tensor] = (),
     *,
-    extrapolation: float,
-    interpolation: float,
-    reference_logp: Tensor | None = None,
-    token_weight: Tensor | None = None,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
     workspace_mib: float = 256,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gated_kl(hidden @ head.T, ...)` without ever holding [N, V].
+) -> GatedKL:
+    """The loss of sampled tokens, in three matrix products.
+
+    The caller's `loss_of` gives each token's loss as a function of its log-prob, so that a
+    method's equation, gate and weights included, stays in the method's file:
+
+        loss, logged = loss_of(student_logp, *values)
+
+    is called on pieces of n rows, with `student_logp` [n] (or [n, M]) in float32 and the same rows
+    of each tensor of `values`. It returns the loss [n], in which row i depends on row i only, and
+    a dict of tensors [n, ...] to log. What is to be a constant has to be detached in it. Where
+    the loss of a token depends on other tokens (a discounted sum, a normalisation over the
+    batch), use the differentiable `token_logp` or `gather_logp` instead: four products.
 
     Args:
-        hidden: [N, D] float; with `head=None` the logits [N, V] themselves.
+        hidden: [N, D] float, the student's; with `head=None` its logits [N, V] themselves.
         head: [V, D] of the same dtype, or None.
+        token_ids: [N] int64 in [0, valid_vocab), the sampled tokens; or [N, M], for losses of
+            several tokens per row.
+        loss_of: the function above. It runs with gradients enabled where one is wanted, else
+            without, and always outside of autocast.
+        values: tensors [N, ...] on the device of `hidden`; constants.
+        valid_vocab: ids from here on are padding; they take no part and get gradient 0.
+        temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients.
-        token_ids, teacher_logp, verdict, extrapolation, interpolation, reference_logp,
-        token_weight, valid_vocab, temperature: as in `gated_kl`.
 
     Returns:
-        loss [N], student_logp [N], log_ratio [N], gate [N] as `gated_kl`.
+        loss [], the sum of all tokens' losses; student_logp [N] (or [N, M]) nats, detached;
+        logged, the dict with tensors [N, ...], detached.
 
-    Gradient: to `hidden` and `head` through the loss only.
+    Gradient: to `hidden` and `head` through the loss. The forward call computes it, where
+    gradients are enabled and wanted, and keeps it instead of logits and head; backward multiplies
+    it by the incoming scalar, in place, so that a second backward is refused. The head's gradient
+    is added up over chunks in float32. From logits, and under `torch.compile`, the op is
+    `gather_logp` and the function. Raises ValueError or IndexError naming the argument.
 
-    >>> loss, student_logp, log_ratio, gate = linear_gated_kl(
-    ...     torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]), torch.tensor([0.5]).log(),
-    ...     torch.tensor([0.0]), extrapolation=1.8, interpolation=1.0)
-    >>> log_ratio
-    tensor([-0.6931])
+    >>> def loss_of(student_logp, teacher_logp, verdict):
+    ...     log_ratio = (student_logp - teacher_logp).detach()
+    ...     gate = torch.where(verdict * -log_ratio > 0, 1.8, 0.5)
+    ...     return gate * log_ratio * student_logp, {"log_ratio": log_ratio, "gate": gate}
+    >>> teacher_logp, verdict = torch.tensor([0.8, 0.2]).log(), torch.tensor([1.0, 1.0])
+    >>> hidden, head = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3)
+    >>> found = gated_kl(hidden, head, torch.tensor([0, 0]), loss_of, [teacher_logp, verdict])
+    >>> found.logged["gate"]
+    tensor([1.8000, 0.5000])
+    >>> bool((found.logged["gate"] * found.logged["log_ratio"] * found.student_logp).sum()
+    ...      == found.loss)
+    True
+    >>> found.loss.backward()
     """
-    _check_gated(teacher_logp, verdict, reference_logp, token_weight, hidden)
-    logp = linear_token_logp(
+    product = _Product(hidden, head, valid_vocab, temperature)
+    _check_gated(token_ids, loss_of, values, hidden, product.valid)
+    ids = token_ids if token_ids.dim() == 2 else token_ids[:, None]
+    logp = gather_logp(
         hidden,
         head,
-        token_ids,
+        ids,
         valid_vocab=valid_vocab,
         temperature=temperature,
         workspace_mib=workspace_mib,
-    )[0]
-    return _gated(
-        logp, teacher_logp, verdict, extrapolation, interpolation, reference_logp, token_weight
-    )
+    ).logp
+    return _gated(logp.view(token_ids.shape), loss_of, values)
 
 
 def full_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    hidden: Tensor,
+    head: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor | None,
     *,
+    token_weight: Tensor | None = None,
     divergence: Divergence = "reverse",
     beta: float = 0.5,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    inplace: bool = False,
-) -> Tensor:
-    """Exact divergence of student and teacher over the whole vocabulary.
+    workspace_mib: float = 256,
+) -> FullKL:
+    """Exact divergence of student and teacher over the vocabulary, and its sum as a loss.
 
     Args:
-        student_logits: [N, V], float32, bfloat16, float16 or float64.
-        teacher_logits: [N, V'], a constant; V' may differ from V when `valid_vocab` is given.
+        hidden: [N, D] float, the student's; with `head=None` its logits [N, V] themselves.
+        head: [V, D] of the same dtype, or None.
+        teacher_hidden: [N, D'] float, a constant; with `teacher_head=None` logits [N, V'].
+        teacher_head: [V', D'] of the dtype of `teacher_hidden`, or None. Autocast does not lower
+            the teacher's product: it has the dtype of `teacher_hidden`.
+        token_weight: [N] float, or None for 1: a constant factor of each row's divergence in the
+            loss. A row of weight 0 adds nothing, whatever its divergence is.
         divergence: "reverse" KL(student || teacher), "forward" KL(teacher || student), or "jsd",
             beta KL(teacher || M) + (1 - beta) KL(student || M), M = (1 - beta) student + beta
             teacher.
         beta: strictly inside (0, 1), for "jsd".
-        valid_vocab: ids from here on are padding of either vocabulary.
+        valid_vocab: ids from here on are padding of either vocabulary; V and V' may differ when it
+            is given.
         temperature: > 0; divides the logits of both models.
-        inplace: the gradient may take the memory of `student_logits`.
-
-    Returns:
-        [N] nats, >= 0 up to rounding; +inf where mathematics says so (reverse: a token that only
-        the teacher excludes; forward: one that only the student excludes). -inf on both sides
-        counts 0.
-
-    Gradient: to `student_logits` only; unspecified in rows where the divergence is infinite.
-    Cost: one read of both in forward; in backward one more read of both and one write.
-
-    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, float("-inf")]])
-    >>> full_kl(student, teacher), full_kl(student, teacher, divergence="forward")
-    (tensor([inf]), tensor([0.6931]))
-    >>> full_kl(student, teacher, divergence="jsd", beta=0.5)
-    tensor([0.2158])
-    """
-    valid = _check_full(
-        student_logits, teacher_logits, divergence, beta, valid_vocab, temperature, inplace
-    )
-    student = _Rows(student_logits, valid, temperature)
-    teacher = _Rows(teacher_logits.detach(), valid, temperature)
-    return _divergence(
-        student.logp(student.logits),
-        teacher.logp(teacher.logits).to(student.logits.dtype),
-        divergence,
-        beta,
-    )
-
-
-def linear_full_kl(
-    student_hidden: Tensor,
-    student_head: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor | None,
-    *,
-    divergence: Divergence = "reverse",
-    beta: float = 0.5,
-    valid_vocab: int | None = None,
-    temperature: float = 1.0,
-    workspace_mib: float = 256,
-) -> Tensor:
-    """`full_kl(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T)` in chunks.
-
-    Args:
-        student_hidden: [N, D] float; with `student_head=None` the logits [N, V] themselves.
-        student_head: [V, D] of the same dtype, or None.
-        teacher_hidden: [N, D'] float, a constant; with `teacher_head=None` logits [N, V'].
-        teacher_head: [V', D'] of the dtype of `teacher_hidden`, or None.
-        divergence, beta, valid_vocab, temperature: as in `full_kl`; V and V' may differ when
-            `valid_vocab` is given.
         workspace_mib: bound on extra memory besides the returned gradients.
 
     Returns:
-        [N] nats as `full_kl`.
+        loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences
+        without weight and detached, >= 0 up to rounding; +inf where mathematics says so (reverse:
+        a token that only the teacher excludes; forward: one that only the student excludes). -inf
+        on both sides counts 0.
 
-    Gradient: to `student_hidden` and `student_head` only.
+    Gradient: to `hidden` and `head` through the loss, computed by the forward call as in
+    `gated_kl`; unspecified in rows where the divergence is infinite.
 
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, float("-inf")]])
+    >>> full_kl(student, None, teacher, None).values
+    tensor([inf])
+    >>> full_kl(student, None, teacher, None, divergence="forward").values
+    tensor([0.6931])
+    >>> full_kl(student, None, teacher, None, divergence="jsd", beta=0.5).loss
+    tensor(0.2158)
     >>> hidden, head = torch.eye(2), torch.arange(6.0).view(3, 2)
-    >>> linear_full_kl(hidden, head, hidden, head)
+    >>> full_kl(hidden, head, hidden, head).values
     tensor([0., 0.])
     """
-    valid_vocab = _check_linear_full(
-        student_hidden,
-        student_head,
+    valid = _check_full(
+        hidden,
+        head,
         teacher_hidden,
         teacher_head,
+        token_weight,
         divergence,
         beta,
         valid_vocab,
         temperature,
     )
-    student = _Product(
-        student_hidden, student_head, valid_vocab, temperature, "student_hidden", "student_head"
-    )
-    teacher = _Product(
-        teacher_hidden.detach(),
-        None if teacher_head is None else teacher_head.detach(),
-        valid_vocab,
-        temperature,
-        "teacher_hidden",
-        "teacher_head",
-    )
-    num_rows = student_hidden.shape[0]
+    student = _Product(hidden, head, valid, temperature)
+    unlowered = torch.autocast(hidden.device.type, enabled=False)
+    with unlowered:
+        if teacher_head is not None:
+            teacher_head = teacher_head.detach().to(teacher_hidden.dtype)
+        teacher = _Product(teacher_hidden.detach(), teacher_head, valid, temperature)
 
-    def chunk(piece: slice) -> tuple[Tensor, ...]:
-        return (
-            full_kl(
-                student.rows(piece),
-                teacher.rows(piece),
-                divergence=divergence,
-                beta=beta,
-                valid_vocab=student.valid,
-                temperature=temperature,
-            ),
-        )
+    def chunk(piece: slice) -> tuple[Tensor | None, ...]:
+        own = student.softmax(piece)
+        with unlowered:
+            other = teacher.softmax(piece)
+        teacher_logp = other.logp(other.logits).to(own.logits.dtype)
+        return (_divergence(own.logp(own.logits), teacher_logp, divergence, beta),)
 
-    bytes_per_row = student.bytes_per_row() + teacher.bytes_per_row()
-    (result,) = _joined(_in_chunks(chunk, num_rows, bytes_per_row, workspace_mib))
-    return cast(Tensor, result)
+    (values,) = student.in_chunks(chunk, workspace_mib, 2 * student.bytes_per_row())
+    return FullKL(_weighted(values, token_weight).sum(), values.detach())

@@ -33,8 +33,9 @@ struct RowStats {
 template <class A>
 struct ScatterRow {
   Row row;
-  void* out;     // may be row.data
-  int64_t size;  // columns of out; those from row.valid on become 0
+  void* out;        // may be row.data
+  DType out_dtype;  // that of the row, or a 16-bit type for a float32 row
+  int64_t size;     // columns of out; those from row.valid on become 0
   RowStats stats;
   double dense, slope;
   bool outside;
@@ -82,7 +83,7 @@ struct Kernels {
   void (*scatter)(const ScatterRow<A>& args);
   DivergenceValue (*divergence)(const DivergenceRow& args);
   void (*divergence_grad)(const DivergenceRow& args, double center, double grad, void* out,
-                          int64_t size);
+                          DType out_dtype, int64_t size);
   // Top-K: one pass; then the candidates, as (value, id) in ascending order of id: all logits above
   // the threshold, and the first k equal to it (NaN counts as -inf). Returns how many.
   void (*chunks)(const Row& row, double inv_temperature, const ChunkSums<A>& out, RowStats* stats);
@@ -92,7 +93,6 @@ struct Kernels {
   // Sum of exp((z - stats.shift) / temperature) outside ascending ids, from the chunks' sums.
   double (*outside_sum)(const Row& row, double inv_temperature, const ChunkSums<A>& chunks,
                         const RowStats& stats, const int64_t* sorted_ids, int64_t num_ids);
-  int64_t (*rank)(const Row& row, int64_t id);  // of a token, ties by the lower id, from 0
   // Rows of a matrix by index. dots: out[k] = scale * <vector, row ids[k]>;
   // combine: out = sum of weights[k] * row ids[k]. `vector` and `out` are padded to kChunk.
   void (*dots)(const A* vector, const Row& first, int64_t stride, const int64_t* ids, int64_t k,

@@ -135,7 +135,7 @@ void scatter_dense(const ScatterRow<typename L::A>& a, double shift, double scal
   for (int64_t c = 0; c < a.row.valid; c += kChunk) {
     const int64_t n = a.row.valid - c;
     const A* z = fetch(a.row, c, buffer);
-    A* out = place(a.out, a.row.dtype, c, n, buffer);
+    A* out = place(a.out, a.out_dtype, c, n, buffer);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kChunk; i += L::width) {
       const V x = vload(z + i) - m;
@@ -143,7 +143,7 @@ void scatter_dense(const ScatterRow<typename L::A>& a, double shift, double scal
       if (with_slope) factor = vfma(linear, vmax(exp.lowest, x), constant);
       vstore(out + i, exp(x) * factor);
     }
-    commit(a.out, a.row.dtype, c, n, out);
+    commit(a.out, a.out_dtype, c, n, out);
   }
 }
 
@@ -152,14 +152,14 @@ void scatter(const ScatterRow<typename L::A>& a) {
   using A = typename L::A;
   const bool dead = a.stats.shift == -INFINITY;
   const bool empty = a.dense == 0.0 && a.slope == 0.0;
-  const int64_t item = size_of(a.row.dtype);
+  const int64_t item = size_of(a.out_dtype);
   char* out = static_cast<char*>(a.out);
   bool silent = empty && (!a.outside || a.outside_dense == 0.0);
   if (dead || silent) {  // nothing of the row is read
     memset(out, 0, a.size * item);
     if (dead) return;
     for (int64_t k = 0; k < a.num_ids; ++k)
-      store_at(a.out, a.row.dtype, a.ids[k], static_cast<A>(a.grad[k] * a.inv_temperature));
+      store_at(a.out, a.out_dtype, a.ids[k], static_cast<A>(a.grad[k] * a.inv_temperature));
     return;
   }
   for (int64_t k = 0; k < a.num_ids; ++k) a.scratch[k] = load_at(a.row, a.ids[k], A());
@@ -181,7 +181,7 @@ void scatter(const ScatterRow<typename L::A>& a) {
     const double bounded = x < static_cast<double>(L::lowest) ? static_cast<double>(L::lowest) : x;
     const double value = ::exp(x * a.inv_temperature) * (scale + rate * bounded) +
                          a.grad[k] * a.inv_temperature;
-    store_at(a.out, a.row.dtype, a.ids[k], static_cast<A>(value));
+    store_at(a.out, a.out_dtype, a.ids[k], static_cast<A>(value));
   }
   memset(out + a.row.valid * item, 0, (a.size - a.row.valid) * item);
 }
@@ -264,10 +264,11 @@ DivergenceValue divergence(const DivergenceRow& a) {
 // d divergence / d student logits = exp(logp) * (h - center) * grad / temperature, with
 // h = log p - log q (reverse), -q / p (forward, center -1), (1 - beta) log(p / m) (jsd).
 template <class L>
-void divergence_grad(const DivergenceRow& a, double center, double grad, void* out, int64_t size) {
+void divergence_grad(const DivergenceRow& a, double center, double grad, void* out,
+                     DType out_dtype, int64_t size) {
   using A = typename L::A;
   using V = typename L::V;
-  const int64_t item = size_of(a.student.dtype);
+  const int64_t item = size_of(out_dtype);
   const bool no_student = a.student_stats.shift == -INFINITY;
   const bool no_teacher = a.teacher_stats.shift == -INFINITY;
   // Without a student, or for the forward KL without a teacher, every term is 0.
@@ -291,7 +292,7 @@ void divergence_grad(const DivergenceRow& a, double center, double grad, void* o
     const int64_t n = a.student.valid - c;
     const A* zs = fetch(a.student, c, student_buffer);
     const A* zt = fetch(a.teacher, c, teacher_buffer);
-    A* dz = place(out, a.student.dtype, c, n, student_buffer);
+    A* dz = place(out, out_dtype, c, n, student_buffer);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kChunk; i += L::width) {
       const V x = vmax(lowest, (vload(zs + i) - ms) * scale);
@@ -309,7 +310,7 @@ void divergence_grad(const DivergenceRow& a, double center, double grad, void* o
       }
       vstore(dz + i, d);
     }
-    commit(out, a.student.dtype, c, n, dz);
+    commit(out, out_dtype, c, n, dz);
   }
   memset(static_cast<char*>(out) + a.student.valid * item, 0, (size - a.student.valid) * item);
 }
@@ -441,36 +442,6 @@ double outside_sum(const Row& row, double inv_temperature, const ChunkSums<typen
 }
 
 template <class L>
-int64_t rank(const Row& row, int64_t id) {
-  using A = typename L::A;
-  using V = typename L::V;
-  alignas(64) A buffer[kChunk];
-  const A value = load_at(row, id, A());
-  int64_t before = 0;
-  if (!(value > -INFINITY)) {  // NaN counts as -inf, on either side
-    for (int64_t i = 0; i < row.valid; ++i)
-      before += load_at(row, i, A()) > -INFINITY || i < id;
-    return before;
-  }
-  const V bound = L::set(value);
-  for (int64_t c = 0; c < row.valid; c += kChunk) {
-    const A* z = fetch(row, c, buffer);
-    if (c + kChunk <= id) {
-      for (int64_t j = 0; j < kChunk; j += L::width)
-        before += __builtin_popcount(vge_bits(vload(z + j), bound));
-    } else if (c > id) {
-      for (int64_t j = 0; j < kChunk; j += L::width)
-        before += __builtin_popcount(vgt_bits(vload(z + j), bound));
-    } else {
-      for (int64_t j = 0; j < kChunk; ++j) before += c + j < id ? z[j] >= value : z[j] > value;
-    }
-  }
-  return before;
-}
-
-// ==== rows of a matrix by index ====
-
-template <class L>
 void dots(const typename L::A* vector, const Row& first, int64_t stride, const int64_t* ids,
           int64_t k, double scale, typename L::A* out) {
   using A = typename L::A;
@@ -538,7 +509,7 @@ void store(const typename L::A* values, void* out, DType dtype, int64_t n, bool 
 template <class L>
 constexpr Kernels<typename L::A> table() {
   return {stats<L>,  outside<L>, scatter<L>,    divergence<L>,  divergence_grad<L>,
-          chunks<L>, kth<L>,     candidates<L>, outside_sum<L>, rank<L>,
+          chunks<L>, kth<L>,     candidates<L>, outside_sum<L>,
           dots<L>,   combine<L>, load<L>,       store<L>};
 }
 

@@ -232,6 +232,7 @@ void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const 
         ScatterRow<A> args;
         args.row = rows[n];
         args.out = target + n * target_stride;
+        args.out_dtype = dtype_of("out", out);
         args.size = out.size(1);
         args.stats = {ps[2 * n], ps[2 * n + 1], 0.0};
         args.dense = pa[n];
@@ -278,7 +279,8 @@ void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Te
                                  static_cast<Divergence>(divergence),
                                  beta,
                                  1.0 / temperature};
-        table.divergence_grad(args, r[4], pg[n], target + n * stride, out.size(1));
+        table.divergence_grad(args, r[4], pg[n], target + n * stride, dtype_of("out", out),
+                              out.size(1));
       }
     });
   });
@@ -328,7 +330,7 @@ static int64_t group_columns(int64_t valid_vocab, int64_t k) {
   return columns;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature) {
   const Tensor z = with_dense_rows("logits", logits);
@@ -351,8 +353,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
   Tensor lse = torch::stable::new_empty(z, {num_rows}, type);
   Tensor tail = torch::stable::new_empty(z, {num_rows}, type);
   Tensor token_logp = torch::stable::new_empty(z, {with_token ? num_rows : 0}, type);
-  Tensor token_rank =
-      torch::stable::new_empty(z, {with_token ? num_rows : 0}, ScalarType::Long);
   const double inv_t = 1.0 / temperature;
   with_type(z, [&](auto zero) {
     using A = decltype(zero);
@@ -362,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const int64_t num_chunks = (valid_vocab + columns - 1) / columns;
     const int64_t most = std::min(valid_vocab, (columns + 1) * k);
     const int64_t* wanted = with_token ? data<const int64_t>(*token) : nullptr;
-    int64_t *out_ids = data<int64_t>(ids), *out_rank = data<int64_t>(token_rank);
+    int64_t* out_ids = data<int64_t>(ids);
     A *out_logp = data<A>(logp), *out_lse = data<A>(lse), *out_tail = data<A>(tail);
     A* out_token = data<A>(token_logp);
     for_rows(num_rows, valid_vocab, [&](int64_t begin, int64_t end) {
@@ -403,14 +403,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
           table.outside(row, inv_t, sorted.data(), k, &o);
           out_tail[n] = static_cast<A>(tail_of(o, r, inv_t));
         }
-        if (with_token) {
-          out_token[n] = static_cast<A>(logp_of(load(row, wanted[n]), r, inv_t));
-          out_rank[n] = table.rank(row, wanted[n]);
-        }
+        if (with_token) out_token[n] = static_cast<A>(logp_of(load(row, wanted[n]), r, inv_t));
       }
     });
   });
-  return {ids, logp, lse, tail, token_logp, token_rank};
+  return {ids, logp, lse, tail, token_logp};
 }
 
 namespace {

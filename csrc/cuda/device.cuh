@@ -77,14 +77,22 @@ auto with_dtype(DType dtype, const F& f) {
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-template <class T>
-struct alignas(16) Packed {
-  T item[kVector<T>];
+template <class T, int n = kVector<T>>
+struct alignas(n * sizeof(T)) Packed {
+  T item[n];
 };
 
-template <class T>
+template <class T, int n = kVector<T>>
 __device__ __forceinline__ bool aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return reinterpret_cast<uintptr_t>(p) % (n * sizeof(T)) == 0;
+}
+
+// The types of a kernel that reads T and writes O: the same, or float and one of 16 bits.
+template <class F>
+auto with_dtypes(DType in, DType out, const F& f) {
+  if (in == DType::f32 && out == DType::bf16) return f(float(), BF16());
+  if (in == DType::f32 && out == DType::f16) return f(float(), F16());
+  return with_dtype(in, [&](auto zero) { return f(zero, zero); });
 }
 
 template <class T, int n>
@@ -105,14 +113,15 @@ __device__ __forceinline__ void load(const T* p, float (&out)[n]) {
 
 template <class T, int n>
 __device__ __forceinline__ void store(T* p, const float (&value)[n]) {
-  if (n % kVector<T> == 0 && aligned(p)) {
+  constexpr int width = n < kVector<T> ? n : kVector<T>;
+  if (n % width == 0 && aligned<T, width>(p)) {
 #pragma unroll
-    for (int i = 0; i < n; i += kVector<T>) {
-      Packed<T> raw;
+    for (int i = 0; i < n; i += width) {
+      Packed<T, width> raw;
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j)
+      for (int j = 0; j < width; ++j)
         if (i + j < n) assign(raw.item[j], value[i + j]);
-      *reinterpret_cast<Packed<T>*>(p + i) = raw;
+      *reinterpret_cast<Packed<T, width>*>(p + i) = raw;
     }
   } else {
 #pragma unroll

@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(kThreads, 2) full_kl(FullKl a) {
 
 // exp(logp) * (h - center) * grad / temperature, with h = log p - log q (reverse), -q / p (forward,
 // center -1), (1 - beta) log(p / m) (jsd).
-template <class T, Kind kind>
+template <class T, class O, Kind kind>
 __global__ void __launch_bounds__(kThreads, 2) full_backward(FullKlBackward a) {
   const int64_t n = blockIdx.x;
   const T* row = row_of<T>(a.student, n);
-  T* out = static_cast<T*>(a.out) + n * a.out_stride;
+  O* out = static_cast<O*>(a.out) + n * a.out_stride;
   const float* stats = a.stats + 5 * n;
   const RowStats s{stats[0], stats[1], 0.0}, t{stats[2], stats[3], 0.0};
   // Without a student, or for the forward KL without a teacher, every term is 0.
@@ -157,11 +157,12 @@ int launch(const FullKl& a, Launch where) {
 }
 
 int launch(const FullKlBackward& a, Launch where) {
-  return with_dtype(a.student.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = a.divergence == kReverse   ? full_backward<T, kReverse>
-                        : a.divergence == kForward ? full_backward<T, kForward>
-                                                   : full_backward<T, kJsd>;
+  return with_dtypes(a.student.dtype, a.out_dtype, [&](auto in, auto to) {
+    using T = decltype(in);
+    using O = decltype(to);
+    const auto kernel = a.divergence == kReverse   ? full_backward<T, O, kReverse>
+                        : a.divergence == kForward ? full_backward<T, O, kForward>
+                                                   : full_backward<T, O, kJsd>;
     return launch_on(where, kernel, dim3(a.student.num), kThreads, 0, a);
   });
 }

@@ -62,12 +62,12 @@ __global__ void __launch_bounds__(kThreads, 2) gather_logp(GatherLogp a) {
 }
 
 // Over the dense part of a row: exp(x / temperature) * (constant + linear * x), x = z - shift.
-template <class T, bool with_slope>
+template <class T, class O, bool with_slope>
 __device__ void scatter_dense(const GatherBackward& a, int64_t n, float shift, float constant,
                               float linear) {
   constexpr int width = kVector<T>, turns = kTurns<T>;
   const T* row = row_of<T>(a.logits, n);
-  T* out = static_cast<T*>(a.out) + n * a.out_stride;
+  O* out = static_cast<O*>(a.out) + n * a.out_stride;
   const float scale = static_cast<float>(a.inv_temperature * kLog2e);
   const float lowest = -160.0f / scale;  // exp is 0 from here on, and linear * x is finite
   for (int64_t c = first_column(row) + threadIdx.x * width; c < a.size;
@@ -92,11 +92,11 @@ __device__ void scatter_dense(const GatherBackward& a, int64_t n, float shift, f
 
 // One read, one write. What belongs to an id is computed from the logit before that is overwritten,
 // with the gradients of equal ids added up in the order of k, and written last: rounded once.
-template <class T>
+template <class T, class O>
 __global__ void __launch_bounds__(kThreads, 2) gather_backward(GatherBackward a) {
   const int64_t n = blockIdx.x;
   const T* row = row_of<T>(a.logits, n);
-  T* out = static_cast<T*>(a.out) + n * a.out_stride;
+  O* out = static_cast<O*>(a.out) + n * a.out_stride;
   const int64_t* ids = a.ids + n * a.k;
   const float* grad = a.grad + n * a.k;
   float* value = a.scratch + n * a.k;
@@ -131,11 +131,11 @@ __global__ void __launch_bounds__(kThreads, 2) gather_backward(GatherBackward a)
     const double outside_shift = a.tail_stats[2 * n];
     const bool nothing = outside_shift == -INFINITY;
     const double factor = outside_dense * exp(-a.tail_stats[2 * n + 1]) * a.inv_temperature;
-    scatter_dense<T, false>(a, n, nothing ? 0.0 : outside_shift, nothing ? 0.0 : factor, 0.0f);
+    scatter_dense<T, O, false>(a, n, nothing ? 0.0 : outside_shift, nothing ? 0.0 : factor, 0.0f);
   } else if (slope != 0.0) {
-    scatter_dense<T, true>(a, n, shift, constant, linear);
+    scatter_dense<T, O, true>(a, n, shift, constant, linear);
   } else {
-    scatter_dense<T, false>(a, n, shift, constant, 0.0f);
+    scatter_dense<T, O, false>(a, n, shift, constant, 0.0f);
   }
   __syncthreads();
   for (int64_t i = threadIdx.x; i < a.k; i += kThreads)
@@ -156,8 +156,9 @@ int launch(const GatherLogp& a, Launch where) {
 }
 
 int launch(const GatherBackward& a, Launch where) {
-  return with_dtype(a.logits.dtype, [&](auto zero) {
-    return launch_on(where, gather_backward<decltype(zero)>, dim3(a.logits.num), kThreads, 0, a);
+  return with_dtypes(a.logits.dtype, a.out_dtype, [&](auto in, auto out) {
+    const auto kernel = gather_backward<decltype(in), decltype(out)>;
+    return launch_on(where, kernel, dim3(a.logits.num), kThreads, 0, a);
   });
 }
 

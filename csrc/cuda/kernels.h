@@ -41,7 +41,8 @@ struct GatherLogp {
 // csrc/cpu/kernels.h, ScatterRow, says what is computed.
 struct GatherBackward {
   Rows logits;
-  void* out;  // of the type of the logits; may be the logits
+  void* out;  // may be the logits
+  DType out_dtype;  // that of the logits, or a 16-bit type for float32 logits
   int64_t out_stride, size;
   const int64_t* ids;  // [N, K]
   int64_t k;
@@ -60,7 +61,6 @@ struct TopkLogp {
   int64_t* ids;                   // [N, K]
   float *logp, *lse, *tail_logp;  // [N, K], [N], [N]
   float* token_logp;              // [N], or null
-  int64_t* token_rank;
 };
 
 struct FullKl {
@@ -72,7 +72,8 @@ struct FullKl {
 
 struct FullKlBackward {
   Rows student, teacher;
-  void* out;  // of the type of the student
+  void* out;  // may be the student
+  DType out_dtype;  // as above
   int64_t out_stride, size;
   int divergence;
   double beta, inv_temperature;

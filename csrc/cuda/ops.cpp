@@ -122,6 +122,7 @@ void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const 
   GatherBackward args{};
   args.logits = rows("logits", z, valid_vocab);
   args.out = out.data_ptr();
+  args.out_dtype = dtype_of("out", out);
   args.out_stride = out.stride(0);
   args.size = z.size(1);
   args.ids = data<int64_t>(members);
@@ -139,7 +140,7 @@ void backward_rows(const Tensor& z, const Tensor& out, const Tensor& ids, const 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
     const Tensor& logits, int64_t k, const std::optional<Tensor>& token_ids, int64_t valid_vocab,
     double temperature) {
   const Tensor z = with_dense_rows("logits", logits);
@@ -152,7 +153,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
   std::optional<Tensor> wanted;
   if (token_ids.has_value()) wanted = small(z, "token_ids", *token_ids, {num}, ScalarType::Long);
   const Tensor ids = torch::stable::new_empty(z, {num, k}, ScalarType::Long);
-  const Tensor rank = torch::stable::new_empty(z, {tokens}, ScalarType::Long);
   const Tensor logp = floats(z, {num, k}), lse = floats(z, {num}), tail = floats(z, {num});
   const Tensor token_logp = floats(z, {tokens});
   TopkLogp args{};
@@ -165,9 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logp(
   args.lse = data<float>(lse);
   args.tail_logp = data<float>(tail);
   args.token_logp = data<float>(token_logp);
-  args.token_rank = data<int64_t>(rank);
   run("topk_logp", z, args);
-  return {ids, logp, lse, tail, token_logp, rank};
+  return {ids, logp, lse, tail, token_logp};
 }
 
 std::tuple<Tensor, Tensor> full_kl(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -203,6 +202,7 @@ void divergence_grad_rows(const Tensor& student, const Tensor& teacher, const Te
   args.student = rows("student_logits", student, valid_vocab);
   args.teacher = rows("teacher_logits", teacher, valid_vocab);
   args.out = out.data_ptr();
+  args.out_dtype = dtype_of("out", out);
   args.out_stride = out.stride(0);
   args.size = student.size(1);
   args.divergence = static_cast<int>(divergence);

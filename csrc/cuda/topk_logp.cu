@@ -1,4 +1,4 @@
-// Top-K of a row, its log-sum-exp, the mass outside, and a token's log-prob and rank, in one pass.
+// Top-K of a row, its log-sum-exp, the mass outside, and a token's log-prob, in one pass.
 #include "device.cuh"
 
 namespace opd::cuda {
@@ -45,11 +45,8 @@ struct Shared {
   int* count;
 };
 
-// The first pass. Returns, per thread, the columns that come before the token of this value.
-template <class T, bool with_token>
-__device__ int first_pass(const Chunks<T>& chunks, const Shared& s, float scale, float value,
-                          int64_t token) {
-  int before = 0;
+template <class T>
+__device__ void first_pass(const Chunks<T>& chunks, const Shared& s, float scale) {
   for (int64_t c = threadIdx.x / 32; c < chunks.num; c += kWarps) {
     float z[Chunks<T>::turns][Chunks<T>::n];
     chunks.read(c, z);
@@ -63,15 +60,7 @@ __device__ int first_pass(const Chunks<T>& chunks, const Shared& s, float scale,
 #pragma unroll
     for (int t = 0; t < Chunks<T>::turns; ++t) {
 #pragma unroll
-      for (int j = 0; j < Chunks<T>::n; ++j) {
-        sum += exp2_fast((z[t][j] - shift) * scale);
-        if (with_token) {
-          const float other = fmaxf(z[t][j], -INFINITY);  // NaN counts as -inf
-          const uint32_t i =
-              static_cast<uint32_t>(chunks.column(c, t)) + j;  // huge before column 0
-          before += other > value || (other == value && i < static_cast<uint32_t>(token));
-        }
-      }
+      for (int j = 0; j < Chunks<T>::n; ++j) sum += exp2_fast((z[t][j] - shift) * scale);
     }
     sum = warp_reduce(sum, Sum());
     if (threadIdx.x % 32 == 0) {
@@ -80,7 +69,6 @@ __device__ int first_pass(const Chunks<T>& chunks, const Shared& s, float scale,
     }
   }
   __syncthreads();
-  return before;
 }
 
 // The k-th largest chunk maximum: a lower bound of the k-th largest logit. Every maximum counts
@@ -214,7 +202,7 @@ __device__ RowStats outside_stats(const T* row, int64_t valid, float scale, doub
   return result.stats(inv_temperature);
 }
 
-template <class T, bool with_token>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2) topk_logp(TopkLogp a) {
   __shared__ uint64_t keys[kBuffer];
   __shared__ int count;
@@ -225,11 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2) topk_logp(TopkLogp a) {
   const float scale = static_cast<float>(a.inv_temperature * kLog2e);
   const Chunks<T> chunks(row, valid);
   const Shared shared{space, space + chunks.num, keys, &count};
-  const int64_t token = with_token ? a.token_ids[n] : 0;
-  const bool known = token >= 0 && token < valid;
-  const float token_value = with_token && known ? to_float(row[token]) : 0.0f;
-  const int before =
-      first_pass<T, with_token>(chunks, shared, scale, fmaxf(token_value, -INFINITY), token);
+  first_pass(chunks, shared, scale);
 
   RowSum total;
   for (int64_t c = threadIdx.x; c < chunks.num; c += kThreads)
@@ -260,13 +244,13 @@ __global__ void __launch_bounds__(kThreads, 2) topk_logp(TopkLogp a) {
   double tail = log(rest) - s.log_sum;
   if (!(rest > 1e-25))  // the same for all threads
     tail = tail_of(outside_stats(row, valid, scale, a.inv_temperature, last), s, a.inv_temperature);
-  const int rank = with_token ? block_reduce(before, Sum()) : 0;
   if (threadIdx.x != 0) return;
   a.lse[n] = lse_of(s, a.inv_temperature);
   a.tail_logp[n] = tail;
-  if (with_token) {
-    a.token_logp[n] = known ? logp_of(token_value, s, a.inv_temperature) : NAN;
-    a.token_rank[n] = known ? rank : -1;
+  if (a.token_ids) {
+    const int64_t token = a.token_ids[n];
+    const bool known = token >= 0 && token < valid;
+    a.token_logp[n] = known ? logp_of(to_float(row[token]), s, a.inv_temperature) : NAN;
   }
 }
 
@@ -275,10 +259,9 @@ __global__ void __launch_bounds__(kThreads, 2) topk_logp(TopkLogp a) {
 int launch(const TopkLogp& a, Launch where) {
   return with_dtype(a.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = a.token_ids ? topk_logp<T, true> : topk_logp<T, false>;
     // one chunk more than the columns need, for rows that begin before an aligned address
     const int64_t chunks = (a.logits.valid + kTopkChunk - 1) / kTopkChunk + 1;
-    return launch_on(where, kernel, dim3(a.logits.num), kThreads, 2 * chunks * sizeof(float), a);
+    return launch_on(where, topk_logp<T>, dim3(a.logits.num), kThreads, 2 * chunks * sizeof(float), a);
   });
 }
 

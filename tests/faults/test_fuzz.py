@@ -137,15 +137,15 @@ def test_token_and_gather_logp(logits, ids, temperature, valid_vocab):
     how = {"temperature": temperature, "valid_vocab": valid_vocab or None}
     rows = logits.shape[0]
     token_ids = torch.tensor([*ids, 0, 1, 2, 3, 4][: max(rows, 0)], dtype=torch.int64)
-    both("token_logp", logits, token_ids, **how)
-    both("gather_logp", logits, token_ids[:, None].expand(-1, 3), **how)
+    both("token_logp", logits, None, token_ids, **how)
+    both("gather_logp", logits, None, token_ids[:, None].expand(-1, 3), **how)
 
 
 @given(tensors(), tensors(), st.sampled_from(["forward", "reverse", "jsd", "kl", ""]))
 def test_full_kl(student, teacher, divergence):
-    both("full_kl", student, teacher, divergence=divergence)
+    both("full_kl", student, None, teacher, None, divergence=divergence)
 
 
 @given(tensors(), st.integers(-2, 80))
 def test_topk_logp(logits, k):
-    both("topk_logp", logits, k)
+    both("topk_logp", logits, None, k)

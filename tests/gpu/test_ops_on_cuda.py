@@ -48,12 +48,17 @@ def three_ways(name, first, *others, weights, **settings):
         else:
             leaf, module, extra = first.detach().to(kind).requires_grad_(), reference, settings
             rest = [t.to(kind) if t.is_floating_point() else t for t in others]
-        out = getattr(module, name)(leaf, *rest, **extra)
-        out = out if isinstance(out, tuple) else (out,)
-        out = tuple(o for o in out if o is not None)
-        with_grad = [o for o in out if o.requires_grad]
-        finite = [o.masked_fill(~o.detach().isfinite(), 0.0) for o in with_grad]
-        loss = sum((o * w.to(o)).sum() for o, w in zip(finite, weights))
+        rest = [*rest, None] if name == "full_kl" else list(rest)
+        op = getattr(module, name)
+        if name in ("full_kl", "support_kl"):  # the loss of the rows that have a finite divergence
+            out = (op(leaf.detach(), None, *rest, **extra).values,)
+            weight = weights[0].to(out[0]).masked_fill(~out[0].isfinite(), 0.0)
+            loss = op(leaf, None, *rest, **extra, token_weight=weight).loss
+        else:
+            out = op(leaf, None, *rest, **extra)
+            out = tuple(o for o in out if o is not None)
+            finite = [o.masked_fill(~o.detach().isfinite(), 0.0) for o in out]
+            loss = sum((o * w.to(o)).sum() for o, w in zip(finite, weights))
         (grad,) = torch.autograd.grad(loss, leaf)
         if kind is None:
             assert all(o.is_cuda and o.dtype == torch.float32 for o in out)
@@ -121,10 +126,10 @@ def test_topk_logp(z, k, seed, temperature):
     k = min(k, z.shape[1])
     ids = random_ids(seed, z.shape[0], 1, z.shape[1])[:, 0]
     settings = {"temperature": temperature}
-    got = opd_ops.topk_logp(on_cuda(z), k, token_ids=ids.cuda(), **settings)
-    rough = reference.topk_logp(z.float(), k, token_ids=ids, **settings)
-    exact = reference.topk_logp(z.double(), k, token_ids=ids, **settings)
-    assert torch.equal(got[0].cpu(), exact[0]) and torch.equal(got[5].cpu(), exact[5])
+    got = opd_ops.topk_logp(on_cuda(z), None, k, token_ids=ids.cuda(), **settings)
+    rough = reference.topk_logp(z.float(), None, k, token_ids=ids, **settings)
+    exact = reference.topk_logp(z.double(), None, k, token_ids=ids, **settings)
+    assert torch.equal(got.ids.cpu(), exact.ids)
     for i in (1, 2, 3, 4):
         assert_budget(got[i].cpu(), rough[i], exact[i])
 
@@ -137,10 +142,10 @@ def test_topk_of_adversarial_rows(vocab, dtype):
     rows.append(torch.where(column % 2 == 0, float("nan"), column))
     z, token = torch.stack(rows).to(dtype), torch.tensor([0, vocab - 1, 3, 5, 1])
     for k in (1, 32, 128, 1024):
-        got = opd_ops.topk_logp(z.cuda(), k, token_ids=token.cuda())
-        spec = reference.topk_logp(z, k, token_ids=token)
-        assert torch.equal(got[0].cpu(), spec[0]) and torch.equal(got[5].cpu(), spec[5])
-        for a, b in zip(got[1:5], spec[1:5]):
+        got = opd_ops.topk_logp(z.cuda(), None, k, token_ids=token.cuda())
+        spec = reference.topk_logp(z, None, k, token_ids=token)
+        assert torch.equal(got.ids.cpu(), spec.ids)
+        for a, b in zip(got[1:], spec[1:]):
             torch.testing.assert_close(a.cpu(), b, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
@@ -173,7 +178,7 @@ def test_support_kl(form, kind, z, seed):
         return
     ids = random_ids(seed, n, k, vocab, distinct=True)
     teacher = make_logits(seed + 1, n, vocab, torch.float64, "normal").log_softmax(-1)
-    settings = {"divergence": kind[0], "beta": kind[1], "with_student_mass": True}
+    settings = {"divergence": kind[0], "beta": kind[1]}
     if form != "renormalised":
         settings["renormalise"] = False
     if form == "bucket":
@@ -187,75 +192,76 @@ def test_support_kl(form, kind, z, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("grad_head", ["dense", "rows"])
-def test_linear_gather_logits(dtype, grad_head):
+def test_some_rows_of_the_head(dtype):
     hidden, head = (
         make_logits(0, 33, 100, dtype, "normal"),
         make_logits(1, 500, 100, dtype, "normal"),
     )
-    ids = random_ids(2, 33, 9, 500)
+    ids, teacher_logp = random_ids(2, 33, 9, 20, distinct=True), -torch.rand(33, 9)
     results = []
-    for left, right, index in ((hidden.cuda(), head.cuda(), ids.cuda()),) * 2 + (
-        (hidden.double(), head.double(), ids),
+    for left, right, *rest in (
+        *((hidden.cuda(), head.cuda(), ids.cuda(), teacher_logp.cuda()),) * 2,
+        (hidden.double(), head.double(), ids, teacher_logp),
     ):
         leaves = left.requires_grad_(), right.requires_grad_()
-        out = opd_ops.linear_gather_logits(*leaves, index, grad_head=grad_head)
-        grads = torch.autograd.grad((out * out).sum(), leaves)
-        dense = [g.to_dense() if g.is_sparse else g for g in grads]
-        results.append([t.detach().cpu() for t in (out, *dense)])
+        loss = opd_ops.support_kl(*leaves, *rest).loss
+        results.append([t.detach().cpu() for t in (loss, *torch.autograd.grad(loss, leaves))])
     for first, again, exact in zip(*results):
         assert torch.equal(first, again)  # the same bits, repeated ids and all
         scale = float(exact.abs().max())
         torch.testing.assert_close(
-            first.double(), exact, rtol=2 * ROUNDING[dtype] + 1e-5, atol=1e-5 * scale
+            first.double(), exact.double(), rtol=2 * ROUNDING[dtype] + 1e-5, atol=1e-4 * scale
         )
 
 
-@pytest.mark.parametrize("name", ["token", "gather", "topk", "full"])
-def test_linear_ops_in_chunks(name):
-    """Several chunks through a small workspace, float32 products without TF32."""
-    assert not torch.backends.cuda.matmul.allow_tf32
-    hidden, head = torch.randn(70, 64), torch.randn(3001, 64) / 8
-    ids = random_ids(0, 70, 5, 3001)
+def policy_gradient(student_logp, teacher_logp):
+    log_ratio = (student_logp - teacher_logp).detach()
+    return log_ratio * student_logp, {"log_ratio": log_ratio}
 
-    def call(module, h, w, i):
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["token", "gather", "topk", "full", "support", "gated"])
+def test_ops_in_chunks(name, dtype):
+    """Several chunks through a small workspace, with padded rows (3,001 columns).
+
+    Products without TF32; of bfloat16 operands with float32 results, so that values are as exact
+    as those of float32 operands, and gradients are rounded once.
+    """
+    assert not torch.backends.cuda.matmul.allow_tf32
+    hidden, head = torch.randn(70, 64).to(dtype), (torch.randn(3001, 64) / 8).to(dtype)
+    ids = random_ids(0, 70, 5, 3001, distinct=True)
+    teacher_logp = -1 - torch.rand(70, 5)
+
+    def call(module, h, w, i, t):
         options = {"workspace_mib": 0.25}
         if name == "token":
-            return module.linear_token_logp(h, w, i[:, 0], with_entropy=True, **options)
+            return module.token_logp(h, w, i[:, 0], with_entropy=True, **options)
         if name == "gather":
-            return module.linear_gather_logp(h, w, i, **options)
+            return module.gather_logp(h, w, i, **options)
         if name == "topk":
-            return module.linear_topk_logp(h, w, 7, **options)[1:]
-        return (module.linear_full_kl(h, w, h.detach().flip(0), w.detach(), **options),)
+            return module.topk_logp(h, w, 7, **options)[1:4]
+        if name == "gated":
+            return module.gated_kl(h, w, i[:, 0], policy_gradient, [t[:, 0]], **options)[:2]
+        if name == "support":
+            return module.support_kl(h, w, i, t, renormalise=False, **options)
+        return module.full_kl(h, w, h.detach().flip(0), w.detach(), **options)
 
     got = [hidden.cuda().requires_grad_(), head.cuda().requires_grad_()]
     exact = [hidden.double().detach().requires_grad_(), head.double().detach().requires_grad_()]
-    outputs = [call(opd_ops, *got, ids.cuda()), call(reference, *exact, ids)]
+    outputs = [
+        call(opd_ops, *got, ids.cuda(), teacher_logp.cuda()),
+        call(reference, *exact, ids, teacher_logp),
+    ]
     for a, b in zip(*outputs):
         torch.testing.assert_close(a.detach().cpu().double(), b.detach(), rtol=1e-4, atol=1e-4)
     if name == "topk":
         return
     for out in outputs:
-        sum(o.sum() for o in out).backward()
+        sum(o.sum() for o in out if o.requires_grad).backward()
     for a, b in zip(got, exact):
-        torch.testing.assert_close(a.grad.cpu().double(), b.grad, rtol=1e-3, atol=1e-3)
-
-
-def test_inplace_gives_the_same_gradient_in_the_memory_of_the_logits():
-    hidden = torch.randn(40, 64, device="cuda", requires_grad=True)
-    head = torch.randn(5001, 64, device="cuda", requires_grad=True)
-    ids, teacher = random_ids(0, 40, 3, 5001).cuda(), torch.randn(40, 5001, device="cuda")
-    for op in (
-        lambda z, **kw: opd_ops.token_logp(z, ids[:, 0], **kw)[0],
-        lambda z, **kw: opd_ops.gather_logp(z, ids, **kw)[0],
-        lambda z, **kw: opd_ops.full_kl(z, teacher, **kw),
-    ):
-        expected = torch.autograd.grad(op(hidden @ head.T).sum(), (hidden, head))
-        z, seen = hidden @ head.T, []
-        z.register_hook(lambda grad, seen=seen: seen.append(grad.data_ptr()))
-        got = torch.autograd.grad(op(z, inplace=True).sum(), (hidden, head))
-        assert seen == [z.data_ptr()]
-        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+        assert a.grad.dtype == dtype
+        error = (a.grad.cpu().double() - b.grad).norm() / b.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2.0**-7)
 
 
 def test_more_than_2_to_the_31_elements():
@@ -268,14 +274,15 @@ def test_more_than_2_to_the_31_elements():
     logp, _, _, tail, stats, _ = OPS.gather_logp(z, ids, vocab, 1.0, False, True)
     assert abs(logp[-1].item() - truth) < 1e-5
     assert abs(tail[-1].exp().item() + logp[-1].exp().item() - 1) < 1e-5
-    top = opd_ops.topk_logp(z, 32, token_ids=ids[:, 0])
-    assert top[0][-1].tolist() == [vocab - 1, *range(31)] and top[5].tolist()[-1] == 0
-    assert top[0][0].tolist() == list(range(32)) and top[5][0].item() == vocab - 1
+    top = opd_ops.topk_logp(z, None, 32, token_ids=ids[:, 0])
+    assert top.ids[-1].tolist() == [vocab - 1, *range(31)]
+    assert top.ids[0].tolist() == list(range(32)) and top.token_logp[-1] == top.logp[-1, 0]
     value = OPS.full_kl(z, z, vocab, 1.0, 0, 0.5)[0]
     assert value.abs().max() < 1e-6
     weight = torch.zeros(rows, 1, device="cuda")
     weight[-1] = 1.0
-    OPS.gather_logp_backward_(z, ids, weight, stats, -weight[:, 0], None, None, None, vocab, 1.0)
+    arguments = (z, ids, weight, stats, -weight[:, 0], None, None, None, vocab, 1.0)
+    OPS.gather_logp_backward_out(*arguments, z)
     assert abs(z[-1, -1].item() - (1 - torch.tensor(truth).exp().item())) < 1e-2
     assert z[-1, 0].item() < 0 and (z[-2] == 0).all() and (z[0] == 0).all()
 
@@ -284,7 +291,7 @@ def test_two_streams():
     """Each op runs in the current stream: its input is written there, late."""
     z = torch.randn(512, 50_257, device="cuda")
     ids = torch.zeros(512, dtype=torch.int64, device="cuda")
-    expected = opd_ops.token_logp(z, ids)[0]
+    expected = opd_ops.token_logp(z, None, ids).logp
     torch.cuda.synchronize()
     inputs = [torch.full_like(z, float("nan")) for _ in range(2)]
     torch.cuda.synchronize()
@@ -312,7 +319,7 @@ def test_capture_in_a_graph():
         top = OPS.topk_logp(z, 8, None, 5000, 1.0)[0]
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(logp, expected) and torch.equal(top, opd_ops.topk_logp(z, 8)[0])
+    assert torch.equal(logp, expected) and torch.equal(top, opd_ops.topk_logp(z, None, 8).ids)
 
 
 def test_a_device_that_is_not_the_current_one():
@@ -321,18 +328,18 @@ def test_a_device_that_is_not_the_current_one():
     with torch.cuda.device(0):
         z = torch.randn(8, 3000, device="cuda:1")
         ids = torch.zeros(8, dtype=torch.int64, device="cuda:1")
-        logp = opd_ops.token_logp(z, ids)[0]
-        top = opd_ops.topk_logp(z, 5)[0]
+        logp = opd_ops.token_logp(z, None, ids).logp
+        top = opd_ops.topk_logp(z, None, 5).ids
         assert torch.cuda.current_device() == 0 and logp.device == z.device
         assert torch.randn(1, device="cuda").device.index == 0
     torch.testing.assert_close(logp.cpu(), z.cpu().log_softmax(-1)[:, 0], rtol=0, atol=1e-5)
-    assert torch.equal(top.cpu(), opd_ops.topk_logp(z.cpu(), 5)[0])
+    assert torch.equal(top.cpu(), opd_ops.topk_logp(z.cpu(), None, 5).ids)
 
 
 def test_mixed_devices_are_refused():
     z, ids = torch.randn(2, 9, device="cuda"), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="expected a tensor on cuda"):
-        opd_ops.token_logp(z, ids[:, 0])
+        opd_ops.token_logp(z, None, ids[:, 0])
     with pytest.raises(RuntimeError, match="ids: expected a tensor on the device"):
         OPS.gather_logp(z, ids, 9, 1.0, False, False)
     with pytest.raises(RuntimeError, match="teacher_logits: expected a tensor on the device"):
@@ -345,20 +352,17 @@ def test_unknown_ids_give_nan_and_are_not_read():
     torch.cuda.synchronize()
     assert logp.isnan().tolist() == [[False, True], [True, False]]
     with pytest.raises(IndexError):
-        opd_ops.gather_logp(z, ids)
+        opd_ops.gather_logp(z, None, ids)
 
 
-def test_what_the_kernels_do_not_take_runs_as_reference():
+def test_what_the_kernels_do_not_take_runs_as_plain_pytorch():
     z = torch.randn(3, 3000, device="cuda")
     with pytest.warns(UserWarning, match="does not take float64"):
-        assert (
-            opd_ops.token_logp(z.double(), torch.zeros(3, dtype=torch.int64).cuda())[0].dtype
-            == torch.float64
-        )
+        ids = torch.zeros(3, dtype=torch.int64).cuda()
+        assert opd_ops.token_logp(z.double(), None, ids).logp.dtype == torch.float64
     with pytest.warns(UserWarning, match="k = 2000"):
-        assert torch.equal(
-            opd_ops.topk_logp(z, 2000)[0].cpu(), reference.topk_logp(z.cpu(), 2000)[0]
-        )
+        found = opd_ops.topk_logp(z, None, 2000)
+    assert torch.equal(found.ids.cpu(), reference.topk_logp(z.cpu(), None, 2000).ids)
 
 
 def test_opcheck_and_compile():
@@ -366,10 +370,11 @@ def test_opcheck_and_compile():
     ids = random_ids(0, 3, 4, 9).cuda()
     torch.library.opcheck(OPS.gather_logp.default, (z, ids, 9, 0.7, True, False))
     torch.library.opcheck(OPS.topk_logp.default, (z.detach(), 3, ids[:, 0], 9, 0.7))
-    torch.library.opcheck(OPS.full_kl.default, (z, z.detach() + 1, 9, 0.7, 2, 0.3))
+    torch.library.opcheck(OPS.full_kl.default, (z.detach(), z.detach() + 1, 9, 0.7, 2, 0.3))
 
     def loss(z):
-        return opd_ops.gather_logp(z, ids)[0].sum() + opd_ops.full_kl(z, z.detach() * 2).sum()
+        full = opd_ops.full_kl(z, None, z.detach() * 2, None).loss
+        return opd_ops.gather_logp(z, None, ids).logp.sum() + full
 
     (expected,) = torch.autograd.grad(loss(z), z)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(z), z)
@@ -378,12 +383,13 @@ def test_opcheck_and_compile():
 
 def test_no_rows_and_rows_of_weight_zero():
     empty = torch.empty(0, 9, device="cuda", requires_grad=True)
-    logp, lse = opd_ops.token_logp(empty, torch.empty(0, dtype=torch.int64, device="cuda"))
+    ids = torch.empty(0, dtype=torch.int64, device="cuda")
+    logp, lse, _ = opd_ops.token_logp(empty, None, ids)
     (logp.sum() + lse.sum()).backward()
-    assert opd_ops.topk_logp(empty, 3)[0].shape == (0, 3) and empty.grad.shape == (0, 9)
+    assert opd_ops.topk_logp(empty, None, 3).ids.shape == (0, 3) and empty.grad.shape == (0, 9)
     z = torch.randn(3, 500, device="cuda", requires_grad=True)
     with torch.no_grad():
         z[1] = float("nan")
-    logp, _ = opd_ops.token_logp(z, torch.tensor([1, 2, 3]).cuda())
+    logp = opd_ops.token_logp(z, None, torch.tensor([1, 2, 3]).cuda()).logp
     logp.backward(torch.tensor([1.0, 0.0, 1.0]).cuda())
     assert (z.grad[1] == 0).all() and z.grad.isfinite().all()

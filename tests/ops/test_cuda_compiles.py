@@ -64,7 +64,7 @@ def test_no_kernel_spills(compiled):
             kernels += 1
             assert match["stores"] == match["loads"] == "0", (source, match.groupdict())
             assert int(match["registers"]) <= 64, (source, match.groupdict())  # two blocks of 512
-    assert kernels >= 90
+    assert kernels >= 80
 
 
 def test_launchers_link_without_cuda_libraries(compiled, tmp_path):

@@ -13,49 +13,75 @@ from opd_ops import reference
 Z = torch.randn(3, 8)
 IDS = torch.tensor([0, 1, 2])
 HIDDEN, HEAD = torch.randn(3, 4), torch.randn(8, 4)
+
+
+def own(student_logp, *values):
+    return student_logp, {}
+
+
+def scalar(student_logp):
+    return student_logp.sum(), {}
+
+
+def constant(student_logp):
+    return student_logp.detach(), {}
+
+
+def odd_log(student_logp):
+    return student_logp, {"mean": student_logp.mean()}
+
+
+LEAF = torch.randn(3, 4, requires_grad=True)
 BAD = {
-    "ids too large": (IndexError, "token_ids: expected ids in [0, 8)", "token_logp", Z, IDS + 6),
-    "ids negative": (IndexError, "token_ids: expected ids in [0, 8)", "token_logp", Z, IDS - 1),
-    "ids in the padding": (IndexError, "[0, 2)", "token_logp", Z, IDS, {"valid_vocab": 2}),
-    "ids shape": (ValueError, "token_ids: expected shape [3]", "token_logp", Z, IDS[:2]),
-    "ids dtype": (ValueError, "token_ids: expected int64", "token_logp", Z, IDS.int()),
-    "ids device": (ValueError, "token_ids: expected a tensor on cpu", "token_logp", Z, IDS.to("meta")),
-    "logits 1-d": (ValueError, "logits: expected a float32", "token_logp", Z[0], IDS),
-    "logits integer": (ValueError, "logits: expected a float32", "token_logp", Z.long(), IDS),
-    "logits empty rows": (ValueError, "at least one column", "token_logp", Z[:, :0], IDS),
-    "valid_vocab": (ValueError, "valid_vocab: expected 1 to 8", "token_logp", Z, IDS, {"valid_vocab": 9}),
-    "valid_vocab 0": (ValueError, "valid_vocab", "token_logp", Z, IDS, {"valid_vocab": 0}),
-    "temperature 0": (ValueError, "temperature", "token_logp", Z, IDS, {"temperature": 0.0}),
-    "temperature nan": (ValueError, "temperature", "token_logp", Z, IDS, {"temperature": float("nan")}),
-    "temperature inf": (ValueError, "temperature", "token_logp", Z, IDS, {"temperature": float("inf")}),
-    "gather ids 1-d": (ValueError, "ids: expected int64 [N, K]", "gather_logp", Z, IDS),
-    "gather ids rows": (ValueError, "ids: expected shape [3, 2]", "gather_logp", Z, random_ids(0, 2, 2, 8)),
-    "divergence": (ValueError, "divergence: expected", "full_kl", Z, Z, {"divergence": "kl"}),
-    "beta 0": (ValueError, "beta: expected", "full_kl", Z, Z, {"divergence": "jsd", "beta": 0.0}),
-    "beta 1": (ValueError, "use divergence=", "full_kl", Z, Z, {"divergence": "jsd", "beta": 1.0}),
-    "teacher rows": (ValueError, "teacher_logits: expected shape", "full_kl", Z, Z[:2]),
-    "teacher columns": (ValueError, "student_logits has 8 ids and teacher_logits 7", "full_kl", Z, Z[:, :7]),
-    "shared too large": (ValueError, "at most 7", "full_kl", Z, Z[:, :7], {"valid_vocab": 8}),
-    "head width": (ValueError, "head: expected [V, 4]", "linear_token_logp", HIDDEN, HEAD[:, :3], IDS),
-    "head dtype": (ValueError, "head: expected hidden's dtype", "linear_token_logp", HIDDEN, HEAD.double(), IDS),
-    "head device": (ValueError, "head: expected a tensor on cpu", "linear_token_logp", HIDDEN, HEAD.to("meta"), IDS),
-    "workspace": (ValueError, "workspace_mib", "linear_token_logp", HIDDEN, HEAD, IDS, {"workspace_mib": 0}),
-    "linear ids": (IndexError, "token_ids", "linear_token_logp", HIDDEN, HEAD, IDS + 6),
-    "linear vocabularies": (ValueError, "valid_vocab", "linear_full_kl", HIDDEN, HEAD, HIDDEN, HEAD[:7]),
-    "linear teacher rows": (ValueError, "teacher_hidden", "linear_full_kl", HIDDEN, HEAD, HIDDEN[:2], HEAD),
-    "k 0": (ValueError, "k: expected 1 to 8", "topk_logp", Z, 0),
-    "k too large": (ValueError, "k: expected 1 to 6", "topk_logp", Z, 7, {"valid_vocab": 6}),
-    "topk ids": (IndexError, "token_ids", "topk_logp", Z, 2, {"token_ids": IDS + 6}),
-    "verdict": (ValueError, "verdict: expected shape [3]", "gated_kl", Z, IDS, Z[:, 0], Z[:2, 0], {"extrapolation": 1.0, "interpolation": 1.0}),
-    "support of one": (ValueError, "renormalise", "support_kl", Z, IDS[:, None], Z[:, :1]),
-    "bucket": (ValueError, "tail: 'bucket' needs renormalise=False", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "bucket"}),
-    "bucket without tail": (ValueError, "teacher_tail_logp", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "bucket", "renormalise": False}),
-    "tail": (ValueError, "tail: expected", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "score"}),
-    "support ids": (IndexError, "support_ids", "support_kl", Z, random_ids(0, 3, 2, 8) + 1, Z[:, :2]),
-    "support mask": (ValueError, "support_mask: expected bool", "support_kl", Z, random_ids(0, 3, 2, 8), Z[:, :2], {"support_mask": Z[:, :2]}),
-    "grad_head": (ValueError, "grad_head: expected", "linear_gather_logits", HIDDEN, HEAD, random_ids(0, 3, 2, 8), {"grad_head": "sparse"}),
-    "grad_head shape": (ValueError, "grad_head: expected shape [8, 4]", "linear_gather_logits", HIDDEN, HEAD, random_ids(0, 3, 2, 8), {"grad_head": HEAD[:3]}),
-    "rows of all": (ValueError, "grad_head: 'rows'", "linear_support_kl", HIDDEN, HEAD, random_ids(0, 3, 2, 8), Z[:, :2], {"grad_head": "rows", "renormalise": False}),
+    "ids too large": (IndexError, "token_ids: expected ids in [0, 8)", "token_logp", Z, None, IDS + 6),
+    "ids negative": (IndexError, "token_ids: expected ids in [0, 8)", "token_logp", Z, None, IDS - 1),
+    "ids in the padding": (IndexError, "[0, 2)", "token_logp", Z, None, IDS, {"valid_vocab": 2}),
+    "ids shape": (ValueError, "token_ids: expected shape [3]", "token_logp", Z, None, IDS[:2]),
+    "ids dtype": (ValueError, "token_ids: expected int64", "token_logp", Z, None, IDS.int()),
+    "ids device": (ValueError, "token_ids: expected a tensor on cpu", "token_logp", Z, None, IDS.to("meta")),
+    "logits 1-d": (ValueError, "hidden: expected logits [N, V]", "token_logp", Z[0], None, IDS),
+    "logits integer": (ValueError, "hidden: expected logits [N, V]", "token_logp", Z.long(), None, IDS),
+    "logits empty rows": (ValueError, "at least one column", "token_logp", Z[:, :0], None, IDS),
+    "valid_vocab": (ValueError, "valid_vocab: expected 1 to 8", "token_logp", Z, None, IDS, {"valid_vocab": 9}),
+    "valid_vocab 0": (ValueError, "valid_vocab", "token_logp", Z, None, IDS, {"valid_vocab": 0}),
+    "temperature 0": (ValueError, "temperature", "token_logp", Z, None, IDS, {"temperature": 0.0}),
+    "temperature nan": (ValueError, "temperature", "token_logp", Z, None, IDS, {"temperature": float("nan")}),
+    "temperature inf": (ValueError, "temperature", "token_logp", Z, None, IDS, {"temperature": float("inf")}),
+    "gather ids 1-d": (ValueError, "ids: expected int64 [N, K]", "gather_logp", Z, None, IDS),
+    "gather ids rows": (ValueError, "ids: expected shape [3, 2]", "gather_logp", Z, None, random_ids(0, 2, 2, 8)),
+    "divergence": (ValueError, "divergence: expected", "full_kl", Z, None, Z, None, {"divergence": "kl"}),
+    "beta 0": (ValueError, "beta: expected", "full_kl", Z, None, Z, None, {"divergence": "jsd", "beta": 0.0}),
+    "beta 1": (ValueError, "use divergence=", "full_kl", Z, None, Z, None, {"divergence": "jsd", "beta": 1.0}),
+    "teacher rows": (ValueError, "teacher_hidden: expected shape", "full_kl", Z, None, Z[:2], None),
+    "teacher columns": (ValueError, "the student has 8 ids and the teacher 7", "full_kl", Z, None, Z[:, :7], None),
+    "shared too large": (ValueError, "valid_vocab: expected 1 to 7", "full_kl", Z, None, Z[:, :7], None, {"valid_vocab": 8}),
+    "head width": (ValueError, "head: expected [V, 4]", "token_logp", HIDDEN, HEAD[:, :3], IDS),
+    "head dtype": (ValueError, "head: expected hidden's dtype", "token_logp", HIDDEN, HEAD.double(), IDS),
+    "head device": (ValueError, "head: expected a tensor on cpu", "token_logp", HIDDEN, HEAD.to("meta"), IDS),
+    "workspace": (ValueError, "workspace_mib", "token_logp", HIDDEN, HEAD, IDS, {"workspace_mib": 0}),
+    "linear ids": (IndexError, "token_ids", "token_logp", HIDDEN, HEAD, IDS + 6),
+    "linear vocabularies": (ValueError, "valid_vocab", "full_kl", HIDDEN, HEAD, HIDDEN, HEAD[:7]),
+    "linear teacher rows": (ValueError, "teacher_hidden", "full_kl", HIDDEN, HEAD, HIDDEN[:2], HEAD),
+    "k 0": (ValueError, "k: expected 1 to 8", "topk_logp", Z, None, 0),
+    "k too large": (ValueError, "k: expected 1 to 6", "topk_logp", Z, None, 7, {"valid_vocab": 6}),
+    "topk ids": (IndexError, "token_ids", "topk_logp", Z, None, 2, {"token_ids": IDS + 6}),
+    "support of one": (ValueError, "renormalise", "support_kl", Z, None, IDS[:, None], Z[:, :1]),
+    "bucket": (ValueError, "tail: 'bucket' needs renormalise=False", "support_kl", Z, None, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "bucket"}),
+    "bucket without tail": (ValueError, "teacher_tail_logp", "support_kl", Z, None, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "bucket", "renormalise": False}),
+    "tail": (ValueError, "tail: expected", "support_kl", Z, None, random_ids(0, 3, 2, 8), Z[:, :2], {"tail": "score"}),
+    "support ids": (IndexError, "support_ids", "support_kl", Z, None, random_ids(0, 3, 2, 8) + 1, Z[:, :2]),
+    "support mask": (ValueError, "support_mask: expected bool", "support_kl", Z, None, random_ids(0, 3, 2, 8), Z[:, :2], {"support_mask": Z[:, :2]}),
+    "ids of three dimensions": (ValueError, "token_ids: expected int64 [N] or", "gated_kl", HIDDEN, HEAD, IDS[:, None, None], own),
+    "no function": (ValueError, "loss_of: expected a function", "gated_kl", HIDDEN, HEAD, IDS, Z),
+    "values rows": (ValueError, "values[1]: expected a tensor [3, ...]", "gated_kl", HIDDEN, HEAD, IDS, own, [IDS, Z[:2]]),
+    "values no tensor": (ValueError, "values[0]: expected a tensor", "gated_kl", HIDDEN, HEAD, IDS, own, [1.0]),
+    "values device": (ValueError, "values[0]: expected a tensor on cpu", "gated_kl", HIDDEN, HEAD, IDS, own, [IDS.to("meta")]),
+    "summed loss": (ValueError, "loss_of: expected a loss [3]", "gated_kl", HIDDEN, HEAD, IDS, scalar),
+    "constant loss": (ValueError, "depends on student_logp", "gated_kl", LEAF, HEAD, IDS, constant),
+    "summed log": (ValueError, "loss_of: expected 'mean' to be [3, ...]", "gated_kl", HIDDEN, HEAD, IDS, odd_log),
+    "weight of the support": (ValueError, "token_weight: expected shape [3]", "support_kl", Z, None, random_ids(0, 3, 2, 8), Z[:, :2], {"token_weight": Z}),
+    "weight of the vocabulary": (ValueError, "token_weight: expected shape [3]", "full_kl", Z, None, Z, None, {"token_weight": Z}),
+    "full workspace": (ValueError, "workspace_mib", "full_kl", HIDDEN, HEAD, HIDDEN, HEAD, {"workspace_mib": -1}),
 }  # fmt: skip
 
 
@@ -93,11 +119,17 @@ def test_compiled_ops_check_for_themselves():
         "grad: expected shape [3, 1]": lambda: ops.gather_logp_backward(
             *(Z, ids, one, stats, one, None, None, None, 8, 1.0)
         ),
-        "rows that do not overlap": lambda: ops.gather_logp_backward_(
-            *(Z[:1].expand(3, 8), ids, one[:, None], stats, one, None, None, None, 8, 1.0)
+        "rows that do not overlap": lambda: ops.gather_logp_backward_out(
+            *(Z, ids, one[:, None], stats, one, None, None, None, 8, 1.0, Z[:1].expand(3, 8))
         ),
-        "rows without gaps": lambda: ops.full_kl_backward_(
-            *(torch.zeros(8, 3).t(), Z, torch.zeros(3, 5), one, 8, 1.0, 0, 0.5)
+        "out: expected shape [3, 8]": lambda: ops.gather_logp_backward_out(
+            *(Z, ids, one[:, None], stats, one, None, None, None, 8, 1.0, Z[:, :7])
+        ),
+        "out: expected the type": lambda: ops.gather_logp_backward_out(
+            *(Z.half(), ids, one[:, None], stats, one, None, None, None, 8, 1.0, Z.clone())
+        ),
+        "rows without gaps": lambda: ops.full_kl_backward_out(
+            *(Z, Z, torch.zeros(3, 5), one, 8, 1.0, 0, 0.5, torch.zeros(8, 3).t())
         ),
         "teacher_logits: expected [3, at least 8]": lambda: ops.full_kl(
             Z, Z[:, :7], 8, 1.0, 0, 0.5
@@ -113,13 +145,13 @@ def test_compiled_ops_check_for_themselves():
 
 def test_two_python_threads_at_once():
     logits, ids = torch.randn(64, 5000), random_ids(0, 64, 4, 5000)
-    expected = opd_ops.gather_logp(logits, ids)[0]
+    expected = opd_ops.gather_logp(logits, None, ids)[0]
     wrong = []
 
     def work():
         for _ in range(20):
             leaf = logits.clone().requires_grad_()
-            got = opd_ops.gather_logp(leaf, ids)[0]
+            got = opd_ops.gather_logp(leaf, None, ids)[0]
             got.sum().backward()
             wrong.extend([] if torch.equal(got, expected) else [got])
 

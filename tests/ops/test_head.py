@@ -1,4 +1,4 @@
-"""linear_* ops: hidden states and head in place of logits, in bounded memory."""
+"""Ops from hidden states and head: any number of chunks, in bounded memory."""
 
 import contextlib
 import os
@@ -24,60 +24,61 @@ def operands(seed, rows, vocab, width, dtype):
     return hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
 
 
+def policy_gradient(student_logp, teacher_logp, weight):
+    log_ratio = (student_logp - teacher_logp).detach()
+    return weight * log_ratio * student_logp, {"log_ratio": log_ratio}
+
+
 def call(module, name, seed, hidden, head, valid, temperature, **kwargs):
-    """Outputs of a linear op with arguments made from the seed."""
+    """Outputs of an op with arguments made from the seed; of a loss, the loss comes first."""
     rows = hidden.shape[0]
     ids = random_ids(seed, rows, 3, valid)
     kwargs |= {"valid_vocab": valid, "temperature": temperature}
-    if name == "linear_token_logp":
-        return module.linear_token_logp(hidden, head, ids[:, 0], with_entropy=True, **kwargs)
-    if name == "linear_gather_logp":
-        return module.linear_gather_logp(hidden, head, ids, **kwargs)
-    if name == "linear_gated_kl":
-        generator = torch.Generator().manual_seed(seed)
-        teacher_logp = -3 * torch.rand(rows, generator=generator, dtype=torch.float64)
-        verdict = torch.randint(-1, 2, (rows,), generator=generator).double()
-        return module.linear_gated_kl(
-            *(hidden, head, ids[:, 0], teacher_logp.float(), verdict.float()),
-            **{"extrapolation": 1.8, "interpolation": 0.5, **kwargs},
-        )[:1]
-    if name == "linear_gather_logits":
-        return (module.linear_gather_logits(hidden, head, ids, **kwargs),)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(rows, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(rows, generator=generator, dtype=torch.float64).float()
+    if name == "token_logp":
+        return module.token_logp(hidden, head, ids[:, 0], with_entropy=True, **kwargs)
+    if name == "gather_logp":
+        return module.gather_logp(hidden, head, ids, **kwargs)
+    if name == "gated_kl":
+        values = [-3 * noise[:, 0].float(), weight]
+        found = module.gated_kl(hidden, head, ids[:, 0], policy_gradient, values, **kwargs)
+        return found.loss, found.student_logp, found.logged["log_ratio"]
+    if name == "gated_kl of several":
+        several = random_ids(seed, rows, 3, valid, distinct=True)
+        loss_of = lambda s, t: ((s.exp() * (s - t)).sum(-1), {})  # noqa: E731
+        values = [-1 - noise[:, : several.shape[1]].float()]
+        return module.gated_kl(hidden, head, several, loss_of, values, **kwargs)[:2]
     if name.startswith("support"):
-        generator = torch.Generator().manual_seed(seed)
         ids = random_ids(seed, rows, 2, valid, distinct=True)
-        teacher_logp = -1 - torch.rand(rows, 2, generator=generator, dtype=torch.float64)
-        mask = torch.rand(rows, 2, generator=generator) > 0.2
+        mask, teacher_logp = noise[:, 1:] > 0.2, -1 - noise[:, :2]
         tail = torch.log1p(-teacher_logp.exp().sum(-1)).to(teacher_logp.dtype)
         kwargs |= {
             "support": {},
             "support-truncated": {"renormalise": False},
             "support-bucket": {"renormalise": False, "tail": "bucket", "teacher_tail_logp": tail},
         }[name]
-        return module.linear_support_kl(
-            hidden, head, ids, teacher_logp, support_mask=mask, with_student_mass=True, **kwargs
+        return module.support_kl(
+            hidden, head, ids, teacher_logp, support_mask=mask, token_weight=weight, **kwargs
         )
-    if name == "linear_topk_logp":
-        return module.linear_topk_logp(hidden, head, min(3, valid), token_ids=ids[:, 0], **kwargs)[
-            1:5
-        ]
+    if name == "topk_logp":
+        return module.topk_logp(hidden, head, min(3, valid), token_ids=ids[:, 0], **kwargs)[1:]
     divergence, beta = KINDS[int(name[-1])]
     teacher_hidden, teacher_head = operands(seed + 1, rows, valid + 3, 5, hidden.dtype)
-    return (
-        module.linear_full_kl(
-            *(hidden, head, teacher_hidden, teacher_head),
-            **{"divergence": divergence, "beta": beta, **kwargs},
-        ),
+    return module.full_kl(
+        *(hidden, head, teacher_hidden, teacher_head),
+        **{"divergence": divergence, "beta": beta, "token_weight": weight, **kwargs},
     )
 
 
 NAMES = [
-    *("linear_token_logp", "linear_gather_logp", "linear_gated_kl", "full0", "full1", "full2"),
-    *("linear_gather_logits", "support", "support-truncated", "support-bucket"),
+    *("token_logp", "gather_logp", "gated_kl", "gated_kl of several", "full0", "full1", "full2"),
+    *("support", "support-truncated", "support-bucket"),
 ]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "linear_topk_logp"])
+@pytest.mark.parametrize("name", [*NAMES, "topk_logp"])
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(0, 9),
@@ -99,7 +100,7 @@ def test_against_the_reference(
         mib = workspace_mib if module is opd_ops else 256
         out = call(module, name, seed, hidden, head, vocab, temperature, workspace_mib=mib)
         loss = sum((o.double().sum() for o in out if o.requires_grad), 0.0)
-        grads = torch.autograd.grad(loss, (hidden, head)) if name != "linear_topk_logp" else ()
+        grads = torch.autograd.grad(loss, (hidden, head)) if name != "topk_logp" else ()
         results.append((out, grads))
     (op, op_grads), (rough, rough_grads), (truth, true_grads) = results
     scale = 1 + float(max([t.abs().max() for t in true_grads if t.numel()] or [0.0]))
@@ -121,14 +122,14 @@ def test_autocast(name):
         hidden, head = operands(0, 6, 50, 8, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = call(module, name, 0, hidden, head, 45, 1.0)
-        grads = torch.autograd.grad(sum(o.sum() for o in out), (hidden, head))
+        grads = torch.autograd.grad(sum(o.sum() for o in out if o.requires_grad), (hidden, head))
         assert {t.dtype for t in (*out, *grads)} == {torch.float32}
         results.append((*out, *grads))
         plain = call(module, name, 0, hidden, head, 45, 1.0)
         lowered = any(not torch.equal(a, b) for a, b in zip(plain, out))
-        assert lowered == (name != "linear_gather_logits")
+        assert lowered == (name != "support")
     for got, expected in zip(*results):
-        torch.testing.assert_close(got, expected, rtol=1e-2, atol=2e-2)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=3e-2)
 
 
 def test_head_gradient_adds_up_in_float32_over_chunks():
@@ -137,10 +138,12 @@ def test_head_gradient_adds_up_in_float32_over_chunks():
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     for module in (opd_ops, reference):
         head.grad = None
-        logp, _ = module.linear_token_logp(
-            hidden, head, torch.zeros(512, dtype=torch.int64), workspace_mib=1e-6
-        )
-        logp.sum().backward()
+        ids = torch.zeros(512, dtype=torch.int64)
+        module.token_logp(hidden, head, ids, workspace_mib=1e-6).logp.sum().backward()
+        assert head.grad.flatten().tolist() == [256.0, -256.0]
+        head.grad = None
+        of_itself = lambda student_logp: (student_logp, {})  # noqa: E731
+        module.gated_kl(hidden, head, ids, of_itself, workspace_mib=1e-6).loss.backward()
         assert head.grad.flatten().tolist() == [256.0, -256.0]
 
 
@@ -150,7 +153,8 @@ def test_head_none_means_logits():
         results = []
         for module in (opd_ops, reference):
             out = call(module, name, 3, logits, None, 30, 0.7)
-            results.append((*out, *torch.autograd.grad(sum(o.sum() for o in out), logits)))
+            loss = sum(o.sum() for o in out if o.requires_grad)
+            results.append((*out, *torch.autograd.grad(loss, logits)))
         for got, expected in zip(*results):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -162,7 +166,7 @@ def test_only_wanted_gradients(frozen):
     head.requires_grad_(frozen == "hidden")
     for name in NAMES:
         hidden.grad = head.grad = None
-        loss = sum(o.sum() for o in call(opd_ops, name, 0, hidden, head, 45, 1.0))
+        loss = sum(o.sum() for o in call(opd_ops, name, 0, hidden, head, 45, 1.0)[:1])
         assert loss.requires_grad == (frozen != "both")
         if loss.requires_grad:
             loss.backward()
@@ -171,48 +175,25 @@ def test_only_wanted_gradients(frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_forms_of_the_heads_gradient(dtype):
-    """Dense, sparse rows and a buffer agree bit for bit, for any number of threads."""
+def test_gradients_of_some_rows_of_the_head(dtype):
+    """The same bits for any number of threads; repeated ids are rounded once."""
     hidden, head = operands(0, 40, 30, 200, dtype)
-    ids = random_ids(0, 40, 7, 25)
-    weight = torch.randn(40, 7)
-
-    def gradients(form):
-        logits = opd_ops.linear_gather_logits(hidden, head, ids, grad_head=form)
-        hidden.grad = head.grad = None
-        (logits * weight.to(logits.dtype)).sum().backward()
-        return hidden.grad, head.grad
-
+    ids, teacher_logp = random_ids(0, 40, 7, 25, distinct=True), -torch.rand(40, 7)
     before, seen = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            buffer = torch.zeros_like(head.detach())
-            grad_hidden, dense = gradients("dense")
-            _, rows = gradients("rows")
-            assert rows.is_sparse
-            assert rows._indices()[0].tolist() == sorted(set(ids.flatten().tolist()))
-            assert gradients(buffer)[1] is None
-            seen += [(grad_hidden, dense), (grad_hidden, rows.to_dense()), (grad_hidden, buffer)]
-            accumulated = torch.full_like(buffer, 1.0)
-            gradients(accumulated)
-            torch.testing.assert_close(accumulated - 1, dense, rtol=2e-2, atol=4e-2)
+            loss = opd_ops.support_kl(hidden, head, ids, teacher_logp).loss
+            seen.append(torch.autograd.grad(loss, (hidden, head)))
     finally:
         torch.set_num_threads(before)
-    for grad_hidden, grad_head in seen[1:]:
-        assert torch.equal(grad_hidden, seen[0][0]) and torch.equal(grad_head, seen[0][1])
-    exact = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
-    logits = (exact[0] @ exact[1].T).gather(1, ids)
-    truth = torch.autograd.grad((logits * weight).sum(), exact)
-    rounding = {
-        torch.float32: 0.0,
-        torch.float64: 0.0,
-        torch.bfloat16: 2.0**-8,
-        torch.float16: 2.0**-10,
-    }
-    for got, expected in zip(seen[0], truth):
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    exact = [t.detach().double().requires_grad_() for t in (hidden, head)]
+    loss = reference.support_kl(*exact, ids, teacher_logp.double()).loss
+    low = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(dtype, 0.0)
+    for got, expected in zip(seen[0], torch.autograd.grad(loss, exact)):
         assert got.dtype == dtype
-        assert_budget(got, expected, expected, floor=2e-5, relative=rounding[dtype])
+        assert_budget(got, expected, expected, floor=2e-4, relative=low)
 
 
 def test_some_rows_of_the_head_are_enough():
@@ -225,26 +206,9 @@ def test_some_rows_of_the_head_are_enough():
     teacher_logp = -1 - torch.rand(4, 3)
     values = []
     for weights in (head, poisoned):
-        value, _ = opd_ops.linear_support_kl(hidden, weights, ids, teacher_logp, grad_head="rows")
-        values.append((value, *torch.autograd.grad(value.sum(), (hidden, weights))))
-    assert torch.equal(values[0][0], values[1][0]) and torch.equal(values[0][1], values[1][1])
-    assert torch.equal(values[0][2].to_dense(), values[1][2].to_dense())
-
-
-def test_buffer_collects_the_heads_gradient_without_renormalisation():
-    hidden, head = operands(0, 4, 30, 8, torch.float32)
-    ids, teacher_logp = random_ids(1, 4, 3, 30, distinct=True), -1 - torch.rand(4, 3)
-    gradients = []
-    for form in ("dense", torch.ones(30, 8)):
-        value, _ = opd_ops.linear_support_kl(
-            hidden, head, ids, teacher_logp, renormalise=False, grad_head=form
-        )
-        hidden.grad = head.grad = None
-        value.sum().backward()
-        dense = isinstance(form, str)
-        gradients.append(head.grad if dense else form - 1)
-        assert (head.grad is not None) == dense
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+        loss, _ = opd_ops.support_kl(hidden, weights, ids, teacher_logp)
+        values.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weights))))
+    assert all(torch.equal(a, b) for a, b in zip(*values))
 
 
 MEMORY = """
@@ -253,24 +217,22 @@ import opd_ops
 torch.set_num_threads(1)
 rows, vocab, width = 2048, 32_000, 16     # [N, V] in float32: 250 MiB
 hidden, head = torch.randn(rows, width, requires_grad=True), torch.randn(vocab, width)
+head.requires_grad_("head" in sys.argv[1])
 ids, teacher = torch.randint(0, vocab, (rows, 4)), torch.randn(rows, width)
-logp, verdict = torch.full((rows, 4), -3.0), torch.ones(rows)
+logp = torch.full((rows, 4), -3.0)
 def run(n, mib):
+    name, *form = sys.argv[1].split()
     more = {
-        "linear_token_logp": (ids[:n, 0],),
-        "linear_topk_logp": (4,),
-        "linear_gather_logp": (ids[:n],),
-        "linear_gather_logits": (ids[:n],),
-        "linear_support_kl": (ids[:n], logp[:n]),
-        "linear_gated_kl": (ids[:n, 0], logp[:n, 0], verdict[:n]),
-        "linear_full_kl": (teacher[:n], head),
-    }[sys.argv[1]]
-    options = {
-        "linear_support_kl": {"renormalise": False},
-        "linear_gated_kl": {"extrapolation": 1.8, "interpolation": 1.0},
-    }.get(sys.argv[1], {})
-    out = getattr(opd_ops, sys.argv[1])(hidden[:n], head, *more, workspace_mib=mib, **options)
-    loss = (out if isinstance(out, torch.Tensor) else out[0]).sum()
+        "token_logp": (ids[:n, 0],),
+        "topk_logp": (4,),
+        "gather_logp": (ids[:n],),
+        "support_kl": (ids[:n], logp[:n]),
+        "gated_kl": (ids[:n, 0], lambda s, t: ((s - t).square(), {}), [logp[:n, 0]]),
+        "full_kl": (teacher[:n], head.detach()),
+    }[name]
+    options = {"renormalise": False} if name == "support_kl" else {}
+    out = getattr(opd_ops, name)(hidden[:n], head, *more, workspace_mib=mib, **options)
+    loss = out.loss if hasattr(out, "loss") else out.logp.sum()
     if loss.requires_grad:
         loss.backward()
 run(16, 1)  # libraries and thread pools
@@ -280,7 +242,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("op", [name for name in opd_ops.__all__ if name.startswith("linear_")])
+@pytest.mark.parametrize(
+    "op", [*(name for name in opd_ops.__all__ if name != "info"), "gated_kl head", "full_kl head"]
+)
 def test_memory_stays_within_the_workspace(op):
     """Peak resident memory of a fresh process: 16 MiB of workspace where [N, V] is 250."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPD_OPS_REQUIRE": "cpp"}
@@ -295,7 +259,7 @@ def test_nothing_is_kept_for_backward_beyond_rows():
     hidden, head = operands(0, 64, 1000, 8, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        opd_ops.linear_token_logp(hidden, head, random_ids(0, 64, 1, 1000)[:, 0])
+        opd_ops.token_logp(hidden, head, random_ids(0, 64, 1, 1000)[:, 0])
     assert kept and all(shape != (64, 1000) for shape in kept)
 
 
@@ -304,4 +268,4 @@ def test_no_grad_and_inference_mode():
     for mode in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):
         with mode():
             for name in NAMES:
-                assert call(opd_ops, name, 0, hidden, head, 45, 1.0)[0].shape[0] == 6
+                assert len(call(opd_ops, name, 0, hidden, head, 45, 1.0)[1]) == 6

@@ -1,0 +1,493 @@
+"""The head loop: chunks of rows through one workspace of bounded size, never [N, V].
+
+What is differentiable by itself (`gather`) multiplies again in backward: four products. A loss
+(`row_loss`, `full_loss`) computes its gradients in the forward call, written over the logits of
+each chunk, and multiplies them by the incoming scalar in backward: three products.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ops._autograd import (
+    Rows,
+    empty_rows,
+    empty_topk,
+    logp_gradient,
+    no_double_backward,
+    row_dtype,
+    wanted,
+)
+from opd_ops._dispatch import LOADED
+
+_ALIGN = 64  # columns: products on a GPU are slow when rows begin at odd addresses
+_BLOCK = 2**24  # bytes of the pieces in which products are added to another type
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of `hidden @ head.T`: that of the operands, or what autocast makes of them."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+def _has_float32_products(device: torch.device) -> bool:
+    """Whether torch multiplies 16-bit operands into float32 there (`out_dtype`)."""
+    return device.type == "cuda"
+
+
+def _multiply_to_float32(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    if add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b. A wider `out` gets unrounded products where torch has them."""
+    if a.dtype == out.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32 and _has_float32_products(a.device):
+        _multiply_to_float32(a, b, out, add)
+    else:
+        step = max(1, _BLOCK // max(1, out.shape[1] * a.element_size()))
+        for start in range(0, out.shape[0], step):
+            block = torch.mm(a[start : start + step], b)
+            if add:
+                out[start : start + step] += block
+            else:
+                out[start : start + step] = block
+    return out
+
+
+class _Product:
+    """`hidden @ head[:valid].T`, some rows at a time, in one buffer that is used again.
+
+    Where torch can, 16-bit operands give float32 logits; their gradient is rounded, once.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor, valid: int, dtype: torch.dtype, gradient: bool = False
+    ) -> None:
+        self.hidden, self.dtype = hidden, dtype
+        self.head = head[:valid].to(dtype)
+        wide = dtype.itemsize == 2 and _has_float32_products(hidden.device)
+        self.types = [torch.float32 if wide else dtype]
+        if wide and gradient:
+            self.types.append(dtype)  # a buffer for the rounded gradient
+        self.columns = -(-valid // _ALIGN) * _ALIGN
+        self.bytes_per_row = self.columns * sum(kind.itemsize for kind in self.types)
+
+    def allocate(self, num_rows: int) -> None:
+        """Buffers for chunks of this many rows."""
+        self.buffers = [
+            self.hidden.new_empty(num_rows, self.columns, dtype=kind)[:, : len(self.head)]
+            for kind in self.types
+        ]
+
+    def logits(self, piece: slice) -> Tensor:
+        """Those of a chunk; they are overwritten by the next one's."""
+        hidden = self.hidden[piece].to(self.dtype)
+        return _multiply(hidden, self.head.t(), self.buffers[0][: hidden.shape[0]])
+
+    def gradient(self, logits: Tensor) -> Tensor:
+        """Where that of the logits of a chunk goes: over them, or rounded beside them."""
+        return self.buffers[-1][: logits.shape[0]]
+
+
+def _chunks(num_rows: int, workspace_mib: float, *products: _Product | None) -> list[slice]:
+    """Pieces of the rows that fit the workspace, which the products share; one at least."""
+    used = [product for product in products if product is not None]
+    bytes_per_row = max(1, sum(product.bytes_per_row for product in used))
+    step = max(1, min(num_rows, int(workspace_mib * 2**20) // bytes_per_row))
+    for product in used:
+        product.allocate(min(step, num_rows))
+    return [slice(at, min(at + step, num_rows)) for at in range(0, max(num_rows, 1), step)]
+
+
+class _Gradients:
+    """d loss / d hidden and d loss / d head of a loss over chunks of rows; None is not wanted.
+
+    The head's is added up in float32. The first chunk is written, not added to zeros.
+    """
+
+    def __init__(
+        self, product: _Product, head: Tensor, num_chunks: int, wanted: tuple[bool, bool]
+    ) -> None:
+        self.product, self.dtype = product, head.dtype
+        self.hidden = torch.empty_like(product.hidden) if wanted[0] else None
+        self.head: Tensor | None = None
+        if wanted[1]:
+            accumulator = row_dtype(head) if num_chunks > 1 else head.dtype
+            self.head = head.new_empty(head.shape, dtype=accumulator)
+            self.head[len(product.head) :] = 0.0
+
+    def add(self, piece: slice, gradient: Tensor) -> None:
+        """A chunk, from d loss / d logits."""
+        product = self.product
+        if self.hidden is not None:
+            _multiply(gradient, product.head, self.hidden[piece])
+        if self.head is not None:
+            hidden = product.hidden[piece].to(product.dtype)
+            out = self.head[: len(product.head)]
+            _multiply(gradient.t(), hidden, out, add=piece.start > 0)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both, in the types of hidden states and head."""
+        return self.hidden, None if self.head is None else self.head.to(self.dtype)
+
+
+def _or_empty(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """Registered ops return tensors, empty ones for what is not wanted."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+# ==== three products: a loss with its gradients ====
+
+
+class _Loss(torch.autograd.Function):
+    """A loss whose gradients are there already: backward multiplies them by the incoming one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        hidden: Tensor,
+        head: Tensor | None,
+        grad_hidden: Tensor | None,
+        grad_head: Tensor | None,
+    ) -> Tensor:
+        # not by save_for_backward: autograd takes a gradient as it is if nobody else holds it
+        ctx.gradients = [grad_hidden, grad_head]
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients of this loss have been handed over; a second backward needs a "
+                "second forward"
+            )
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None
+        for gradient in (grad_hidden, grad_head):
+            if gradient is not None:
+                gradient.mul_(grad)
+        return None, grad_hidden, grad_head, None, None
+
+
+def wants_gradients(hidden: Tensor, head: Tensor | None) -> tuple[bool, bool]:
+    """Whether anybody asks for them: also a Function under `no_grad` needs the inputs' gradient."""
+    enabled = torch.is_grad_enabled()
+    return enabled and hidden.requires_grad, enabled and head is not None and head.requires_grad
+
+
+def row_loss(
+    hidden: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    function: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    valid: int,
+    temperature: float,
+    workspace_mib: float,
+    *,
+    tail: bool = False,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The sum of a loss of each row's log-probs at `ids` [N, K]; these log-probs; what was logged.
+
+    `function(piece, logp [n, K], tail_logp [n] or [0])` returns the losses [n] of a slice of rows
+    and detached tensors [n, ...] by name. Autograd differentiates it.
+    """
+    needed = wants_gradients(hidden, head)
+    done: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    with torch.no_grad():
+        product = _Product(hidden, head, valid, product_dtype(hidden), any(needed))
+        pieces = _chunks(hidden.shape[0], workspace_mib, product)
+        gradients = _Gradients(product, head, len(pieces), needed)
+        for piece in pieces:
+            logits, settings = product.logits(piece), (valid, temperature)
+            rows = Rows(*torch.ops.opd_ops.gather_logp(logits, ids[piece], *settings, False, tail))
+            assert rows.logp is not None and rows.tail is not None
+            leaves = [rows.logp, rows.tail] if tail else [rows.logp]
+            grads: list[Tensor | None] = [None, None]
+            with torch.set_grad_enabled(any(needed)):
+                for leaf in leaves:
+                    leaf.requires_grad_(any(needed))
+                losses, logged = function(piece, rows.logp, rows.tail)
+                if any(needed):
+                    grads[: len(leaves)] = torch.autograd.grad(losses.sum(), leaves)
+            done.append((losses.detach(), rows.logp.detach(), logged))
+            if any(needed):
+                outer = Rows(grads[0], None, None, grads[1], None, None)
+                arguments, out = logp_gradient(ids[piece], rows, outer), product.gradient(logits)
+                assert arguments is not None
+                torch.ops.opd_ops.gather_logp_backward_out(
+                    logits, ids[piece], *arguments, *settings, out
+                )
+                gradients.add(piece, out)
+        loss = torch.cat([chunk[0] for chunk in done]).sum()  # the same for any number of chunks
+        logp = torch.cat([chunk[1] for chunk in done])
+        logged = {name: torch.cat([chunk[2][name] for chunk in done]) for name in done[0][2]}
+    if any(needed):
+        loss = _Loss.apply(loss, hidden, head, *gradients.result())  # type: ignore[no-untyped-call]
+    return loss, logp, logged
+
+
+_KINDS = {"reverse": 0, "forward": 1, "jsd": 2}
+
+
+def full_loss(
+    hidden: Tensor,
+    head: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor | None,
+    token_weight: Tensor | None,
+    valid: int,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the divergences of student and teacher, and the divergences [N]."""
+    needed = wants_gradients(hidden, head)
+    operands = (hidden, head, teacher_hidden, teacher_head, token_weight)
+    loss, values, *gradients = torch.ops.opd_ops.linear_full_kl(
+        *(None if tensor is None else tensor.detach() for tensor in operands),
+        valid,
+        temperature,
+        _KINDS[divergence],
+        beta,
+        hidden.dtype if head is None else product_dtype(hidden),
+        workspace_mib,
+        *needed,
+    )
+    if any(needed):
+        kept = [each if need else None for each, need in zip(gradients, needed)]
+        del gradients
+        loss = _Loss.apply(loss, hidden, head, *kept)  # type: ignore[no-untyped-call]
+    return loss, values
+
+
+# ==== ops ====
+
+
+def gather(
+    hidden: Tensor,
+    head: Tensor | None,
+    ids: Tensor,
+    valid: int,
+    temperature: float,
+    workspace_mib: float,
+    *,
+    entropy: bool = False,
+    tail: bool = False,
+) -> Rows:
+    """Differentiable log-probs and statistics of rows; an id of -1 gives -inf."""
+    settings = (ids, valid, temperature, entropy, tail)
+    if head is None:
+        return Rows(*torch.ops.opd_ops.gather_logp(hidden, *settings))
+    dtype = product_dtype(hidden)
+    return Rows(
+        *torch.ops.opd_ops.linear_gather_logp(hidden, head, *settings, dtype, workspace_mib)
+    )
+
+
+def _register() -> None:
+    op = functools.partial(torch.library.custom_op, mutates_args=())
+
+    @op("opd_ops::linear_gather_logp")
+    def linear_gather_logp(
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        valid: int,
+        temperature: float,
+        with_entropy: bool,
+        with_tail: bool,
+        dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        product = _Product(hidden, head, valid, dtype)
+        chunks = [
+            torch.ops.opd_ops.gather_logp(
+                product.logits(piece), ids[piece], valid, temperature, with_entropy, with_tail
+            )
+            for piece in _chunks(hidden.shape[0], workspace_mib, product)
+        ]
+        a, b, c, d, e, f = (torch.cat(part) for part in zip(*chunks))
+        return a, b, c, d, e, f
+
+    @linear_gather_logp.register_fake
+    def _(hidden: Tensor, head: Tensor, ids: Tensor, *settings: Any) -> Any:
+        return tuple(empty_rows(hidden, ids, *settings[2:4]))
+
+    @op("opd_ops::linear_gather_logp_backward")
+    def linear_gather_logp_backward(
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        grad: Tensor,
+        stats: Tensor,
+        dense: Tensor,
+        slope: Tensor | None,
+        tail_stats: Tensor | None,
+        tail_dense: Tensor | None,
+        valid: int,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> tuple[Tensor, Tensor]:
+        product = _Product(hidden, head, valid, dtype, gradient=True)
+        pieces = _chunks(hidden.shape[0], workspace_mib, product)
+        gradients = _Gradients(product, head, len(pieces), (need_hidden, need_head))
+        arguments = (ids, grad, stats, dense, slope, tail_stats, tail_dense)
+        for piece in pieces:
+            logits = product.logits(piece)
+            parts = (None if argument is None else argument[piece] for argument in arguments)
+            out = product.gradient(logits)
+            torch.ops.opd_ops.gather_logp_backward_out(logits, *parts, valid, temperature, out)
+            gradients.add(piece, out)
+        grad_hidden, grad_head = _or_empty(gradients.result(), hidden)
+        return grad_hidden, grad_head
+
+    @linear_gather_logp_backward.register_fake
+    def _(hidden: Tensor, head: Tensor, *args: Any) -> Any:
+        return _fake_gradients(hidden, head, *args[-2:])
+
+    def gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        hidden, head, ids, valid, temperature, *ctx.asked, dtype, workspace_mib = inputs
+        ctx.settings = (valid, temperature, dtype, workspace_mib)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, head, ids, *output)
+
+    def gather_backward(ctx: Any, *grads: Any) -> Any:
+        hidden, head, ids, *outputs = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
+        gradient = logp_gradient(ids, Rows(*outputs), wanted(grads, *ctx.asked))
+        if gradient is None or not any(need):
+            return (None,) * 9
+        grad_hidden, grad_head = torch.ops.opd_ops.linear_gather_logp_backward(
+            hidden, head, ids, *gradient, *ctx.settings, *need
+        )
+        return (grad_hidden if need[0] else None, grad_head if need[1] else None, *(None,) * 7)
+
+    linear_gather_logp.register_autograd(gather_backward, setup_context=gather_setup)
+    no_double_backward("opd_ops::linear_gather_logp_backward")
+
+    @op("opd_ops::linear_topk_logp")
+    def linear_topk_logp(
+        hidden: Tensor,
+        head: Tensor,
+        k: int,
+        token_ids: Tensor | None,
+        valid: int,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        product = _Product(hidden, head, valid, dtype)
+        chunks = [
+            torch.ops.opd_ops.topk_logp(
+                product.logits(piece),
+                k,
+                None if token_ids is None else token_ids[piece],
+                valid,
+                temperature,
+            )
+            for piece in _chunks(hidden.shape[0], workspace_mib, product)
+        ]
+        a, b, c, d, e = (torch.cat(part) for part in zip(*chunks))
+        return a, b, c, d, e
+
+    @linear_topk_logp.register_fake
+    def _(hidden: Tensor, head: Tensor, k: int, token_ids: Tensor | None, *settings: Any) -> Any:
+        return empty_topk(hidden, k, token_ids)
+
+    @op("opd_ops::linear_full_kl")
+    def linear_full_kl(
+        hidden: Tensor,
+        head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor | None,
+        token_weight: Tensor | None,
+        valid: int,
+        temperature: float,
+        kind: int,
+        beta: float,
+        dtype: torch.dtype,
+        workspace_mib: float,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss [], divergences [N], gradients of hidden states and head (empty: not wanted)."""
+        needed, student, teacher = (need_hidden, need_head), None, None
+        if head is not None:
+            student = _Product(hidden, head, valid, dtype, any(needed))
+        if teacher_head is not None:  # never lowered: what a frozen model says is a constant
+            teacher = _Product(teacher_hidden, teacher_head, valid, teacher_hidden.dtype)
+        pieces = _chunks(hidden.shape[0], workspace_mib, student, teacher)
+        weight = hidden.new_ones(hidden.shape[0]) if token_weight is None else token_weight
+        weight = weight.to(row_dtype(hidden))
+        values, gradients, grad_logits = [], None, None
+        if student is not None and head is not None:
+            gradients = _Gradients(student, head, len(pieces), needed)
+        elif need_hidden:  # the hidden states are logits
+            grad_logits = hidden.new_empty(hidden.shape)
+        for piece in pieces:
+            near = hidden[piece] if student is None else student.logits(piece)
+            far = teacher_hidden[piece] if teacher is None else teacher.logits(piece)
+            if (near.dtype == torch.float64) != (far.dtype == torch.float64):
+                far = far.to(row_dtype(near))  # other types may be mixed
+            settings = (valid, temperature, kind, beta)
+            value, stats = torch.ops.opd_ops.full_kl(near, far, *settings)
+            values.append(value)
+            if any(needed):
+                if student is not None:
+                    out = student.gradient(near)
+                else:
+                    assert grad_logits is not None
+                    out = grad_logits[piece]
+                torch.ops.opd_ops.full_kl_backward_out(
+                    near, far, stats, weight[piece], *settings, out
+                )
+                if gradients is not None:
+                    gradients.add(piece, out)
+        result = torch.cat(values)
+        loss = (weight * result.masked_fill(weight == 0, 0.0)).sum()
+        found = gradients.result() if gradients is not None else (grad_logits, None)
+        grad_hidden, grad_head = _or_empty(found, hidden)
+        return loss, result, grad_hidden, grad_head
+
+    @linear_full_kl.register_fake
+    def _(hidden: Tensor, head: Tensor | None, *args: Any) -> Any:
+        dtype, rows = row_dtype(hidden), hidden.shape[0]
+        return (
+            hidden.new_empty((), dtype=dtype),
+            hidden.new_empty(rows, dtype=dtype),
+            *_fake_gradients(hidden, head, *args[-2:]),
+        )
+
+
+def _fake_gradients(
+    hidden: Tensor, head: Tensor | None, need_hidden: bool, need_head: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(0) if head is None or not need_head else head.new_empty(head.shape),
+    )
+
+
+if LOADED:
+    _register()
