@@ -179,7 +179,7 @@ def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypa
         add("ops", **hidden, implementation=who, median_ms=ms, x_floor=1.1, peak_mib=256)
     add("ops", **hidden, implementation="Liger", failed="OutOfMemoryError: CUDA out of memory")
     logits = case | {"stage": "rows", "op": "token_logp"}
-    for who, ms in (("opd_ops in place", 2), ("torch", 9)):
+    for who, ms in (("opd_ops", 2), ("torch", 9)):
         add("ops", **logits, implementation=who, median_ms=ms)
     step = {"stage": "step", "rollouts": 64, "total_s": 20, "generate_s": 15, "tokens_per_s": 2184}
     add("steps", **step, implementation="opd.py", peak_mib=9000, estimated_mib=8000)
