@@ -2,7 +2,7 @@
 
     python benchmarks/bench_ops.py                      the goals: 256 x 151,936, float32
     python benchmarks/bench_ops.py --rows 64 1024 --vocab 32000 50257 --dtype bfloat16 --k 8 128
-    python benchmarks/bench_ops.py --ops gated linear_gated
+    python benchmarks/bench_ops.py --ops gated --no-heads
     python benchmarks/bench_ops.py --allocator reuse    buffers recycled: fairest to the baselines
     python benchmarks/bench_ops.py --device cuda        8,192 x 151,936, bfloat16, width 4,096
 
@@ -126,97 +126,173 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
     yield from row_cases(args, z, scratch, generator)
     if dtype == torch.float16 and on == "cpu":
         return  # its matrix products have no fast path there
-    if not args.ops or any(op.startswith("linear") for op in args.ops):
+    if args.heads:
         yield from linear_cases(args, z, generator)
 
 
 def row_cases(args: argparse.Namespace, z: Tensor, scratch: Tensor, generator: Any) -> Any:
-    """The ops on logits."""
+    """The ops on logits, the first output of each; with gradients also of a loss of it."""
     (rows, vocab), on = z.shape, args.device
     ids = torch.randint(0, vocab, (rows,), generator=generator, device=on)
-    for k in args.k:
-        baselines = others(args, torch=lambda z, k=k: torch_topk(z, k))
-        calls = {"opd_ops": lambda k=k: opd_ops.topk_logp(z, k)}
-        calls |= {name: lambda f=f: f(z) for name, f in baselines.items()}
-        if args.reference:
-            calls["reference"] = lambda k=k: reference.topk_logp(z, k)
-        yield "topk_logp", "forward", k, 0, (1, 0), calls, z
+    both = "forward+backward"
 
-    baselines = others(args, torch=torch_token_logp)
-    calls = {"opd_ops": lambda: opd_ops.token_logp(z, ids)}
-    calls |= {name: lambda f=f: f(z, ids) for name, f in baselines.items()}
-    if args.reference:
-        calls["reference"] = lambda: reference.token_logp(z, ids)
-    yield "token_logp", "forward", 0, 0, (1, 0), calls, z
+    def forward(ours: Call, plain: Callable[[Tensor], Any], slow: Call | None = None) -> Any:
+        """Ours, eager and compiled PyTorch, and the specification where it is not one of them."""
+        calls = {"opd_ops": ours}
+        calls |= {n: lambda f=f: f(z) for n, f in others(args, torch=plain).items()}
+        return calls | ({"plain": slow} if slow and args.reference else {})
 
-    calls = {
-        "opd_ops in place": train(lambda z: opd_ops.token_logp(z, ids, inplace=True)[0], scratch),
-        "opd_ops": train(lambda z: opd_ops.token_logp(z, ids)[0], z),
-    }
-    calls |= {name: train(lambda z, f=f: f(z, ids), z) for name, f in baselines.items()}
-    cross_entropy = liger("LigerCrossEntropyLoss") if on == "cuda" else None
-    if cross_entropy is not None:  # it writes the gradient over the logits, too
-        calls["Liger"] = train(lambda z: cross_entropy(z, ids), scratch)
-    yield "token_logp", "forward+backward", 0, 0, (1, 1), calls, z
-
-    def forward(ours: Callable[..., Any], **plain: Callable[[Tensor], Any]) -> dict[str, Call]:
+    def pair(ours: Callable[[Tensor], Tensor], **plain: Callable[[Tensor], Tensor]) -> Any:
+        """Forward and backward, up to the gradient of the logits."""
         named = {"opd_ops": ours} | others(args, **plain)
-        return {name: lambda f=f: f(z) for name, f in named.items()}
+        return {name: train(f, z) for name, f in named.items()}
 
-    def pair(ours: Callable[..., Any], **plain: Callable[[Tensor], Any]) -> dict[str, Call]:
-        """Forward and backward of the first output: ours in place, and the baselines."""
-        calls = {"opd_ops in place": train(lambda z: ours(z, inplace=True)[0], scratch)}
-        return calls | {
-            name: train(lambda z, f=f: f(z)[0], z) for name, f in others(args, **plain).items()
-        }
+    for k in args.k:
+        yield (
+            "topk_logp",
+            "forward",
+            k,
+            0,
+            (1, 0),
+            forward(
+                lambda k=k: opd_ops.topk_logp(z, None, k),
+                lambda z, k=k: torch_topk(z, k),
+                lambda k=k: reference.topk_logp(z, None, k),
+            ),
+            z,
+        )
+
+    plain = functools.partial(torch_token_logp, ids=ids)
+    yield (
+        "token_logp",
+        "forward",
+        0,
+        0,
+        (1, 0),
+        forward(
+            lambda: opd_ops.token_logp(z, None, ids),
+            plain,
+            lambda: reference.token_logp(z, None, ids),
+        ),
+        z,
+    )
+    calls = pair(lambda z: opd_ops.token_logp(z, None, ids).logp, torch=plain)
+    cross_entropy = liger("LigerCrossEntropyLoss") if on == "cuda" else None
+    if cross_entropy is not None:  # it writes the gradient over the logits
+        calls["Liger"] = train(lambda z: cross_entropy(z, ids), scratch)
+    yield "token_logp", both, 0, 0, (1, 1), calls, z
 
     support_ids = torch.randint(0, vocab, (rows, max(args.k)), generator=generator, device=on)
     random_logp = -3 - torch.rand(rows, max(args.k), generator=generator, device=on)
     for k in args.k:
         support = support_ids[:, :k].contiguous()
         plain = functools.partial(torch_gather_logp, ids=support)
-        ours = functools.partial(opd_ops.gather_logp, ids=support)
-        yield "gather_logp", "forward", k, 0, (1, 0), forward(ours, torch=plain), z
-        yield "gather_logp", "forward+backward", k, 0, (1, 1), pair(ours, torch=plain), z
+        yield (
+            "gather_logp",
+            "forward",
+            k,
+            0,
+            (1, 0),
+            forward(lambda i=support: opd_ops.gather_logp(z, None, i), plain),
+            z,
+        )
+        yield (
+            "gather_logp",
+            both,
+            k,
+            0,
+            (1, 1),
+            pair(
+                lambda z, i=support: opd_ops.gather_logp(z, None, i).logp,
+                torch=lambda z, f=plain: f(z)[0],
+            ),
+            z,
+        )
 
         logp = random_logp[:, :k].log_softmax(-1) - 0.1
         outside = (-torch.expm1(logp.logsumexp(-1))).log()
-        given = {"support_ids": support, "teacher_logp": logp}
         bucket = {"renormalise": False, "tail": "bucket", "teacher_tail_logp": outside}
-        for name, settings, floor in (
-            ("support_kl", given, None),
-            ("support_kl bucket", given | bucket, (1, 1)),
+        for name, how, floor in (
+            ("support_kl", {}, None),
+            ("support_kl bucket", bucket, (1, 1)),
         ):
-            calls = pair(
-                functools.partial(opd_ops.support_kl, **settings),
-                reference=functools.partial(reference.support_kl, **settings),
+            given = functools.partial(support_loss, ids=support, logp=logp, how=how)
+            yield (
+                name,
+                both,
+                k,
+                0,
+                floor,
+                pair(functools.partial(given, opd_ops), plain=functools.partial(given, reference)),
+                z,
             )
-            yield name, "forward+backward", k, 0, floor, calls, z
 
-    settings = {
-        "token_ids": ids,
-        "teacher_logp": random_logp[:, 0].contiguous(),
-        "verdict": torch.randint(-1, 2, (rows,), generator=generator, device=on).float(),
-        **GATE,
-    }
-    calls = pair(
-        functools.partial(opd_ops.gated_kl, **settings),
-        reference=functools.partial(reference.gated_kl, **settings),
+    values = gate_values(rows, generator, on)
+    yield (
+        "gated_kl",
+        both,
+        0,
+        0,
+        (1, 1),
+        pair(
+            lambda z: opd_ops.gated_kl(z, None, ids, gate, values).loss,
+            torch=lambda z: gate(torch_token_logp(z, ids), *values)[0],
+        ),
+        z,
     )
-    yield "gated_kl", "forward+backward", 0, 0, (1, 1), calls, z
 
     teacher = z.clone()
     for divergence in ("reverse", "jsd"):
-        ours = functools.partial(opd_ops.full_kl, teacher_logits=teacher, divergence=divergence)
-        plain = functools.partial(reference.full_kl, teacher_logits=teacher, divergence=divergence)
-        calls = forward(ours, reference=plain)
-        yield f"full_kl {divergence}", "forward", 0, 0, (2, 0), calls, z
-        calls = pair(lambda z, f=ours, **form: [f(z, **form)], reference=lambda z, f=plain: [f(z)])
-        yield f"full_kl {divergence}", "forward+backward", 0, 0, (3, 1), calls, z
+        how = {"divergence": divergence}
+        yield (
+            f"full_kl {divergence}",
+            "forward",
+            0,
+            0,
+            (2, 0),
+            {
+                "opd_ops": lambda how=how: opd_ops.full_kl(z, None, teacher, None, **how),
+                "plain": lambda how=how: reference.full_kl(z, None, teacher, None, **how),
+            },
+            z,
+        )
+        yield (
+            f"full_kl {divergence}",
+            both,
+            0,
+            0,
+            (3, 1),
+            pair(
+                lambda z, how=how: opd_ops.full_kl(z, None, teacher, None, **how).loss,
+                plain=lambda z, how=how: reference.full_kl(z, None, teacher, None, **how).loss,
+            ),
+            z,
+        )
+
+
+def support_loss(module: Any, z: Tensor, ids: Tensor, logp: Tensor, how: Any) -> Tensor:
+    """Of the ops or of their specification."""
+    loss: Tensor = module.support_kl(z, None, ids, logp, **how).loss
+    return loss
+
+
+def gate(student_logp: Tensor, teacher_logp: Tensor, verdict: Tensor) -> Any:
+    """Losses of tokens as sg_opd has them: (loss, what is logged)."""
+    log_ratio = (student_logp - teacher_logp).detach()
+    agrees = verdict * -log_ratio > 0
+    weight = torch.where(agrees, GATE["extrapolation"], GATE["interpolation"])
+    weight = torch.where(verdict == 0, 1.0, weight)
+    return weight * log_ratio * student_logp, {}
+
+
+def gate_values(rows: int, generator: Any, device: str) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probs and verdicts."""
+    verdict = torch.randint(-1, 2, (rows,), generator=generator, device=device).float()
+    return torch.full((rows,), -3.0, device=device), verdict
 
 
 def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
-    """The ops on hidden states and a head."""
+    """The ops on hidden states and a head: rows with a width."""
     (rows, vocab), on, width = z.shape, args.device, args.width
     ids = torch.randint(0, vocab, (rows,), generator=generator, device=on)
     hidden = torch.randn(rows, width, generator=generator, device=on)
@@ -224,87 +300,104 @@ def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
     head = torch.randn(vocab, width, generator=generator, device=on) / width**0.5
     head = head.to(z.dtype).requires_grad_()
     frozen = hidden.detach().flip(0), head.detach().clone()
-    buffer = torch.zeros_like(head)
     both = "forward+backward"
 
-    def step(call: Call) -> Call:
-        """Forward and backward of the first output."""
+    def step(loss: Callable[[], Tensor]) -> Call:
+        """Forward and backward of a sum."""
 
         def run() -> None:
             hidden.grad = head.grad = None
-            call()[0].sum().backward()
+            loss().sum().backward()
 
         return run
-
-    def forms(call: Callable[..., Any]) -> dict[str, Call]:
-        """Gradients of the head as rows, into a buffer that is kept, and as a new dense tensor."""
-        named = {"rows": "rows", "buffer": buffer, "dense": "dense"}
-        return {
-            f"opd_ops {name}": step(lambda form=form: call(hidden, head, grad_head=form))
-            for name, form in named.items()
-        }
 
     for k in args.k:
         support = torch.randint(0, vocab, (rows, k), generator=generator, device=on)
         logp = -3 - torch.rand(rows, k, generator=generator, device=on)
-
-        calls = forms(
-            lambda *of, i=support, t=logp, **form: opd_ops.linear_support_kl(*of, i, t, **form)
+        yield (
+            "support_kl",
+            both,
+            k,
+            width,
+            None,
+            {
+                "opd_ops": step(
+                    lambda i=support, t=logp: opd_ops.support_kl(hidden, head, i, t).loss
+                ),
+                "torch head + gather": step(
+                    lambda i=support, t=logp: (
+                        reference.support_kl(F.linear(hidden, head), None, i, t).loss
+                    )
+                ),
+            },
+            z,
         )
-        calls["torch head + gather"] = step(
-            lambda i=support, t=logp: reference.support_kl(F.linear(hidden, head), i, t)
+        yield (
+            "gather_logp",
+            both,
+            k,
+            width,
+            None,
+            {
+                "opd_ops": step(lambda i=support: opd_ops.gather_logp(hidden, head, i).logp),
+                "torch head + log_softmax": step(
+                    lambda i=support: torch_gather_logp(F.linear(hidden, head), i)[0]
+                ),
+            },
+            z,
         )
-        yield "linear_support_kl", both, k, width, None, calls, z
-
-        calls = forms(lambda *of, i=support, **form: [opd_ops.linear_gather_logits(*of, i, **form)])
-        calls["torch head + gather"] = step(lambda i=support: [F.linear(hidden, head).gather(1, i)])
-        yield "linear_gather_logits", both, k, width, None, calls, z
-
-        calls = {
-            "opd_ops": step(lambda i=support: opd_ops.linear_gather_logp(hidden, head, i)),
-            "torch head + log_softmax": step(
-                lambda i=support: torch_gather_logp(F.linear(hidden, head), i)
-            ),
-        }
-        yield "linear_gather_logp", both, k, width, None, calls, z
-
-        calls = {
-            "opd_ops": lambda k=k: opd_ops.linear_topk_logp(*frozen, k),
-            "torch head + topk": lambda k=k: torch_topk(F.linear(*frozen), k),
-            "the product alone": lambda: F.linear(*frozen),
-        }
-        yield "linear_topk_logp", "forward", k, width, None, calls, z
+        yield (
+            "topk_logp",
+            "forward",
+            k,
+            width,
+            None,
+            {
+                "opd_ops": lambda k=k: opd_ops.topk_logp(*frozen, k),
+                "torch head + topk": lambda k=k: torch_topk(F.linear(*frozen), k),
+                "the product alone": lambda: F.linear(*frozen),
+            },
+            z,
+        )
 
     calls = {
-        "opd_ops": step(lambda: opd_ops.linear_token_logp(hidden, head, ids)),
-        "torch head + log_softmax": step(lambda: [torch_token_logp(F.linear(hidden, head), ids)]),
-        "the three products alone": step(lambda: [F.linear(hidden, head)]),
+        "opd_ops": step(lambda: opd_ops.token_logp(hidden, head, ids).logp),
+        "torch head + log_softmax": step(lambda: torch_token_logp(F.linear(hidden, head), ids)),
+        "the three products alone": step(lambda: F.linear(hidden, head)),
     }
     fused = liger("LigerFusedLinearCrossEntropyLoss") if on == "cuda" else None
     if fused is not None:
-        calls["Liger"] = step(lambda: [fused(head, hidden, ids)])
-    yield "linear_token_logp", both, 0, width, None, calls, z
+        calls["Liger"] = step(lambda: fused(head, hidden, ids))
+    yield "token_logp", both, 0, width, None, calls, z
 
-    verdict = torch.randint(-1, 2, (rows,), generator=generator, device=on).float()
-    gated = ids, torch.full((rows,), -3.0, device=on), verdict
-    calls = {
-        "opd_ops": step(lambda: opd_ops.linear_gated_kl(hidden, head, *gated, **GATE)),
-        "torch head + gate": step(
-            lambda: reference.gated_kl(F.linear(hidden, head), *gated, **GATE)
-        ),
-    }
-    yield "linear_gated_kl", both, 0, width, None, calls, z
+    values = gate_values(rows, generator, on)
+    yield (
+        "gated_kl",
+        both,
+        0,
+        width,
+        None,
+        {
+            "opd_ops": step(lambda: opd_ops.gated_kl(hidden, head, ids, gate, values).loss),
+            "torch head + gate": step(
+                lambda: gate(torch_token_logp(F.linear(hidden, head), ids), *values)[0]
+            ),
+        },
+        z,
+    )
 
     jsd = {"divergence": "jsd", "beta": 0.5}
-    calls = {"opd_ops": step(lambda: [opd_ops.linear_full_kl(hidden, head, *frozen, **jsd)])}
+    calls = {"opd_ops": step(lambda: opd_ops.full_kl(hidden, head, *frozen, **jsd).loss)}
     if on == "cpu":  # on CUDA at 8,192 rows it does not fit
         calls["torch heads + full_kl"] = step(
-            lambda: [reference.full_kl(F.linear(hidden, head), F.linear(*frozen), **jsd)]
+            lambda: (
+                reference.full_kl(F.linear(hidden, head), None, F.linear(*frozen), None, **jsd).loss
+            )
         )
     fused_jsd = liger("LigerFusedLinearJSD") if on == "cuda" else None
     if fused_jsd is not None:
-        calls["Liger"] = step(lambda: [fused_jsd(hidden, head, *frozen, None)])
-    yield "linear_full_kl jsd", both, 0, width, None, calls, z
+        calls["Liger"] = step(lambda: fused_jsd(hidden, head, *frozen, None))
+    yield "full_kl jsd", both, 0, width, None, calls, z
 
 
 def seconds_on_cuda(call: Call) -> float:
@@ -356,6 +449,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--ops", nargs="+", default=[], help="only ops whose name starts so")
+    parser.add_argument("--heads", action=argparse.BooleanOptionalAction, default=True,
+                        help="the ops on hidden states and a head too")  # fmt: skip
     parser.add_argument("--allocator", choices=list(ALLOCATORS), default="default")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: one thread")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -490,6 +585,8 @@ def grid_tables() -> dict[str, str]:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     keys = "op", "direction", "k", "implementation", "dtype", "rows", "vocab", "threads"
     for row in results.read(RESULTS):
+        if row["width"] and not row["op"].startswith("linear_"):  # as older rows name them
+            row["op"] = f"linear_{row['op']}"
         key = (*(row[key] for key in keys), row["allocator"])
         less = "--no-compile" in row["command"] and key in found  # has fewer baselines
         if row["clock"] == "wall" and not row["cuda"] and not less:

@@ -417,25 +417,32 @@ def seconds_of_one(task: Task, call: Call) -> list[float]:
 
 
 def our_token_loss(hidden: Any, head: Any, ids: Any, valid: int) -> Any:
-    """[N], differentiable: the log-prob of each token, from hidden states."""
+    """[], the loss of sampled tokens in three products: minus the sum of their log-probs."""
     import opd_ops
 
-    return opd_ops.linear_token_logp(hidden, head, ids, valid_vocab=valid)[0]
+    return opd_ops.gated_kl(hidden, head, ids, lambda logp: (-logp, {}), valid_vocab=valid).loss
+
+
+def our_token_logp(hidden: Any, head: Any, ids: Any, valid: int) -> Any:
+    """[N], differentiable, in four products."""
+    import opd_ops
+
+    return opd_ops.token_logp(hidden, head, ids, valid_vocab=valid).logp
 
 
 def our_jsd(hidden: Any, head: Any, teacher: tuple[Any, Any], valid: int) -> Any:
-    """[N], differentiable: the Jensen-Shannon divergence from the teacher, from hidden states."""
+    """[], the Jensen-Shannon divergences from the teacher, summed."""
     import opd_ops
 
     law = {"divergence": "jsd", "beta": 0.5, "valid_vocab": valid}
-    return opd_ops.linear_full_kl(hidden, head, *teacher, **law)
+    return opd_ops.full_kl(hidden, head, *teacher, **law).loss
 
 
 def our_support_kl(hidden: Any, head: Any, ids: Any, teacher_logp: Any, valid: int) -> Any:
-    """[N], differentiable: the reverse KL on K tokens, renormalised, from hidden states."""
+    """[], the reverse KL on K tokens, renormalised, summed."""
     import opd_ops
 
-    return opd_ops.linear_support_kl(hidden, head, ids, teacher_logp, valid_vocab=valid)[0]
+    return opd_ops.support_kl(hidden, head, ids, teacher_logp, valid_vocab=valid).loss
 
 
 def head(task: Task) -> None:
@@ -511,6 +518,7 @@ def head_cases(task: Task, hidden: Any, weight: Any, teacher: Any, ids: Any, val
 
     calls = {
         "opd_ops": lambda: our_token_loss(hidden, weight, ids, valid),
+        "opd_ops token_logp": lambda: our_token_logp(hidden, weight, ids, valid),
         "torch": lambda: bench_ops.torch_token_logp(logits(), ids),
     }
     if not no_liger:
@@ -563,7 +571,7 @@ def rows_stage(task: Task) -> None:
     passes = [(kind, wanted, False) for kind in (torch.bfloat16, torch.float32)]
     passes += [(torch.bfloat16, ("token_logp", "topk_logp"), True)]
     for kind, ops, compiled in passes:
-        args = argparse.Namespace(device=task.device, ops=["rows only"], k=[32], width=0,
+        args = argparse.Namespace(device=task.device, ops=[], k=[32], width=0, heads=False,
                                   compile=compiled, reference=False)  # fmt: skip
         memory: dict[str, Call] = {}
         for op, direction, k, _, floor, calls, z in bench_ops.cases(args, n, vocab, kind):

@@ -39,26 +39,40 @@ def cases() -> dict[str, Callable[..., Any]]:
         return [t.to(like.device, kind if t.is_floating_point() else t.dtype) for t in tensors]
 
     def full(divergence: str) -> Callable[..., Any]:
-        return lambda z, h, w: opd_ops.full_kl(z, *on(z, teacher), divergence=divergence, **law)
+        return lambda z, h, w: (
+            opd_ops.full_kl(z, None, *on(z, teacher), None, divergence=divergence, **law).loss
+        )
 
     def top(k: int) -> Callable[..., Any]:
-        return lambda z, h, w: opd_ops.topk_logp(
-            z.detach(), k, token_ids=on(z, ids)[0][:, 0], **law
-        )[1]
+        return lambda z, h, w: (
+            opd_ops.topk_logp(z.detach(), None, k, token_ids=on(z, ids)[0][:, 0], **law).logp
+        )
 
+    def negative(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return -logp, {}
+
+    bucket = {"renormalise": False, "tail": "bucket"}
+    outside = (-torch.expm1(logp.logsumexp(-1))).log()
     return {
-        "token_logp": lambda z, h, w: opd_ops.token_logp(z, on(z, ids)[0][:, 0], **law)[0],
-        "entropy": lambda z, h, w: opd_ops.token_logp(
-            z, on(z, ids)[0][:, 0], with_entropy=True, **law
-        )[2],
-        "gather_logp": lambda z, h, w: opd_ops.gather_logp(z, *on(z, ids), **law)[0],
-        "support_kl": lambda z, h, w: opd_ops.support_kl(z, *on(z, few, logp), **law)[0],
+        "token_logp": lambda z, h, w: opd_ops.token_logp(z, None, on(z, ids)[0][:, 0], **law).logp,
+        "entropy": lambda z, h, w: (
+            opd_ops.token_logp(z, None, on(z, ids)[0][:, 0], with_entropy=True, **law).entropy
+        ),
+        "gather_logp": lambda z, h, w: opd_ops.gather_logp(z, None, *on(z, ids), **law).logp,
+        "support_kl": lambda z, h, w: (
+            opd_ops.support_kl(
+                z, None, *on(z, few, logp), teacher_tail_logp=on(z, outside)[0], **bucket, **law
+            ).loss
+        ),
         "topk_logp, few": top(5),
         "topk_logp, more than chunks": top(64),
         **{f"full_kl {name}": full(name) for name in ("reverse", "forward", "jsd")},
-        "support_kl, from hidden states": lambda z, h, w: opd_ops.linear_support_kl(
-            h, w, *on(h, few, logp), **law
-        )[0],
+        "support_kl, from hidden states": lambda z, h, w: (
+            opd_ops.support_kl(h, w, *on(h, few, logp), **law).loss
+        ),
+        "gated_kl, from hidden states": lambda z, h, w: (
+            opd_ops.gated_kl(h, w, on(h, ids)[0][:, 0], negative, **law).loss
+        ),
     }
 
 

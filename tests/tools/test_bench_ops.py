@@ -22,8 +22,6 @@ def test_every_public_op_is_timed_beside_a_baseline(dtype):
     lines = [line.split() for line in done.stdout.splitlines() if "ours x" in line]
     ops = {line[0] for line in lines} - {"memory"}
     wanted = set(opd_ops.__all__) - {"info"}
-    if dtype == "float16":  # no matrix products of it on a CPU
-        wanted = {name for name in wanted if not name.startswith("linear")}
     assert ops == wanted
     for op in ops:
         assert any("opd_ops" in line for line in lines if line[0] == op)
@@ -31,7 +29,7 @@ def test_every_public_op_is_timed_beside_a_baseline(dtype):
 
 
 def test_ops_are_chosen_by_how_their_names_start():
-    command = [sys.executable, "benchmarks/bench_ops.py", *TINY.split(), "--ops", "linear_gat"]
+    command = [sys.executable, "benchmarks/bench_ops.py", *TINY.split(), "--ops", "ga"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     ops = {line.split()[0] for line in done.stdout.splitlines() if "ours x" in line}
-    assert ops == {"memory", "linear_gather_logits", "linear_gather_logp", "linear_gated_kl"}
+    assert ops == {"memory", "gather_logp", "gated_kl"}
