@@ -11,13 +11,6 @@ tensor([0.2500])
 """
 
 from opd_ops._dispatch import info
-from opd_ops._old_names import (  # noqa: F401
-    linear_full_kl,
-    linear_gather_logp,
-    linear_support_kl,
-    linear_token_logp,
-    linear_topk_logp,
-)
 from opd_ops._ops import (
     full_kl,
     gated_kl,
