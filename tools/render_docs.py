@@ -31,13 +31,20 @@ from rows import RESULTS, read  # noqa: E402
 
 def equation_table(source: str) -> str:
     """Markdown rows: equation, the function that implements it, the line of code."""
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    statements = [node for node in nodes if isinstance(node, ast.stmt)]
     rows = []
     for number, line in enumerate(source.splitlines(), 1):
         code, _, comment = line.partition("# Eq.")
         inside = [f for f in functions if f.lineno <= number <= (f.end_lineno or 0)]
         if comment and inside:
             name = max(inside, key=lambda f: f.lineno).name
+            if code.strip() == ")":  # the end of a statement: all of it
+                whole = max(
+                    (s for s in statements if s.end_lineno == number), key=lambda s: s.lineno
+                )
+                code = ast.unparse(whole)
             shown = code.strip().replace("|", "\\|") or "(the lines below)"
             rows += [(int(n), f"| ({n}) | `{name}` | `{shown}` |") for n in tags(comment)]
     body = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
