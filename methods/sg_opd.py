@@ -563,14 +563,8 @@ def token_loss(
     own = rollout.trained_mask & (rollout.source[:, None] == 0)  # [B, T] sampled by the student
     shuffled = args.gate_control == "random"
 
-    def loss_of(
-        student_logp: Tensor,
-        teacher_logp: Tensor,
-        behaviour_logp: Tensor,
-        reference_logp: Tensor,
-        verdict: Tensor,
-        own: Tensor,
-    ) -> Any:
+    def loss_of(student_logp: Tensor, *values: Tensor) -> Any:
+        teacher_logp, behaviour_logp, reference_logp, verdict, own = values
         log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)
         agree = verdict * -log_ratio > 0
         fires = shuffle(agree, rollout) if shuffled else agree

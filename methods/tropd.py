@@ -557,15 +557,8 @@ def token_loss(
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
     ids = torch.cat([rollout.completion_ids[..., None], scores["support_ids"]], -1)  # [B, T, 1+K]
 
-    def loss_of(
-        logp: Tensor,
-        teacher_logp: Tensor,
-        target: Tensor,
-        behaviour_logp: Tensor,
-        coin: Tensor,
-        response_mask: Tensor,
-        prefix_mask: Tensor,
-    ) -> Any:
+    def loss_of(logp: Tensor, *values: Tensor) -> Any:
+        teacher_logp, target, behaviour_logp, coin, response_mask, prefix_mask = values
         student_logp = logp[:, 0]  # [n]; the others are of the support
         log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)
         advantage = -log_ratio
