@@ -91,6 +91,8 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values in memory that grows by blocks: `DynamicLayer` copies all at every token."""
 
     block = 64  # tokens
+    keys: Tensor
+    values: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         start = self.get_seq_length()
@@ -122,7 +124,8 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._dtype = dtype
-        self.layers = [_GrowingLayer() if type(x) is DynamicLayer else x for x in self.layers]
+        layers: list[Any] = getattr(self, "layers")  # noqa: B009  (untyped)
+        self.layers = [_GrowingLayer() if type(x) is DynamicLayer else x for x in layers]
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._dtype != torch.float32:

@@ -130,9 +130,7 @@ def fill(
     uniform: Tensor,
     stop: Sequence[int],
     args: argparse.Namespace,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    sampling: tuple[float, float, int],
 ) -> None:
     """Sample the rows `rows` of the rollout `out` with the model's engine and current weights.
 
@@ -144,6 +142,7 @@ def fill(
     seeds = (uniform[rows, 0].double() * 2**31).long().tolist()
     starts = out.completion_mask.sum(1)
     most = (uniform.shape[1] - starts[rows]).tolist()
+    temperature, top_p, top_k = sampling
     law = {"temperature": temperature, "top_p": top_p, "top_k": top_k or -1}
     asked = [rollouts.begun(out, row) for row in rows.tolist()]
     found = model.engine.sample(model, asked, most, seeds, stop, args, law)

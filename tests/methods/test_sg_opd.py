@@ -332,9 +332,7 @@ def test_endorsed_teacher_rollouts_replace_and_rejected_ones_are_counted(folder)
     repeated = [prompt for prompt in prompts for _ in range(4)]
     assert found.prompts == repeated
     uniform = sg_opd.uniforms(12, "teacher", 0, args)[offered]
-    teacher = sg_opd.sample(
-        loaded["teacher"], [repeated[row] for row in offered], uniform, args, 1.0
-    )
+    teacher = sg_opd.sample(loaded["teacher"], [repeated[row] for row in offered], uniform, args)
     for row in range(12):
         if row in taken:
             assert same_row(found, row, teacher, offered.index(row))

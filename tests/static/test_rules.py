@@ -59,7 +59,7 @@ def test_the_diff_is_the_method(method):
 
 
 def test_removing_the_full_objective_is_free_and_nothing_else():
-    line = "    rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]\n"
+    line = "    rollout_logp = (probs.gather(1, column) / mass).log()[:, 0]\n"
     assert sync_methods.num_changed(REFERENCE, REFERENCE.replace(line, "")) == 1
     assert sync_methods.num_changed(REFERENCE, REFERENCE.replace(line, line + line)) == 1
     start, end = REFERENCE.index("def discounted_sum("), REFERENCE.index("def importance_weight(")
