@@ -141,7 +141,9 @@ class Verifier:
         try:
             self._function = pickle.dumps(function)
         except Exception as error:  # pickle raises what the object makes it
-            raise RunError(f"the verifier cannot run in another process: {one_line(error)}") from None
+            raise RunError(
+                f"the verifier cannot run in another process: {one_line(error)}"
+            ) from None
         self.timeout_s = timeout_s
         self.num_unverified, self.last_error = 0, ""
         self._helper: subprocess.Popen[bytes] | None = None
@@ -150,7 +152,7 @@ class Verifier:
         self._start()
 
     def _start(self) -> None:
-        """A new child: a fork of the helper, which takes milliseconds; the helper where it is gone."""
+        """A new child, forked by the helper in milliseconds; a new helper where that is gone."""
         ours, theirs = socket.socketpair()
         self._pipe, self._pid = Connection(ours.detach()), 0
         with theirs:
