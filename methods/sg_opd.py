@@ -514,7 +514,7 @@ def collect(
         metrics["teacher_pass_rate"] = pass_rate(offered.verdict)
     metrics["teacher_share"] = float(rollout.source.float().mean())
     if args.verdict == "group":
-        rollout.verdict = group_sign(rollout.verdict, args.rollouts_per_prompt)
+        rollout.extra["group_verdict"] = group_sign(rollout.verdict, args.rollouts_per_prompt)
     coin = uniforms(len(prompts), "method", step, args)  # for --gate-control random
     rollout.extra["coin"] = coin[:, : rollout.completion_ids.shape[1]].to(rollout.verdict.device)
     return rollout, metrics
@@ -562,8 +562,8 @@ def token_loss(
         return -weight * advantage * student_logp, logged  # Eq. (4)
 
     values = [scores["teacher_logp"], rollout.behaviour_logp]
-    values += [scores.get("reference_logp", scores["teacher_logp"])]
-    values += [rollout.verdict[:, None].expand_as(own), own]
+    verdict = rollout.extra.get("group_verdict", rollout.verdict)[:, None].expand_as(own)
+    values += [scores.get("reference_logp", scores["teacher_logp"]), verdict, own]
     return loss_of_tokens(student, rollout, loss_of, values, args, together=shuffled)
 
 
