@@ -317,6 +317,9 @@ def uniforms(num_rollouts: int, stream: str, step: int, args: Args) -> Tensor:
     return torch.from_numpy(generator.random(shape, dtype=np.float32))
 
 
+CANDIDATES = 1024  # with --top-p, all tokens are sorted only where these hold less of the mass
+
+
 def draw(
     logits: Tensor,
     uniform: Tensor,
@@ -326,32 +329,38 @@ def draw(
     law: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by the inverse CDF: (token, rollout_logp, behaviour_logp), each [B]."""
-    logits = logits[:, : law["valid_vocab"]].float()
+    logits, ids = logits[:, : law["valid_vocab"]].float(), None
     if temperature == 0.0:  # greedy
         temperature, top_k = 1.0, 1
-    probs, order = (logits / temperature).softmax(-1), None
-    if top_p < 1.0 or top_k:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+    if top_k or top_p < 1.0:
+        size = min(top_k or CANDIDATES, logits.shape[1])
+        top = opd_ops.topk_logp(logits, None, size, temperature=temperature)
+        ids, probs = top.ids, top.logp.exp()
+        if not top_k and (top.tail_logp.exp() > 1.0 - top_p).any():
+            probs = (logits / temperature).softmax(-1)
+            probs, ids = probs.sort(dim=-1, descending=True, stable=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first one stays
-        probs[:, top_k or probs.shape[1] :] = 0.0
+    else:
+        probs = (logits / temperature).softmax(-1)
     cdf = probs.cumsum(-1)
     mass = cdf[:, -1:]  # 1 without truncation
     point = (uniform[:, None] * mass).minimum(mass.nextafter(torch.zeros_like(mass)))
-    place = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
-    place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
-    rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
-    token = (place if order is None else order.gather(1, place))[:, 0]
+    column = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
+    column = column.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
+    rollout_logp = (probs.gather(1, column) / mass).log()[:, 0]
+    token = (column if ids is None else ids.gather(1, column))[:, 0]
     return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
     """[B, V] logits after `ids` [B, n], the last columns of all that `seen` [B, L] masks."""
+    last = min(model.facts.num_positions, 2**31) - 1  # a rollout that has ended may run beyond
     return model(
-        lambda hidden, head: hidden if head is None else hidden @ head.T,
+        lambda hidden, head: hidden if head is None else F.linear(hidden, head),
         None,
         input_ids=ids,
         attention_mask=seen,
-        position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+        position_ids=(seen.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     )
@@ -368,62 +377,82 @@ def sample(
     top_k: int = 0,
     prefixes: Sequence[tuple[int, ...]] = (),
 ) -> Rollout:
-    """One completion per prompt, by a key/value cache; `uniform` [B, T] are its random numbers.
+    """One completion per prompt; `uniform` [B, T] are its random numbers, one per sampled token.
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
     `prefixes` are tokens that a completion starts with; they are not sampled, and not part of the
     response. Each process samples its share of the rollouts, and gets those of all.
     """
-    (num, width), device, law = uniform.shape, model.device, loss_law(model, args)
-    stop = torch.tensor(stop_ids(model.facts), device=device)
+    (num, width), device = uniform.shape, model.device
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
     prefixes = prefixes or [()] * num
-    out.completion_ids[:], prefix_mask = rollouts.right_padded(prefixes, width, device)
-    out.completion_mask, out.prefix_mask = prefix_mask.clone(), prefix_mask
-    begun = [prompt.ids + prefix for prompt, prefix in zip(prompts, prefixes)]
+    out.completion_ids[:], out.prefix_mask = rollouts.right_padded(prefixes, width, device)
+    out.completion_mask = out.prefix_mask.clone()
     share = torch.arange(num, device=device)[ranks.share(num)]  # the rollouts of this process
-    chunks = share.split(args.sampler_batch_size) if len(share) and not model.engine else ()
-    bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
+    bar = tqdm(total=len(share), unit="rollout", desc="sample", leave=False, disable=None)
+    how = temperature, top_p, top_k
     model.eval()
     if model.engine:
-        how = temperature, top_p, top_k
-        vllm_sampler.fill(model, out, begun, share, uniform, stop.tolist(), args, *how)
-    with ranks.unsharded(model), model.autocast():  # once for all tokens: weights are cast once
-        for rows in chunks:  # [n] the rollouts that the model works on, fewer as they end
-            cache = model.new_cache(model.compute_dtype)  # keys and values in the compute type
-            place: dict[tuple[int, ...], int] = {}  # each distinct prompt is read once
-            copies = [place.setdefault(begun[row], len(place)) for row in rows.tolist()]
-            copies = torch.tensor(copies, device=device)  # [n] which of these a rollout goes on
-            ids, seen = rollouts.left_padded(list(place), device)
-            logits = next_logits(model, cache, ids, seen)[copies]  # [n, V]
-            cache.batch_select_indices(copies)
-            seen, column = seen[copies], out.completion_mask[rows].sum(1)  # [n] the next token's
-            alive = torch.ones_like(rows, dtype=torch.bool)  # [n] it has not ended
-            for t in range(width):
-                token, *logp = draw(logits, uniform[rows, t], temperature, top_p, top_k, law)
-                live, at = rows[alive], column[alive]
-                out.completion_mask[live, at] = True
-                out.completion_ids[live, at] = token[alive]
-                out.rollout_logp[live, at], out.behaviour_logp[live, at] = (x[alive] for x in logp)
-                ends = torch.isin(token, stop) & alive
-                out.ended[rows[ends]] = True
-                alive = alive & ~ends & (column + 1 < width)
-                if not alive.any():
-                    break
-                if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a token
-                    keep = alive.nonzero()[:, 0]
-                    cache.batch_select_indices(keep)
-                    bar.update(len(rows) - len(keep))
-                    rows, seen, token, column, alive = (
-                        values[keep] for values in (rows, seen, token, column, alive)
-                    )
-                seen, column = F.pad(seen, (0, 1), value=True), column + 1
-                logits = next_logits(model, cache, token[:, None], seen)
-            bar.update(len(rows))
+        vllm_sampler.fill(model, out, share, uniform, stop_ids(model.facts), args, *how)
+    else:
+        with ranks.unsharded(model), model.autocast():  # for all tokens: weights are cast once
+            work = partial(decode, model, out, uniform, how, args, bar)
+            retry.in_chunks(work, partial(rollouts.clear, out), share, args)
     bar.close()
     out = rollouts.gather(out)
     out.response_mask = out.completion_mask & ~out.prefix_mask
     return rollouts.select(out, torch.arange(num, device=device))
+
+
+def decode(
+    model: CausalLM,
+    out: Rollout,
+    uniform: Tensor,
+    how: tuple[float, float, int],
+    args: Args,
+    bar: Any,
+    rows: Tensor,
+) -> None:
+    """Go on with the rollouts `rows` of `out`, by a key/value cache, until all of them end.
+
+    The model works on `rows` [n] together. Those that have ended are not written any more, and are
+    taken out of the cache when they are a tenth of it.
+    """
+    width, device, law = uniform.shape[1], uniform.device, loss_law(model, args)
+    stop = torch.tensor(stop_ids(model.facts), device=device)
+    cache = model.new_cache(model.compute_dtype)  # keys and values in the compute type
+    begun = [rollouts.begun(out, row) for row in rows.tolist()]
+    distinct = list(dict.fromkeys(begun))  # equal prompts are read once, then copied
+    copies = torch.tensor([distinct.index(each) for each in begun], device=device)
+    ids, seen = rollouts.left_padded(distinct, device)
+    logits = next_logits(model, cache, ids, seen)[copies]  # [n, V]
+    cache.batch_select_indices(copies)
+    seen, column = seen[copies], out.prefix_mask[rows].sum(1)  # [n], where the next token goes
+    alive = torch.ones_like(rows, dtype=torch.bool)  # [n], has not ended
+    grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
+    look_every = 1 if device.type == "cpu" else 8  # tokens; to look, a GPU has to be waited for
+    for t in range(width):
+        token, *logp = draw(logits, uniform[rows, t], *how, law)
+        for grid, values in zip(grids, (token, *logp)):
+            grid[rows, column] = torch.where(alive, values, grid[rows, column])
+        out.completion_mask[rows, column] |= alive
+        ends = torch.isin(token, stop) & alive
+        out.ended[rows] |= ends
+        alive = alive & ~ends & (column + 1 < width)
+        if t % look_every == look_every - 1:
+            keep = alive.nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) <= 0.9 * len(rows):  # the copy costs about as much as a token
+                bar.update(len(rows) - len(keep))
+                cache.batch_select_indices(keep)
+                rows, seen, token, column, alive = (
+                    values[keep] for values in (rows, seen, token, column, alive)
+                )
+        if t + 1 < width:
+            seen, column = F.pad(seen, (0, 1), value=True), (column + 1).clamp(max=width - 1)
+            logits = next_logits(model, cache, token[:, None], seen)
+    bar.update(len(rows))
 
 
 # ==== 4. The method ===============================================================================
