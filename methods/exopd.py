@@ -76,7 +76,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chat-template-from", "student", "whose chat template", choices=["student", "teacher"])
     add("--chat-template-args", "{}", 'its arguments, such as {"enable_thinking": false}')
     add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function, file.py:function")
-    add("--verifier-timeout-s", 10.0, "a check that takes longer counts as no verdict", "(0,inf)")
+    add("--verifier-timeout-s", 10.0, "a check that takes longer counts as no verdict", "(0,1e6]")
     add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
     add = partial(flags.flag, parser.add_argument_group("models"))
     add("--student", str(TINY / "student"), "folder or hub name of the model to train")

@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chat-template-from", "student", "whose chat template", choices=["student", "teacher"])
     add("--chat-template-args", "{}", 'its arguments, such as {"enable_thinking": false}')
     add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function, file.py:function")
-    add("--verifier-timeout-s", 10.0, "a check that takes longer counts as no verdict", "(0,inf)")
+    add("--verifier-timeout-s", 10.0, "a check that takes longer counts as no verdict", "(0,1e6]")
     add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
     add = partial(flags.flag, parser.add_argument_group("models"))
     add("--student", str(TINY / "student"), "folder or hub name of the model to train")
@@ -534,7 +534,7 @@ def collect(
         metrics["teacher_pass_rate"] = pass_rate(offered.verdict)
     metrics["teacher_share"] = float(rollout.source.float().mean())
     if args.verdict == "group":
-        rollout.verdict = group_sign(rollout.verdict, args.rollouts_per_prompt)
+        rollout.extra["group_verdict"] = group_sign(rollout.verdict, args.rollouts_per_prompt)
     coin = uniforms(len(prompts), "method", step, args)  # for --gate-control random
     rollout.extra["coin"] = coin[:, : rollout.completion_ids.shape[1]].to(rollout.verdict.device)
     return rollout, metrics
@@ -576,8 +576,8 @@ def token_loss(
         return -weight * advantage * student_logp, logged  # Eq. (4)
 
     values = [scores["teacher_logp"], rollout.behaviour_logp]
-    values += [scores.get("reference_logp", scores["teacher_logp"])]
-    values += [rollout.verdict[:, None].expand_as(own), own]
+    verdict = rollout.extra.get("group_verdict", rollout.verdict)[:, None].expand_as(own)
+    values += [scores.get("reference_logp", scores["teacher_logp"]), verdict, own]
     return loss_of_tokens(student, rollout, loss_of, values, args, together=shuffled)
 
 

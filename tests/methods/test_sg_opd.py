@@ -371,8 +371,16 @@ def test_group_verdict_is_of_the_batch_that_is_trained(folder):
     verifier = scripted(students, [1.0, -1.0, 1.0])
     found, metrics = sg_opd.collect(loaded, tokenizer, verifier, prompts, args, 0)
     want = [[1, -1, -1, -1], [0, 0, 0, 0], [1, 1, -1, 0]]
-    assert found.verdict.view(3, 4).tolist() == want
+    assert found.extra["group_verdict"].view(3, 4).tolist() == want
     assert metrics["student_pass_rate"] == pytest.approx(2 / 11)  # the verifier's own word
+    # So are all metrics: a group that is all alike is no group without verdicts.
+    assert found.verdict.view(3, 4).tolist() == [[1, -1, -1, -1], [-1] * 4, [1, 1, -1, 0]]
+    assert sg_opd.diagnose.rollout_metrics(found)["unverified_share"] == pytest.approx(1 / 12)
+    # The gate goes by the group's: nothing is gated where it has no sign.
+    student = loaded["student"]
+    _, logged = sg_opd.token_loss(student, found, sg_opd.score(loaded, found, args), args)
+    plain = (logged["gate"] == 1.0) | ~found.trained_mask
+    assert plain[4:8].all() and not plain[:4].all()
 
 
 def test_agreement_is_counted_on_the_students_rollouts(folder):
