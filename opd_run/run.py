@@ -468,14 +468,14 @@ class Run:
 
     def _finish(self) -> None:
         self._lock.close()
-        rows = read_metrics(self.path)
-        own, prefix = [row for row in rows if "eval/student/length_mean" in row], "eval/student/"
-        for key in own[-1] if own else ():
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and (name.startswith("avg@") or name == "reverse_kl"):
-                line = f"{name}: before {own[0].get(key, '-'):.6}, after {own[-1][key]:.6}"
-                of_teacher = [row[f"eval/teacher/{name}"] for row in rows
-                              if f"eval/teacher/{name}" in row]  # fmt: skip
+        rows, student, teacher = read_metrics(self.path), "eval/student/", "eval/teacher/"
+        for key in dict.fromkeys(key for row in rows for key in row if key.startswith(student)):
+            name = key.removeprefix(student)
+            if "avg@" in name or name.split("/")[-1] == "reverse_kl":
+                own = [row[key] for row in rows if key in row]
+                of_teacher = [row[teacher + name] for row in rows if teacher + name in row]
+                line = f"{name}: before {own[0]:.6}, after {own[-1]:.6}"
+                line = line if len(own) > 1 else f"{name}: {own[0]:.6}"
                 say(line + "".join(f", teacher {value:.6}" for value in of_teacher))
         say(f"run folder: {self.path}")
 

@@ -1,165 +1,299 @@
-"""Verifiers: functions that say whether an answer is right, in a process that may hang or die."""
+"""A pool of processes that judge answers: a verifier may hang or die, and the run goes on."""
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
-import signal
+import contextlib
+import json
+import os
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
-
 from opd_run import ranks
-from opd_run.console import RunError, one_line, optional, say
+from opd_run.console import RunError, one_line, say
+from opd_run.verdicts import is_built_in, right_answers, verifier_function
 
-Function = Callable[[str, str, dict[str, Any]], bool]
+__all__ = ["Item", "Verifier", "verifier_function"]
+
+Item = tuple[str, Any, dict[str, Any], bool]
+"""(completion, right answer, row, whether it ended by itself)"""
+
+START_LIMIT_S = 120.0
+MOST_TIMEOUTS = 16  # in a row, then the rest of a batch is not asked
+NUM_TRIED = 20  # rows whose right answer the verifier is asked about before the run
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL")
+_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); " + (
+    "from opd_run.verdicts import nursery; nursery(int(sys.argv[2]), sys.argv[3])"
+)
 
 
-def _verify_forever(pipe: Any, function: Function) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
-    pipe.send("ready")  # everything is imported: from here on the time limit counts
-    while True:
-        try:
-            text, answer, row = pipe.recv()
-        except (EOFError, OSError):  # the parent is gone
-            return
-        try:
-            pipe.send((bool(function(text, answer, row)), ""))
-        except Exception as error:  # a verifier is the user's: whatever it raises is no verdict
-            pipe.send((None, f"{type(error).__name__}: {one_line(error, 200)}"))
+@dataclass
+class _Worker:
+    """A process that judges one item at a time."""
+
+    pipe: Connection
+    pid: int
+    place: int = -1  # of the item that it has
+    deadline: float = 0.0
 
 
 class Verifier:
-    """Runs `function(completion, answer, row) -> bool` in one long-lived child process.
+    """Asks `function(completion, right_answer, row) -> bool` in `num_workers` processes.
 
-    The child is killed and started anew when an answer takes longer than `timeout_s`, so that a
-    verifier that hangs cannot stop a run. A process is no sandbox: do not execute model text.
+    One that takes longer than `timeout_s` for an answer is killed, with what it has started, so
+    that a verifier that hangs cannot stop a run. A process is no sandbox: do not execute model
+    text. The processes inherit no variable that looks like a key or token.
 
-    `num_unverified` counts the calls that timed out or raised since the run began; `last_error` is
-    the newest message.
+    Attributes:
+        judges_cut: its word on completions that were cut counts (it has a parameter `ended`).
+        num_unverified: calls that timed out, raised or returned no verdict since the run began.
+        last_error: the newest message.
+
+    Args:
+        spec: see `verifier_function`.  num_workers: 0 means min(4, CPU cores).
+
+    Raises:
+        RunError: exit code 2; there is no such function, or its module does not load.
     """
 
-    def __init__(self, function: Function, timeout_s: float) -> None:
-        self.function, self.timeout_s = function, timeout_s
+    def __init__(self, spec: str, timeout_s: float, num_workers: int = 0) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.spec, self.timeout_s = spec, min(timeout_s, 1e6)  # more would overflow
+        self.num_workers = num_workers or min(4, cores or 1)
         self.num_unverified, self.last_error = 0, ""
-        self._process: Any = None
-        self._pipe: Any = None
+        self._workers: list[_Worker] = []
         self._start()
 
     def _start(self) -> None:
-        # A server that has imported everything forks the children: a restart takes milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "opd_run.verifier"])
-        self._pipe, child_end = context.Pipe()
-        self._process = context.Process(
-            target=_verify_forever, args=(child_end, self.function), daemon=True
+        """Start the process that forks the others, and wait until it has imported the verifier."""
+        ours, theirs = socket.socketpair()
+        env = {name: value for name, value in os.environ.items()
+               if not any(part in name.upper() for part in _SECRET)}  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), self.spec],
+            stdin=subprocess.DEVNULL,
+            env=env | {"OMP_NUM_THREADS": "1"},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
         )
-        self._process.start()
-        child_end.close()
-        self._ready = False
-
-    def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
-        """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified.
-
-        Each rank has all the items, and verifies its share of them.
-        """
-        mine = [self._verdict(item) for item in items[ranks.share(len(items))]]
-        return [verdict for verdicts in ranks.gather(mine) for verdict in verdicts]
-
-    def _verdict(self, item: tuple[str, str, dict[str, Any]]) -> float:
+        theirs.close()
+        self._control = ours
+        self._close = weakref.finalize(self, _end, ours, process)  # at exit, too
+        ours.settimeout(START_LIMIT_S)
         try:
-            if not self._ready:
-                if not self._pipe.poll(120.0):
-                    raise TimeoutError("its process did not start within 120 s")
-                self._ready = bool(self._pipe.recv())
-            self._pipe.send(item)
-            if not self._pipe.poll(self.timeout_s):
-                raise TimeoutError(f"no answer within {self.timeout_s} s")
-            right, error = self._pipe.recv()
-        except (EOFError, OSError) as lost:  # TimeoutError is an OSError
-            right, error = None, str(lost) or "its process died"
-            self.close()
-            self._start()
-        if right is not None:
-            return 1.0 if right else -1.0
-        self.num_unverified, self.last_error = self.num_unverified + 1, error
-        if self.num_unverified <= 3:  # then only counted, in unverified_share
-            say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
-        return 0.0
+            with ours.makefile() as lines:
+                line = lines.readline()
+        except TimeoutError:
+            self._close()
+            raise RunError(
+                f"--verifier {self.spec}: not imported within {START_LIMIT_S:.0f} s", 2
+            ) from None
+        ended = f"--verifier {self.spec}: its process ended while the verifier was imported"
+        reply = json.loads(line) if line else {"error": ended}
+        if "error" in reply:
+            self._close()
+            raise RunError(reply["error"], 2)
+        self.judges_cut = bool(reply["told"])
+
+    def _ask(self, message: bytes, fds: Sequence[int] = ()) -> int:
+        socket.send_fds(self._control, [message.ljust(16)], list(fds))
+        reply = self._control.recv(16, socket.MSG_WAITALL)
+        if len(reply) < 16:
+            raise BrokenPipeError("the verifier's process has ended")
+        return int(reply)
+
+    def _new_worker(self) -> _Worker:
+        for again in (True, False):
+            ours, theirs = socket.socketpair()
+            try:
+                pid = self._ask(b"F", [theirs.fileno()])
+                break
+            except OSError:  # somebody has killed what forks them
+                ours.close()
+                if not again:
+                    raise
+                self._close()
+                self._start()
+            finally:
+                theirs.close()
+        return _Worker(Connection(ours.detach()), pid)
+
+    def _drop(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.pipe.close()
+        with contextlib.suppress(OSError):  # who forked it was killed, and it with that
+            self._ask(b"K%d" % worker.pid)
+
+    def __call__(self, items: Sequence[Item]) -> list[float]:
+        """Verdicts: +1 right, -1 wrong, 0 unverified.
+
+        A completion that was cut is put to the verifiers that come with us (what becomes of their
+        word is decided in the method file) and to a function with a parameter `ended`; for any
+        other function it is wrong. Each rank has all the items, and verifies its share of them.
+        """
+        mine = items[ranks.share(len(items))]
+        found = self.words(mine)
+        for item, (right, error) in zip(mine, found):
+            if right is None:
+                self.num_unverified, self.last_error = self.num_unverified + 1, error
+                if self.num_unverified <= 3:  # then only counted, in unverified_share
+                    say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
+        verdicts = [0.0 if right is None else 1.0 if right else -1.0 for right, _ in found]
+        return [verdict for some in ranks.gather(verdicts) for verdict in some]
+
+    def words(self, items: Sequence[Item]) -> list[tuple[bool | None, str]]:
+        """(right, "") of each item, or (None, why there is no verdict)."""
+        asked = self.judges_cut or is_built_in(self.spec)
+        found: list[tuple[bool | None, str] | None] = [
+            None if asked or item[3] else (False, "") for item in items
+        ]
+        waiting = deque(place for place, each in enumerate(found) if each is None)
+        num_timeouts = 0
+        while waiting or any(worker.place >= 0 for worker in self._workers):
+            while waiting and (worker := self._idle()):
+                worker.place, worker.deadline = waiting.popleft(), time.monotonic() + self.timeout_s
+                try:
+                    worker.pipe.send(items[worker.place])
+                except OSError:  # it died idle: another one gets the item
+                    waiting.appendleft(worker.place)
+                    self._drop(worker)
+            busy = [worker for worker in self._workers if worker.place >= 0]
+            if not busy:
+                continue
+            first = min(worker.deadline for worker in busy)
+            ready = wait([worker.pipe for worker in busy], max(0.0, first - time.monotonic()))
+            for worker in busy:
+                answered: tuple[bool | None, str]
+                if worker.pipe in ready:
+                    try:
+                        answered, num_timeouts = tuple(json.loads(worker.pipe.recv_bytes())), 0
+                    except (EOFError, OSError):
+                        answered = (None, "its process died")
+                elif worker.deadline <= time.monotonic():
+                    answered, num_timeouts = self._late(items[worker.place]), num_timeouts + 1
+                else:
+                    continue
+                found[worker.place], worker.place = answered, -1
+                if worker.pipe not in ready or answered[1] == "its process died":
+                    self._drop(worker)
+            if waiting and num_timeouts >= MOST_TIMEOUTS:
+                say(
+                    f"! verifier: {num_timeouts} answers in a row took longer than "
+                    f"{self.timeout_s} s: the other {len(waiting)} of this batch are not asked"
+                )
+                for place in waiting:
+                    found[place] = self._late(items[place])
+                waiting.clear()
+        return [each or (None, "not asked") for each in found]
+
+    def _late(self, item: Item) -> tuple[bool | None, str]:
+        """No answer in time: unverified; a cut completion needs no word to be wrong."""
+        wrong = not item[3] and not self.judges_cut
+        return (False, "") if wrong else (None, f"no answer within {self.timeout_s} s")
+
+    def _idle(self) -> _Worker | None:
+        for worker in self._workers:
+            if worker.place < 0:
+                return worker
+        if len(self._workers) < self.num_workers:
+            worker = self._new_worker()
+            self._workers.append(worker)
+            return worker
+        return None
 
     def close(self) -> None:
-        """End the child process."""
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        """End the processes, with what they have started."""
+        for worker in self._workers:
+            worker.pipe.close()
+        self._workers = []
+        self._close()
+
+    # ------------------------------------------------------------------------- before the run
+    def try_out(
+        self, prompts: Sequence[Any], tests: dict[str, Sequence[Any]], tokenizer: Any
+    ) -> None:
+        r"""Say what the first prompt looks like, and what the verifier says of right answers.
+
+        It is asked about the answers themselves of the first 20 rows of each set: bare, as
+        `#### x`, and as `\\boxed{x}`. If it rejects all three, no completion will be right.
+
+        Raises:
+            RunError: an answer is neither text nor a number (for the verifiers that come with us).
+        """
+        if ranks.rank():
+            return
+        self._try_out("prompts", prompts, tokenizer)
+        for name, test in tests.items():
+            self._try_out(f"test prompts {name}".strip(), test, tokenizer)
+
+    def _try_out(self, source: str, prompts: Sequence[Any], tokenizer: Any) -> None:
+        if not prompts:
+            return
+        if is_built_in(self.spec):
+            for prompt in prompts:
+                try:
+                    right_answers(prompt.answer)
+                except TypeError as error:
+                    raise RunError(
+                        f"{source}: --verifier {self.spec}: right answer: {error} (--answer-field; "
+                        f"the row has {sorted(prompt.row)})"
+                    ) from None
+        tried, items = [], []
+        for prompt in prompts[:NUM_TRIED]:
+            text = _as_text(prompt.answer, self.spec)
+            if text:
+                tried.append(prompt)
+                items += [(each, prompt.answer, prompt.row, True)
+                          for each in (text, f"#### {text}", f"\\boxed{{{text}}}")]  # fmt: skip
+        words = self.words(items)
+        shapes = ("bare", "as #### x", "as \\boxed{x}")
+        spoken = [words[place : place + 3] for place in range(0, len(words), 3)]
+        first, shown = prompts[0], tokenizer.decode(prompts[0].ids)
+        shown = shown if len(shown) <= 400 else "..." + shown[-400:]
+        shown = json.dumps(shown, ensure_ascii=False)
+        say(f"{source}: the first, {len(first.ids)} tokens: {shown}")
+        if tried[:1] == [first]:
+            said = ", ".join(
+                f"{shape} {'unverified' if right is None else 'right' if right else 'wrong'}"
+                for shape, (right, _) in zip(shapes, spoken[0])
+            )
+            answer = _as_text(first.answer, self.spec)
+            spec = self.spec
+            say(f"{source}: its right answer: {answer!r:.200}; --verifier {spec} calls it: {said}")
+        else:
+            say(f"{source}: its right answer: none; --verifier {self.spec} is not asked about it")
+        rejected = [each for each, three in zip(tried, spoken) if not any(r for r, _ in three)]
+        if rejected:
+            place = next(place for place, each in enumerate(tried) if each is rejected[0])
+            why = next((f" ({error})" for _, error in spoken[place] if error), "")
+            say(
+                f"! {source}: --verifier {self.spec} rejects {len(rejected)} of {len(tried)} right "
+                f"answers themselves, bare, as #### x and as \\boxed{{x}}: no completion can be "
+                f"right{why}; the first: {rejected[0].answer!r:.120} in the row "
+                f"{one_line(rejected[0].row, 300)}"
+            )
 
 
-# --------------------------------------------------------------- the functions that come with us
-def final_answer(text: str) -> str:
-    """What stands after the last `####` (the GSM8K convention), else the whole text."""
-    return text.rsplit("####", 1)[-1].strip()
+def _as_text(answer: Any, spec: str) -> str:
+    """A right answer as a completion would have it; empty if there is none."""
+    if is_built_in(spec):
+        return next(iter(right_answers(answer)), "")
+    if answer is None or isinstance(answer, str):
+        return answer or ""
+    return json.dumps(answer, ensure_ascii=False, default=str)
 
 
-def verify_exact(text: str, answer: str, row: dict[str, Any]) -> bool:
-    """The final answer is the right one, character by character."""
-    if not answer.strip():
-        raise ValueError("there is no right answer to compare with")
-    return final_answer(text) == answer.strip()
-
-
-def verify_math(text: str, answer: str, row: dict[str, Any]) -> bool:
-    """Both are equal as mathematics (math-verify); time is bounded by `Verifier`."""
-    import math_verify
-
-    gold = math_verify.parse(f"${answer}$", parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"math-verify cannot read the right answer {answer!r}")
-    found = math_verify.parse(text, parsing_timeout=None)
-    return bool(math_verify.verify(gold, found, timeout_seconds=None))
-
-
-def verify_gym(task: str, text: str, answer: str, row: dict[str, Any]) -> bool:
-    """reasoning-gym gives the final answer its full score."""
-    import reasoning_gym
-
-    return bool(reasoning_gym.get_score_answer_fn(task)(final_answer(text), row) >= 1.0)
-
-
-def verifier_function(spec: str) -> Function:
-    """`exact`, `math`, `reasoning_gym:TASK`, `module:function` or `file.py:function`.
-
-    A verifier is `function(completion, right_answer, row) -> bool`; an exception is verdict 0.
-    """
-    if spec in ("exact", "math"):
-        if spec == "math":
-            optional("math_verify", "--verifier math")
-        return {"exact": verify_exact, "math": verify_math}[spec]
-    module, _, name = spec.partition(":")
-    if module == "reasoning_gym" and name:
-        gym = optional("reasoning_gym", f"--verifier {spec}")
-        try:
-            gym.get_score_answer_fn(name)
-        except ValueError as error:
-            raise RunError(f"--verifier {spec}: {one_line(error)}", 2) from None
-        return partial(verify_gym, name)
-    path = Path(module)
-    folder = str(path.resolve().parent if path.suffix == ".py" else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)  # the child process gets it too
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()  # it kills those that it has forked, and ends
     try:
-        name_of_module = path.stem if path.suffix == ".py" else module
-        function: Function = getattr(importlib.import_module(name_of_module), name)
-        if not callable(function):
-            raise TypeError(f"{name} is a {type(function).__name__}, no function")
-    except Exception as error:  # whatever the module raises when it is imported
-        raise RunError(
-            f"--verifier: expected exact, math, reasoning_gym:TASK, module:function or "
-            f"file.py:function, got {spec!r} ({type(error).__name__}: {one_line(error)})",
-            code=2,
-        ) from error
-    return function
+        process.wait(5.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
