@@ -202,16 +202,18 @@ def differences(groups: Sequence[Group]) -> list[list[str]]:
     firsts = [each.runs[0] for each in groups]
     rows = [["method", *(run.method for run in firsts)]]
     keys = dict.fromkeys(key for run in firsts for key in run.args if key not in OWN_FLAGS)
-    rows += [
-        [f"--{key.replace('_', '-')}", *(_short(run.args.get(key)) for run in firsts)]
-        for key in keys
-    ]
+    for key in keys:
+        values = [run.args.get(key) for run in firsts]
+        shown = [short(value) for value in values]
+        whole = [str(value) for value in values]
+        rows.append([f"--{key.replace('_', '-')}", *(shown if len(set(shown)) > 1 else whole)])
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A flag's value for a table: of a path its last part."""
     if isinstance(value, list):
-        return ",".join(_short(each) for each in value)
+        return ",".join(short(each) for each in value)
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 

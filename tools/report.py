@@ -274,7 +274,7 @@ def summary_part(groups: Sequence[Group]) -> str:
             rows.append([f"\t{run.path.name}", str(run.seed), *shown, str(len(alarms_of(run)))])
     head = ["", "student", "teacher", "prompts", "learning rate", "steps"]
     facts = [
-        [each.name, *(_text(each.runs[0].args.get(key, "-"))
+        [each.name, *(compare_runs.short(each.runs[0].args.get(key, "-"))
                       for key in ("student", "teacher", "prompts", "lr")),
          str(max(row["step"] for row in each.runs[0].metrics))]
         for each in groups
@@ -348,6 +348,7 @@ def held_out_part(groups: Sequence[Group]) -> str:
         rows.append([name, *cells])
     if not rows:
         return ""
+    rows = [row for row in rows if "pass@1" not in re.split("/", row[0])]  # it is avg@n
     note = (
         "In brackets: 95 % Wilson interval for as many independent prompts as were tested; the "
         "samples of a prompt count as one."
