@@ -24,7 +24,7 @@ install: $(STAMP)  ## .venv with exact versions, and the compiled ops
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy ninja pybind11 setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[plot,math,tasks,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[plot,math,tasks,data,test]'
 	@touch $(STAMP)
 
 demo: install     ## distil the embedded tiny pair on this CPU (about four minutes)

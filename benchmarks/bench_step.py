@@ -298,6 +298,15 @@ def memory(key: str) -> int:
 # ==== the steps ====
 
 
+class Unverified:
+    """A verifier that has no verdict on anything."""
+
+    judges_cut = True
+
+    def __call__(self, items: Any) -> list[float]:
+        return [0.0] * len(items)
+
+
 def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: str) -> None:
     """The main loop of methods/opd.py, without verifier, diagnostics and log."""
     import opd
@@ -309,14 +318,11 @@ def run_ours(clock: Clock, folder: Path, case: argparse.Namespace, objective: st
     if case.made_on_device:
         warm_up(models["student"].lm, models["teacher"].lm, case.device)
 
-    def unverified(items: Any) -> list[float]:
-        return [0.0] * len(items)
-
     for step in range(case.warm_up + case.rounds):
         chosen = opd.prompts_of_step(prompts, step, args)
         clock.begin()
         with clock.phase("generate"):
-            rollout, _ = opd.collect(models, tokenizer, unverified, chosen, args, step)
+            rollout, _ = opd.collect(models, tokenizer, Unverified(), chosen, args, step)
         with clock.phase("teacher"):
             batch = [
                 (micro, opd.score(models, micro, args))
@@ -478,7 +484,7 @@ def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()
     args, tokenizer, models, prompts = load_ours(folder, case, "reverse")
     rollout, _ = opd.collect(
-        models, tokenizer, lambda items: [0.0] * len(items), prompts[: case.rollouts], args, 0
+        models, tokenizer, Unverified(), prompts[: case.rollouts], args, 0
     )
     for row in range(case.rollouts):  # completions of different lengths
         rollout.completion_mask[row, case.completion - 7 * row :] = False

@@ -49,7 +49,7 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
     ranks.start(args)
     loaded, tokenizer, facts = setup.models_of(method, args)
     prompts = method.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
-    child = verifier.Verifier(verifier.verifier_function(args.verifier), args.verifier_timeout_s)
+    child = verifier.Verifier(args.verifier, args.verifier_timeout_s)
     chosen = method.prompts_of_step(prompts, 0, args)
     found = []
     for each in range(batches):

@@ -50,7 +50,7 @@ from opd_run.files import TINY
 from opd_run.models import CausalLM
 from opd_run.rollouts import shaped
 from opd_run.run import Run, command, load_checkpoint, save_checkpoint, say_plan
-from opd_run.verifier import Verifier, verifier_function
+from opd_run.verifier import Verifier
 
 Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
 Sampling = tuple[float, float, int]  # temperature (0: greedy), top-p, top-k (0: all tokens)
@@ -67,10 +67,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_run_flags(parser, Path(__file__).stem)  # those that cannot change a number
     add = partial(flags.flag, parser.add_argument_group("data"))
     add("--seed", 0, "seed of data order and sampling", "[0,inf)")
-    add("--prompts", str(TINY / "prompts/train.jsonl"), "a .jsonl, reasoning_gym:TASK or hub name")
-    add("--test-prompts", None, "held-out prompts [the tiny pair's, with the tiny pair's prompts]")
-    add("--prompt-field", "prompt", "field of a row that holds the user's message")
-    add("--answer-field", "answer", "field that holds the right answer, for the verifier")
+    add("--prompts", str(TINY / "prompts/train.jsonl"), "file, folder or hub name: docs/data.md")
+    many = {"action": "append", "metavar": "[NAME=]..."}
+    add("--test-prompts", None, "held-out prompts; repeat for several sets", **many)
+    add("--prompt-field", None, "field with text or messages [prompt, messages, question, ...]")
+    add("--test-prompt-field", None, "the same of a test set, where it differs", **many)
+    add("--answer-field", "answer", "field with the right answer; a.b is b in a")
+    add("--test-answer-field", None, "the same of a test set, where it differs", **many)
+    add("--system", None, "put this system message before each prompt")
+    add("--prompt-template", None, "the user's message, with {field} of the row; @FILE reads it")
     add("--domain-field", "domain", "field that names a prompt's group; evaluation shows each")
     add("--chat-template", True, "render prompts with the tokenizer's chat template, if any")
     add("--chat-template-from", "student", "whose chat template", choices=["student", "teacher"])
@@ -118,36 +123,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = flags.parse(parser, argv, check_method_args)
     args.teacher = args.teacher or [str(TINY / "teacher")]
     if args.test_prompts is None and args.prompts == str(TINY / "prompts/train.jsonl"):
-        args.test_prompts = str(TINY / "prompts/test.jsonl")
+        args.test_prompts = [str(TINY / "prompts/test.jsonl")]
     return args
 
 
 # ==== 2. Data and verifier ========================================================================
 
 
-def render(tokenizer: Any, text: str, args: Args) -> str:
-    """One user message in the tokenizer's chat format, up to where the answer begins."""
-    messages = [{"role": "user", "content": text}]  # FORK: a system prompt, examples
+def render(tokenizer: Any, said: str | list[Any], args: Args, tools: Any = None) -> str:
+    """Text of the user, or messages, in the tokenizer's chat format, up to the answer's start."""
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     options = {"tokenize": False, "add_generation_prompt": True} | args.chat_template_args
+    options |= {"tools": tools} if tools else {}
     return str(tokenizer.apply_chat_template(messages, **options))
 
 
-def make_prompt(row: dict[str, Any], tokenizer: Any, args: Args) -> Prompt:
+def make_prompt(row: dict[str, Any], source: data.Source, tokenizer: Any, args: Args) -> Prompt:
     """FORK: how a row of the data set becomes a prompt."""
-    text = data.text_of(row, args.prompt_field)
+    messages = data.messages_of(row, source, args.prompt_template, args.system)
     templated = args.chat_template and tokenizer.chat_template is not None
-    rendered = render(tokenizer, text, args) if templated else text
+    tools = row.get("tools")
+    rendered = render(tokenizer, messages, args, tools) if templated else data.plain(messages)
     ids = tokenizer.encode(rendered, add_special_tokens=not templated)  # a template writes its BOS
-    answer, domain = (row.get(name) for name in (args.answer_field, args.domain_field))
-    answer, domain = ("" if value is None else str(value) for value in (answer, domain))
-    return Prompt(tuple(ids), text, answer, domain, row)
+    answer, domain = (data.value_of(row, each) for each in (source.answer_field, args.domain_field))
+    domain = "" if domain is None else str(domain)
+    return Prompt(tuple(ids), data.user_text(messages), answer, domain, row)
 
 
 def load_prompts(
-    source: str | None, seed: int, tokenizer: Any, facts: Facts, args: Args
+    spec: str | None, seed: int, tokenizer: Any, facts: Facts, args: Args, test: str | None = None
 ) -> list[Prompt]:
-    """Prompts that are longer than --max-prompt-tokens are left out and counted, never cut."""
-    every = data.load(source, seed, partial(make_prompt, tokenizer=tokenizer, args=args))
+    """Those longer than --max-prompt-tokens are left out and counted. `test`: a test set's name."""
+    source = data.source_of(spec, seed, args, test)
+    every = data.load(source, partial(make_prompt, tokenizer=tokenizer, args=args))
     kept = [prompt for prompt in every if len(prompt.ids) <= args.max_prompt_tokens]
     data.check_prompts(source, kept, len(every) - len(kept), facts.num_positions, args)
     return kept
@@ -167,8 +175,13 @@ def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier) -> None:
     """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
     kept = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    items = [(text, prompt.answer, prompt.row) for text, prompt in zip(texts, rollout.prompts)]
-    rollout.verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
+    of_row = zip(texts, rollout.prompts, rollout.ended.tolist())
+    items = [(text, prompt.answer, prompt.row, ended) for text, prompt, ended in of_row]
+    verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
+    # A completion that was cut is wrong, unless the verifier is told (a parameter `ended`).
+    cut_but_right = ~rollout.ended & (verdict > 0) & (not verifier.judges_cut)
+    rollout.verdict = verdict.masked_fill(cut_but_right, -1.0)
+    rollout.extra["cut_but_right"] = cut_but_right.float()
 
 
 # ==== 3. Models and sampling ======================================================================
@@ -625,7 +638,7 @@ def train_step(
 
 
 def evaluate(
-    models: Models, name: str, tokenizer: Any, verifier: Verifier, prompts: list[Prompt], args: Args
+    models: Models, tokenizer: Any, verifier: Verifier, args: Args, name: str, prompts: list[Prompt]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """avg@n, pass@k, lengths; of the student also the exact reverse KL on the first sample of each
     prompt, and a few of these samples token by token."""
@@ -639,11 +652,11 @@ def evaluate(
     traces = []
     if name == "student":
         first = rollouts.select(rollout, torch.arange(0, len(asked), args.eval_samples))
-        functions = {"read_tokens": read_tokens, "loss_law": loss_law, "teacher_of": teacher_of}
+        functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
         few = retry.micro_batches(first, args)
         metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **functions)
         traces = diagnose.traces(models, first, tokenizer, args, **functions)
-    return {f"eval/{name}/{key}": value for key, value in metrics.items()}, traces
+    return metrics, traces
 
 
 # ==== 6. Main loop ================================================================================
@@ -656,21 +669,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks.start(args)
     paths = model_paths(args)
     tokenizer, facts = setup.prepare(paths, args, render)
-    prompts = load_prompts(args.prompts, args.seed, tokenizer, facts, args)
-    # reasoning_gym numbers its rows from the seed on: a test set starts far from the training set.
-    test = load_prompts(args.test_prompts, args.seed + 10**6, tokenizer, facts, args)
-    data.say_overlap(prompts, test)
-    if errors := check_method_data(tokenizer, prompts + test, facts, args):
+    how, sets = (args.seed, tokenizer, facts, args), data.test_sets(args)
+    prompts = load_prompts(None if args.eval_only else args.prompts, *how)
+    tests = {name: load_prompts(spec, *how, test=name) for name, spec in sets.items()}
+    held_out = [prompt for test in tests.values() for prompt in test]
+    data.say_overlap(prompts, held_out)
+    if errors := check_method_data(tokenizer, prompts + held_out, facts, args):
         raise RunError("; ".join(errors), code=2)
-    function = verifier_function(args.verifier)
+    verifier = Verifier(args.verifier, args.verifier_timeout_s, args.verifier_workers)
+    verifier.try_out(prompts, tests, tokenizer)
     say_plan(args)
     if args.dry_run:
-        memory.say(paths, prompts, args)
+        memory.say(paths, prompts or held_out, args)
         return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
-    run, verifier = Run(args, facts, __file__), Verifier(function, args.verifier_timeout_s)
+    run = Run(args, facts, __file__)
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
-    optimizer = make_optimizer(student, args)
+    optimizer = None if args.eval_only else make_optimizer(student, args)
     if run.resume_from:
         state = run.load(load_checkpoint, student, optimizer, state)
 
@@ -678,13 +693,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         state["step"] = step
         save = partial(run.save, step, save_checkpoint, student, optimizer, tokenizer, state)
         run.stop_if_asked(step, save)
-        last = step == args.steps
-        if test and args.eval_every and (last or step % args.eval_every == 0):
-            for name in ("teacher", "student") if step == 0 and args.eval_teacher else ("student",):
-                if not run.has(step, f"eval/{name}/avg@{args.eval_samples}"):
-                    with run.phase("eval"):
-                        metrics, traces = evaluate(models, name, tokenizer, verifier, test, args)
-                    run.log(step, metrics, traces)
+        last = step == args.steps or args.eval_only
+        if args.eval_every and (last or step % args.eval_every == 0):
+            names = ("teacher", "student") if step == 0 and args.eval_teacher else ("student",)
+            run.evaluate(step, names, tests, partial(evaluate, models, tokenizer, verifier, args))
         if last or (args.save_every and step and step % args.save_every == 0):
             save()
         if last:
@@ -701,8 +713,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seed = seed_of("diagnostics", step, args)
                 few = diagnose.thin(rollout, args.diagnostic_tokens, seed)
                 few = retry.micro_batches(few, args)
-                functions = {"read_tokens": read_tokens, "loss_law": loss_law}
-                functions |= {"teacher_of": teacher_of}
+                functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
                 metrics |= diagnose.exact_divergences(models, few, args, **functions)
                 functions |= {"score": score, "token_loss": token_loss}
                 run.trace(step + 1, diagnose.traces(models, rollout, tokenizer, args, **functions))

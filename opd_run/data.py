@@ -1,11 +1,18 @@
-"""Rows of a data set in, from files, generators and the hub. What becomes of a row is decided in
-the method file."""
+"""Rows of a data set in, from files, generators and the hub: docs/data.md has a table of the forms.
+
+What becomes of a row is decided in the method file.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +20,19 @@ from typing import Any, TypeVar
 from opd_run.console import RunError, one_line, optional, say
 
 Made = TypeVar("Made")
+Row = dict[str, Any]
+PROMPT_FIELDS = ("prompt", "messages", "conversations", "question", "problem")
+FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+EXPECTED = (
+    "a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz, .zst), a data set folder, "
+    "reasoning_gym:TASK[:SIZE] or a hub name NAME[:CONFIG][:SPLIT]"
+)
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"model": "assistant", "chatgpt": "assistant", "system": "system"},
+    **{"tool": "tool", "observation": "tool", "function_response": "tool"},
+}
+"""What ShareGPT's `from` says, as a role."""
 
 
 @dataclass(frozen=True)
@@ -20,44 +40,212 @@ class Prompt:
     """One row of the data set, ready for the models; made in the method file.
 
     Attributes:
-        ids: token ids, chat format included.  text: the user's message.
-        answer: what the verifier compares with; empty if the row has none.
+        ids: token ids, chat format included.  text: the user's last message.
+        answer: what the verifier compares with, as it stands in the row; None if it has none.
         domain: metrics are split by it.  row: all that the data set says.
     """
 
     ids: tuple[int, ...]
     text: str
-    answer: str
+    answer: Any
     domain: str
-    row: dict[str, Any]
+    row: Row
 
 
-def load(source: str | None, seed: int, make: Callable[[dict[str, Any]], Made]) -> list[Made]:
-    """`make(row)` of every row of a data set, in order, none without a source; errors of `make`
-    get the row's number.
+@dataclass
+class Source:
+    """A data set, and which fields of its rows are read.
+
+    Attributes:
+        spec: see `read_rows`.  seed: of the reasoning-gym generator.
+        prompt_field: a dotted path; None: the first of `PROMPT_FIELDS` that the first row has.
+        answer_field: a dotted path.  split: of a folder or hub name with several.
+        num_cut: how many rows have lost a final assistant turn.
+    """
+
+    spec: str | None
+    seed: int
+    prompt_field: str | None
+    answer_field: str
+    split: str = "train"
+    num_cut: int = field(default=0, init=False)
+
+
+def test_sets(args: Any) -> dict[str, str]:
+    """The test sets of `--test-prompts [NAME=]SPEC` by name; the unnamed one is "".
 
     Raises:
-        RunError: `read_rows` or `make` has an objection.
+        RunError: exit code 2; a name is used twice, or a field is given for a name without a set.
     """
+    found = _named(args.test_prompts, "--test-prompts")
+    for flag in ("--test-prompt-field", "--test-answer-field"):
+        given = _named(getattr(args, flag[2:].replace("-", "_")), flag)
+        if unknown := sorted(set(given) - set(found)):
+            raise RunError(f"{flag}: there is no --test-prompts {unknown[0]}=...", 2)
+    if not found and args.eval_only:
+        raise RunError("--eval-only: needs --test-prompts", 2)
+    if not found and args.eval_every:
+        say("! no --test-prompts: nothing is evaluated (--eval-every 0 ends this line)")
+    return found
+
+
+def source_of(spec: str | None, seed: int, args: Any, test: str | None = None) -> Source:
+    """A data set with the fields that the flags give for it: for the test set `test`, or, if that
+    is None, for training."""
+    if test is None:
+        return Source(spec, seed, args.prompt_field, args.answer_field)
+    seed += 10**6  # reasoning_gym numbers its rows from the seed on: far from the training set
+    fields = (
+        _named(values, "").get(test, default)
+        for values, default in (
+            (args.test_prompt_field, args.prompt_field),
+            (args.test_answer_field, args.answer_field),
+        )
+    )
+    prompt_field, answer_field = fields
+    return Source(spec, seed, prompt_field, answer_field or "", "test")
+
+
+def _named(values: Sequence[str] | None, flag: str) -> dict[str, str]:
+    """`NAME=VALUE` by name; without one, the name is empty. A name has no `/`, `.` or `:`."""
+    found: dict[str, str] = {}
+    for each in values or ():
+        named = re.fullmatch(r"([^/.:=\[\]]+)=(.+)", each, re.S)
+        name, value = named.groups() if named else ("", each)
+        if name in found:
+            raise RunError(f"{flag}: given twice for {name or 'the unnamed test set'}", 2)
+        found[name] = value
+    return found
+
+
+def load(source: Source, make: Callable[[Row, Source], Made]) -> list[Made]:
+    """`make(row, source)` of every row of a data set, in order, none without a source.
+
+    `prompt_field` is found on the first row, if it was not given, and the choice is said.
+
+    Raises:
+        RunError: `read_rows` or `make` has an objection; that of `make` with the row's number.
+    """
+    import jinja2
+
     made = []
-    for number, row in enumerate(read_rows(source, seed) if source else (), 1):
+    rows = read_rows(source.spec, source.seed, source.split) if source.spec else []
+    if rows and source.prompt_field is None:
+        source.prompt_field = next((each for each in PROMPT_FIELDS if each in rows[0]), None)
+        if source.prompt_field is not None:
+            say(f"data: {source.spec}: --prompt-field {source.prompt_field}, as in the first row")
+    for number, row in enumerate(rows, 1):
         try:
-            made.append(make(row))
+            made.append(make(row, source))
         except RunError as error:
-            raise RunError(f"{source}: row {number}: {error}") from None
+            raise RunError(f"{source.spec}: row {number}: {error}", error.code) from None
+        except (jinja2.TemplateError, TypeError) as error:  # a template's word on these messages
+            raise RunError(
+                f"{source.spec}: row {number}: the chat template refuses it: {one_line(error)}"
+            ) from error
     return made
 
 
-def text_of(row: dict[str, Any], name: str) -> str:
-    """The text in the field `name` of a row.
+# ------------------------------------------------------------------------------- fields of a row
+def field_of(row: Any, path: str | None) -> Any:
+    """What stands at a dotted path in a row, such as `reward_model.ground_truth` or `choices.0`.
 
     Raises:
-        RunError: there is none, it is empty, or it is half a character, which JSON can spell.
+        KeyError: nothing does; the message says what is there.
     """
-    text = row.get(name)
-    if not isinstance(text, str) or not text:
-        found = f"got {text!r}" if name in row else f"the row has {sorted(row)}"
-        raise RunError(f"expected text in the field {name!r}; {found}")
+    if path is None:
+        raise KeyError(f"expected one of the fields {list(PROMPT_FIELDS)} (--prompt-field); "
+                       f"the row has {sorted(row)}")  # fmt: skip
+    if isinstance(row, dict) and path in row:
+        return row[path]
+    value = row
+    for part in path.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise KeyError(f"expected a field {path!r}; the row has {sorted(row)}")
+    return value
+
+
+def value_of(row: Row, path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    try:
+        return field_of(row, path)
+    except KeyError:
+        return None
+
+
+def messages_of(
+    row: Row, source: Source, template: str | None = None, system: str | None = None
+) -> list[dict[str, Any]]:
+    """The chat messages of a row, `role` and `content` each, up to the last of the user.
+
+    The field holds text, which is one message of the user, or a list of messages (`role` and
+    `content`, or ShareGPT's `from` and `value`). A final assistant turn is cut off, and counted.
+    `template`, see `fill`, becomes the last message of the user; `system` stands before all.
+
+    Raises:
+        RunError: it is neither, it is empty, it holds half a character, which JSON can spell;
+            exit code 2: there is a system message already.
+    """
+    messages = _messages(row, source, template)
+    if system is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise RunError("the row has a system message of its own: leave --system out", 2)
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, Any]]:
+    if template is not None and source.prompt_field is None:
+        return [{"role": "user", "content": whole(fill(template, row))}]
+    try:
+        value = field_of(row, source.prompt_field)
+    except KeyError as error:
+        raise RunError(error.args[0]) from None
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        messages = [_message(each, source) for each in value]
+        turns = len(messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        source.num_cut += len(messages) < turns
+        if not any(each["role"] == "user" for each in messages):
+            raise RunError(f"expected a turn of the user in the field {source.prompt_field!r}")
+    elif isinstance(value, str) and value:
+        messages = [{"role": "user", "content": whole(value)}]
+    else:
+        raise RunError(
+            f"expected text or a list of messages in the field {source.prompt_field!r}; "
+            f"got {value!r:.60}"
+        )
+    if template is not None:
+        last = max(place for place, each in enumerate(messages) if each["role"] == "user")
+        messages[last]["content"] = whole(fill(template, row, str(messages[last]["content"])))
+    return messages
+
+
+def _message(value: dict[str, Any], source: Source) -> dict[str, Any]:
+    role, content = value.get("role"), value.get("content")
+    if role is None and "from" in value:
+        role, content = ROLES.get(value["from"]), value.get("value")
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    more = {key: each for key, each in value.items()
+            if each is not None and key not in ("role", "content", "from", "value")}  # fmt: skip
+    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and more)):
+        raise RunError(
+            f"expected messages with role and content (or from and value) in the field "
+            f"{source.prompt_field!r}; got {value!r:.80}"
+        )
+    return {"role": role, "content": whole(content or "")} | more
+
+
+def whole(text: str) -> str:
+    """The text itself, if it is text that can be written."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -65,8 +253,80 @@ def text_of(row: dict[str, Any], name: str) -> str:
     return text
 
 
+def user_text(messages: Sequence[dict[str, Any]]) -> str:
+    """The last message of the user."""
+    return next((str(each["content"]) for each in reversed(messages) if each["role"] == "user"), "")
+
+
+def plain(messages: Sequence[dict[str, Any]]) -> str:
+    """One message of the user as text, for a model without a chat template.
+
+    Raises:
+        RunError: there are several messages, which nothing but a template can join.
+    """
+    if len(messages) != 1:
+        raise RunError(f"{len(messages)} messages, or --system, need a chat template; "
+                       "--prompt-template builds one text from fields of the row", 2)  # fmt: skip
+    return str(messages[0]["content"])
+
+
+# ------------------------------------------------------------------------------------- templates
+@cache
+def template_text(spec: str) -> str:
+    r"""A template as text: that of the file for `@FILE`, else `spec` with `\n` as a line feed.
+
+    Raises:
+        RunError: exit code 2; the file cannot be read.
+    """
+    if not spec.startswith("@"):
+        return spec.replace("\\n", "\n")
+    try:
+        return Path(spec[1:]).read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"template {spec}: cannot be read: {one_line(error)}", 2) from None
+
+
+def fill(spec: str, row: Row, prompt: str | None = None) -> str:
+    r"""The one function that fills templates.
+
+    `{name}` or `{a.b}` becomes what the row has there, once: inserted text is not looked at again;
+    `{prompt}` is `prompt`. `{{name}}` is a literal `{name}`. All other braces stay as they are:
+    `\\boxed{}`, `\\frac{1}{2}`.
+
+    Args:
+        spec: see `template_text`.  row: numbers are written, null is nothing, the rest is JSON.
+        prompt: the student's user text.
+
+    Raises:
+        RunError: exit code 2; braces around something like a name that no field fits.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        if found[1] is not None:
+            return "{" + found[1] + "}"
+        name = found[2]
+        if name == "prompt" and prompt is not None:
+            return prompt
+        try:
+            value = field_of(row, name)
+        except KeyError:
+            if not re.fullmatch(r"\w+(\.\w+)*", name):
+                return found[0]
+            raise RunError(
+                f"template {spec!r:.80}: no field {name!r}; the row has {sorted(row)}; "
+                f"{{{{{name}}}}} is a literal {{{name}}}",
+                2,
+            ) from None
+        if value is None or isinstance(value, str):
+            return value or ""
+        return json.dumps(value, ensure_ascii=False, default=str)
+
+    return re.sub(r"\{\{([^\W\d][^{}\n]*)\}\}|\{([^\W\d][^{}\n]*)\}", replaced, template_text(spec))
+
+
+# ------------------------------------------------------------------------------ what is said of it
 def check_prompts(
-    source: str | None, prompts: Sequence[Prompt], num_long: int, num_positions: float, args: Any
+    source: Source, prompts: Sequence[Prompt], num_long: int, num_positions: float, args: Any
 ) -> None:
     """Say how many prompts of `source` are used, and refuse what cannot be.
 
@@ -78,61 +338,112 @@ def check_prompts(
     Raises:
         RunError: there is no prompt, or the longest does not fit the models' positions.
     """
-    if not source:
+    spec = source.spec
+    if not spec:
         return
     if not prompts:
         why = f"all {num_long} are longer than --max-prompt-tokens" if num_long else "it is empty"
-        raise RunError(f"{source}: no prompt to use: {why}")
+        raise RunError(f"{spec}: no prompt to use: {why}")
     longest = max(len(prompt.ids) for prompt in prompts)
     if longest + args.max_completion_tokens > num_positions:
         raise RunError(
-            f"{source}: the longest prompt ({longest} tokens) + --max-completion-tokens "
+            f"{spec}: the longest prompt ({longest} tokens) + --max-completion-tokens "
             f"{args.max_completion_tokens} is beyond the models' {num_positions} positions"
         )
-    say(f"data: {source}: {len(prompts)} prompts; {num_long} left out as too long")
-    unanswered = [prompt.row for prompt in prompts if prompt.row.get(args.answer_field) is None]
+    say(f"data: {spec}: {len(prompts)} prompts; {num_long} left out as too long")
+    if source.num_cut:
+        say(f"data: {spec}: a final assistant turn was cut off in {source.num_cut} rows")
+    if twice := len(prompts) - len({prompt.ids for prompt in prompts}):
+        say(f"data: {spec}: {twice} prompts are there more than once")
+    unanswered = [each.row for each in prompts if each.answer is None or each.answer == ""]
     if unanswered:
         say(
-            f"! {source}: {len(unanswered)} rows have no field {args.answer_field!r} "
-            f"(--answer-field; they have {sorted(unanswered[-1])}): their verdict is 0, unverified"
+            f"! {spec}: {len(unanswered)} rows have no field {source.answer_field!r} "
+            f"(--answer-field; they have {sorted(unanswered[-1])}): their verdict is 0, "
+            "unverified; a function of yours is asked all the same"
         )
 
 
 def say_overlap(train: Sequence[Prompt], test: Sequence[Prompt]) -> None:
     """Say how many test prompts are training prompts."""
-    both = {prompt.text for prompt in train} & {prompt.text for prompt in test}
+    both = {prompt.ids for prompt in train} & {prompt.ids for prompt in test}
     if both:
         say(f"! {len(both)} of the test prompts are training prompts: not held out")
 
 
-def read_rows(spec: str, seed: int) -> list[dict[str, Any]]:
+# ------------------------------------------------------------------------------------------ reading
+def read_rows(spec: str, seed: int, split: str = "train") -> list[Row]:
     """Rows of a data set.
 
     Args:
-        spec: a `.jsonl` file; `reasoning_gym:TASK[:SIZE]` (rows `prompt`, `answer`, `domain`,
-            `metadata`; SIZE defaults to 1000); or `NAME[:CONFIG][:SPLIT]` of the `datasets` hub.
+        spec: a file: .jsonl, .json (an array, or lines), .csv, .tsv, .parquet, .arrow, each also
+            .gz or .zst; a folder: of `save_to_disk`, or a data set; `NAME[:CONFIG][:SPLIT]` of the
+            `datasets` hub, where SPLIT may be a slice such as `train[:100]`; or
+            `reasoning_gym:TASK[:SIZE]` (rows `prompt`, `answer`, `domain`, `metadata`; SIZE
+            defaults to 1000). All cells of .csv and .tsv are text.
         seed: of the reasoning-gym generator.
+        split: where a folder or hub name has several and the spec names none.
 
     Raises:
-        RunError: the file or package is missing, or a line is not a JSON object.
+        RunError: the file or package is missing, or a row is not an object.
     """
     if spec.startswith("reasoning_gym:"):
         return _read_gym(spec, seed)
     path = Path(spec)
     if path.is_file():
-        return _read_jsonl(path)
-    if path.suffix in (".jsonl", ".json") or path.exists():
-        raise RunError(f"no file {spec} (expected a .jsonl, reasoning_gym:TASK or a hub name)")
-    datasets = optional("datasets", f"data set {spec}")
-    name, *rest = spec.split(":")
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(spec, path, split)
+    name, *rest = re.split(r":(?![^\[]*\])", spec)  # colons in train[:100] do not count
+    if Path(name).is_dir() and rest:
+        return _read_folder(spec, Path(name), rest[-1], *rest[:-1])
+    packed = re.sub(r"\.(gz|zst)$", "", name)
+    if path.exists() or packed.endswith(FORMS):
+        raise RunError(f"no file {spec} (expected {EXPECTED})")
+    return _read_hub(spec, name, *(rest[:-1] if rest else ()), split=rest[-1] if rest else split)
+
+
+def _data_package(module: str, spec: str) -> Any:
+    """A module that comes with `datasets`."""
     try:
-        split = rest[-1] if rest else "train"
-        return [dict(row) for row in datasets.load_dataset(name, *rest[:-1], split=split)]
+        return optional(module, spec)
+    except RunError as error:
+        raise RunError(f"data {spec} needs datasets: pip install datasets") from error
+
+
+def _read_hub(spec: str, *names: str, split: str) -> list[Row]:
+    datasets = _data_package("datasets", spec)
+    datasets.disable_progress_bars()
+    try:
+        return [dict(row) for row in datasets.load_dataset(*names, split=split)]
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise RunError(f"data set {spec}: {one_line(error)}") from error
+        raise RunError(f"data set {spec}: {one_line(error)} (expected {EXPECTED})") from error
 
 
-def _read_gym(spec: str, seed: int) -> list[dict[str, Any]]:
+def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
+    """What `save_to_disk` wrote, or a folder of data files; `split` where there are several."""
+    datasets = _data_package("datasets", spec)
+    datasets.disable_progress_bars()
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(str(path), *config)
+    except Exception as error:  # as from the hub
+        raise RunError(f"data set folder {spec}: {one_line(error)}") from error
+    if isinstance(found, dict):
+        name, part, end = split.partition("[")
+        if name not in found and len(found) == 1 and spec == str(path):
+            name = next(iter(found))
+        if name not in found:
+            raise RunError(f"data set folder {spec}: no split {name!r}: it has {sorted(found)}")
+        found, split = found[name], part + end
+    if ":" in spec and "[" in split:
+        raise RunError(f"data set folder {spec}: slices are for hub names")
+    return [dict(row) for row in found]
+
+
+def _read_gym(spec: str, seed: int) -> list[Row]:
     gym = optional("reasoning_gym", f"data {spec}")
     _, task, *size = spec.split(":")
     try:
@@ -142,39 +453,132 @@ def _read_gym(spec: str, seed: int) -> list[dict[str, Any]]:
     return [{"prompt": item["question"], "domain": task} | item for item in items]
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _read_file(path: Path) -> list[Row]:
+    name, packing = path.name, ""
+    if path.suffix in (".gz", ".zst"):
+        name, packing = path.stem, path.suffix
+    form = next((each for each in FORMS if name.endswith(each)), None)
+    if form is None:
+        raise RunError(f"{path}: expected {EXPECTED}")
     try:
-        # Only a line feed ends a row: U+2028 and its like may stand in a JSON string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+        content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {one_line(error)}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits
-                why = getattr(error, "msg", "") or one_line(error, 80)
+    if packing:
+        content = _unpacked(path, content, packing)
+    if form in (".parquet", ".arrow"):
+        return _read_table(path, content, form)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+    if form in (".csv", ".tsv"):
+        return _read_cells(path, text, "\t" if form == ".tsv" else ",")
+    if form == ".json" and text.lstrip()[:1] == "[":
+        return _objects(path, [(1, text)], array=True)
+    # Only a line feed ends a row: U+2028 and its like may stand in a JSON string.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if form == ".json" and len(lines) > 1 and lines[0][1].strip() == "{":
+        raise RunError(f"{path}: expected an array of objects, or one object a line; got "
+                       "one object over several lines")  # fmt: skip
+    return _objects(path, lines)
+
+
+def _unpacked(path: Path, content: bytes, packing: str) -> bytes:
+    if packing == ".gz":
+        try:
+            return gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise RunError(f"{path}: expected a whole .gz file: {one_line(error)}") from None
+    zstandard = optional("zstandard", f"data {path}")
+    parts: list[bytes] = []
+    try:
+        while content:  # frame by frame: a stream that is cut short raises nothing
+            reader = zstandard.ZstdDecompressor().decompressobj()
+            parts.append(reader.decompress(content))
+            if not reader.eof:
+                raise RunError(f"{path}: expected a whole .zst file: it is cut short")
+            content = reader.unused_data
+    except zstandard.ZstdError as error:
+        raise RunError(f"{path}: expected a whole .zst file: {one_line(error)}") from None
+    return b"".join(parts)
+
+
+def _read_table(path: Path, content: bytes, form: str) -> list[Row]:
+    arrow = _data_package("pyarrow", str(path))
+    parquet = _data_package("pyarrow.parquet", str(path))
+    try:
+        if form == ".parquet":
+            table = parquet.read_table(io.BytesIO(content))
+        else:  # `datasets` writes streams, others write files
+            open_it = arrow.ipc.open_file if content[:6] == b"ARROW1" else arrow.ipc.open_stream
+            table = open_it(content).read_all()
+        return list(table.to_pylist())
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise RunError(f"{path}: expected a {form} file: {one_line(error)}") from None
+
+
+def _read_cells(path: Path, text: str, delimiter: str) -> list[Row]:
+    """Rows of text: a reader that guesses types turns 079 into 79, and NA into nothing."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise RunError(f"{path}: expected different names in the first line, got {header}")
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
                 raise RunError(
-                    f"{path}:{number}: expected a JSON object, not JSON: {why}: {line:.60}"
-                ) from None
+                    f"{path}:{reader.line_num}: expected {len(header)} cells {header}, got "
+                    f"{len(cells)}"
+                )
+            rows.append(dict(zip(header, cells)))
+    except csv.Error as error:
+        raise RunError(f"{path}:{reader.line_num}: {one_line(error)}") from None
+    return rows
+
+
+def _objects(path: Path, texts: Iterable[tuple[int, str]], array: bool = False) -> list[Row]:
+    """The objects in numbered lines of JSON, or in one array."""
+    rows: list[Row] = []
+    for number, text in texts:
+        expected = "an array of JSON objects" if array else "a JSON object"
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits
+            why = getattr(error, "msg", "") or one_line(error, 80)
+            number = getattr(error, "lineno", number) if array else number
+            raise RunError(
+                f"{path}:{number}: expected {expected}, not JSON: {why}: {text.strip():.60}"
+            ) from None
+        for place, row in enumerate(value if array else [value], 1):
             if not isinstance(row, dict):
-                raise RunError(f"{path}:{number}: expected a JSON object, got {line:.60}")
+                where = f"entry {place}: " if array else ""
+                raise RunError(f"{path}:{number}: {where}expected a JSON object, got {row!r:.60}")
             rows.append(row)
     return rows
 
 
 @cache
-def completions_of(path: str, prompt_field: str, field: str) -> dict[str, list[str]]:
-    """The texts in `field` of a jsonl file, by the text of their prompt; read once."""
+def completions_of(
+    path: str, prompt_field: str | None, field: str, template: str | None = None
+) -> dict[str, list[str]]:
+    """The texts in `field` of a data set, by the user's text of their prompt; read once.
+
+    A final assistant turn of a prompt does not count; `template` is filled as in a prompt.
+    """
+    source = Source(path, 0, prompt_field, "")
+
+    def make(row: Row, source: Source) -> tuple[str, str]:
+        text = value_of(row, field)
+        if not isinstance(text, str):
+            raise RunError(f"expected text in the field {field!r}; the row has {sorted(row)}")
+        return user_text(messages_of(row, source, template)), text
+
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(read_rows(path, 0), 1):
-        if not all(isinstance(row.get(key), str) for key in (prompt_field, field)):
-            raise RunError(
-                f"{path}: row {number}: expected text in the fields {prompt_field!r} and "
-                f"{field!r}; the row has {sorted(row)}"
-            )
-        found.setdefault(row[prompt_field], []).append(row[field])
+    for prompt, text in load(source, make):
+        found.setdefault(prompt, []).append(text)
     return found

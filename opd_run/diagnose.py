@@ -57,6 +57,11 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
         if verified.any()
         else math.nan,
         "unverified_share": 1.0 - float(verified.float().mean()),
+        **{
+            f"{name}_share": float(rollout.extra[name].mean())
+            for name in ("cut_but_right",)
+            if name in rollout.extra
+        },
         "truncation_mean": _mean(
             (rollout.behaviour_logp - rollout.rollout_logp)[rollout.completion_mask]
         ),

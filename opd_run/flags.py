@@ -46,6 +46,7 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     views = ["none", "tensorboard", "wandb", "trackio"]
     add("--report-to", "none", "send metrics to this live view too", choices=views)
     add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md lists them)")
+    add("--eval-only", False, "evaluate the student on the test prompts; train and save nothing")
     add("--dry-run", False, "print flags, model checks and a memory estimate, then exit")
     add("--debug", False, "show the traceback of an error")
     add = partial(flag, parser.add_argument_group("devices and memory"))
@@ -59,6 +60,7 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     add("--shard", "none", "split the student among processes", choices=["none", "fsdp"])
     add("--shard-frozen", False, "with --shard fsdp: split the frozen models too")
     add("--rank-timeout-s", 1800.0, "stop when another process is silent so long", "(0,1e6]")
+    add("--verifier-workers", 0, "processes that judge answers; 0: min(4, CPU cores)", "[0,inf)")
     add("--teacher-timeout-s", 600.0, "stop when --teacher-url is silent so long", "(0,1e6]")
     add("--trust-remote-code", False, "run Python code that comes with a model; read it first")
 
@@ -97,6 +99,9 @@ def parse(
         errors.append(f"--chat-template-args must be a JSON object: {error}")
     if args.resume and args.overwrite:
         errors.append("--resume and --overwrite exclude each other")
+    if args.eval_only and (args.resume or not args.eval_every):
+        errors.append("--eval-only: leave --resume and --eval-every 0 out; --student takes the "
+                      "model/ of a checkpoint")  # fmt: skip
     for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, check):
         errors += check_some(args)
     if errors:

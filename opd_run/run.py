@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -200,7 +201,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, facts: Facts, script: str) -> None:
         self.path = Path(args.run_dir)
-        self.keep, self.steps = args.keep_checkpoints, args.steps
+        self.keep, self.steps, self.eval_only = args.keep_checkpoints, args.steps, args.eval_only
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
         self.checkpoints = self.path / "checkpoints"
@@ -399,6 +400,24 @@ class Run:
             for sample in samples:
                 append_row(self.path / "samples.jsonl", {"step": step} | sample)
 
+    def evaluate(
+        self,
+        step: int,
+        names: Sequence[str],
+        tests: dict[str, Any],
+        evaluate: Callable[[str, Any], tuple[dict[str, float], list[dict[str, Any]]]],
+    ) -> None:
+        """Log `evaluate(name, test)` of each model and test set, where a resumed run has not yet.
+
+        The keys are `eval/MODEL/KEY`, of a test set with a name `eval/MODEL/TEST/KEY`.
+        """
+        for name, (each, test) in itertools.product(names, tests.items()):
+            prefix = f"eval/{name}/{each}/" if each else f"eval/{name}/"
+            if not self.has(step, f"{prefix}length_mean"):
+                with self.phase("eval"):
+                    metrics, traces = evaluate(name, test)
+                self.log(step, {prefix + key: value for key, value in metrics.items()}, traces)
+
     def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
         with self._writing("tokens.jsonl"):
@@ -423,6 +442,8 @@ class Run:
         synced and renamed to `step_<step>`. An error touches nothing that was saved before. A
         `step_<step>` that is there counts only if this run wrote it or goes on from it.
         """
+        if self.eval_only:  # nothing has changed
+            return self.path
         target, folder = self.checkpoints / f"step_{step}", self.checkpoints / f".writing-{step}"
         try:
             if ranks.first(files.is_complete, target, target in self._ours):
@@ -563,15 +584,15 @@ class Run:
         ranks.first(self._finish)
 
     def _finish(self) -> None:
-        prefix = "eval/student/"
+        student, teacher = "eval/student/", "eval/teacher/"
         rows = [row for row in each_metrics(self.path) if any("eval/" in key for key in row)]
-        own = [row for row in rows if "eval/student/length_mean" in row]
-        for key in own[-1] if own else ():
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and (name.startswith("avg@") or name == "reverse_kl"):
-                line = f"{name}: before {own[0].get(key, '-'):.6}, after {own[-1][key]:.6}"
-                of_teacher = [row[f"eval/teacher/{name}"] for row in rows
-                              if f"eval/teacher/{name}" in row]  # fmt: skip
+        for key in dict.fromkeys(key for row in rows for key in row if key.startswith(student)):
+            name = key.removeprefix(student)
+            if "avg@" in name or name.split("/")[-1] == "reverse_kl":
+                own = [row[key] for row in rows if key in row]
+                of_teacher = [row[teacher + name] for row in rows if teacher + name in row]
+                line = f"{name}: before {own[0]:.6}, after {own[-1]:.6}"
+                line = line if len(own) > 1 else f"{name}: {own[0]:.6}"
                 say(line + "".join(f", teacher {value:.6}" for value in of_teacher))
         say(f"run folder: {self.path}")
 

@@ -1,339 +1,299 @@
-"""Verifiers: functions that say whether an answer is right, in a process that may hang or die.
-
-The run starts one helper process by its own command line (so nothing of the caller's main module is
-imported, and no file or socket in a temporary folder is needed); the helper forks the children that
-verify. When the run ends, however it ends, the helper sees its socket close and kills what is left.
-"""
+"""A pool of processes that judge answers: a verifier may hang or die, and the run goes on."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
+import contextlib
 import json
-import numbers
 import os
-import pickle
-import re
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import numpy
-import torch
-
 from opd_run import ranks
-from opd_run.console import RunError, one_line, optional, say
+from opd_run.console import RunError, one_line, say
+from opd_run.verdicts import is_built_in, right_answers, verifier_function
 
-Function = Callable[[str, str, dict[str, Any]], bool]
-START_LIMIT_S = 120.0  # imports may take long, an answer may not
-_SECRET = re.compile(
-    r"(^|_)(API_?KEY|KEYS?|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?|AUTH|PAT)(_|$)", re.I
+__all__ = ["Item", "Verifier", "verifier_function"]
+
+Item = tuple[str, Any, dict[str, Any], bool]
+"""(completion, right answer, row, whether it ended by itself)"""
+
+START_LIMIT_S = 120.0
+MOST_TIMEOUTS = 16  # in a row, then the rest of a batch is not asked
+NUM_TRIED = 20  # rows whose right answer the verifier is asked about before the run
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL")
+_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); " + (
+    "from opd_run.verdicts import nursery; nursery(int(sys.argv[2]), sys.argv[3])"
 )
-_BOOT = """
-import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
-from opd_run import verifier
-verifier._nursery(int(sys.argv[1]))
-"""
 
 
-# ------------------------------------------------------------- what runs in the helper process
-def _nursery(descriptor: int) -> None:
-    """Fork a verifying child for each connection that arrives; end with the run, and end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    control, children = socket.socket(fileno=descriptor), set[int]()
-    while True:
-        try:
-            told, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        except OSError:
-            told = b""
-        if not told:
-            break
-        for child in list(children):
-            if os.waitpid(child, os.WNOHANG)[0]:
-                children.remove(child)
-        child = os.fork()
-        if child == 0:
-            control.close()
-            try:
-                os.setsid()  # what a verifier starts is of its group, and ends with it
-                _verify_forever(Connection(descriptors[0]))
-            finally:
-                os._exit(1)
-        os.close(descriptors[0])
-        children.add(child)
-    for child in children:
-        _kill_group(child)
-    os._exit(0)
+@dataclass
+class _Worker:
+    """A process that judges one item at a time."""
+
+    pipe: Connection
+    pid: int
+    place: int = -1  # of the item that it has
+    deadline: float = 0.0
 
 
-def _verify_forever(pipe: Any) -> None:
-    try:
-        function: Function = pickle.loads(pipe.recv_bytes())
-        error = ""
-    except (Exception, SystemExit) as raised:  # whatever the user's module raises or does
-        error = f"its module cannot be loaded: {type(raised).__name__}: {one_line(raised, 200)}"
-    # Everything is imported: from here on the time limit counts.
-    pipe.send_bytes(json.dumps([os.getpid(), error]).encode())
-    while not error:
-        try:
-            text, answer, row = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):  # the run is gone
-            return
-        try:
-            found = [verdict_of(function(text, answer, row)), ""]
-        except (Exception, SystemExit) as raised:  # a verifier is the user's: that is no verdict
-            found = [None, f"{type(raised).__name__}: {one_line(raised, 200)}"]
-        pipe.send_bytes(json.dumps(found).encode())
-
-
-def verdict_of(answer: object) -> bool:
-    """What a verifier returned, if it is a verdict: True, False, or a number equal to 1 or 0.
-
-    Raises:
-        TypeError: it is anything else. The truth of a text, a tuple or a dict is not a verdict.
-    """
-    if isinstance(answer, (bool, numpy.bool_)):
-        return bool(answer)
-    if isinstance(answer, numbers.Real) and answer in (0, 1):
-        return bool(answer == 1)
-    if inspect.iscoroutine(answer):
-        answer.close()
-    raise TypeError(f"expected True or False, got {type(answer).__name__} {answer!r:.60}")
-
-
-def _kill_group(child: int) -> None:
-    """Kill a child, and what it has started; both may be gone."""
-    for kill in (os.killpg, os.kill):
-        try:
-            kill(child, signal.SIGKILL)
-        except OSError:
-            continue
-
-
-# ------------------------------------------------------------------------ what runs in the run
 class Verifier:
-    """Runs `function(completion, answer, row) -> bool` in one long-lived child process.
+    """Asks `function(completion, right_answer, row) -> bool` in `num_workers` processes.
 
-    The child is killed and started anew when an answer takes longer than `timeout_s`, so that a
-    verifier that hangs cannot stop a run. A process is no sandbox: do not execute model text. The
-    child does not get those environment variables that are named like a key, token or password.
+    One that takes longer than `timeout_s` for an answer is killed, with what it has started, so
+    that a verifier that hangs cannot stop a run. A process is no sandbox: do not execute model
+    text. The processes inherit no variable that looks like a key or token.
 
-    `num_unverified` counts the calls that timed out, raised or gave no verdict since the run began;
-    `last_error` is the newest message.
+    Attributes:
+        judges_cut: its word on completions that were cut counts (it has a parameter `ended`).
+        num_unverified: calls that timed out, raised or returned no verdict since the run began.
+        last_error: the newest message.
+
+    Args:
+        spec: see `verifier_function`.  num_workers: 0 means min(4, CPU cores).
 
     Raises:
-        RunError: the function cannot be handed to another process.
+        RunError: exit code 2; there is no such function, or its module does not load.
     """
 
-    def __init__(self, function: Function, timeout_s: float) -> None:
-        main = sys.modules["__main__"]
-        if getattr(function, "__module__", "") == "__main__" and getattr(main, "__file__", None):
-            function = Named(str(Path(str(main.__file__)).resolve()), function.__qualname__)
-        try:
-            self._function = pickle.dumps(function)
-        except Exception as error:  # pickle raises what the object makes it
-            raise RunError(
-                f"the verifier cannot run in another process: {one_line(error)}"
-            ) from None
-        self.timeout_s = timeout_s
+    def __init__(self, spec: str, timeout_s: float, num_workers: int = 0) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.spec, self.timeout_s = spec, min(timeout_s, 1e6)  # more would overflow
+        self.num_workers = num_workers or min(4, cores or 1)
         self.num_unverified, self.last_error = 0, ""
-        self._helper: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._pid = 0
+        self._workers: list[_Worker] = []
         self._start()
 
     def _start(self) -> None:
-        """A new child, forked by the helper in milliseconds; a new helper where that is gone."""
+        """Start the process that forks the others, and wait until it has imported the verifier."""
         ours, theirs = socket.socketpair()
-        self._pipe, self._pid = Connection(ours.detach()), 0
-        with theirs:
-            for last in (False, True):
-                if self._helper is None or self._helper.poll() is not None:
-                    self._end_helper()
-                    self._start_helper()
-                try:
-                    socket.send_fds(self._control, [b"+"], [theirs.fileno()])  # type: ignore[arg-type]
-                    break
-                except OSError:  # something has killed it
-                    self._end_helper()
-                    if last:
-                        raise
-        self._pipe.send_bytes(self._function)
-
-    def _start_helper(self) -> None:
-        self._control, theirs = socket.socketpair()
-        environment = {key: value for key, value in os.environ.items() if not _SECRET.search(key)}
-        with theirs:
-            self._helper = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(theirs.fileno())],
-                stdin=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                start_new_session=True,  # Ctrl-C and a lost terminal are the run's to handle
-            )
-        assert self._helper.stdin is not None
-        with self._helper.stdin as stdin:
-            stdin.write(pickle.dumps([str(Path(each).resolve()) for each in sys.path]))
-
-    def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
-        """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified.
-
-        Each rank has all the items, and verifies its share of them.
-        """
-        mine = [self._verdict(item) for item in items[ranks.share(len(items))]]
-        return [verdict for verdicts in ranks.gather(mine) for verdict in verdicts]
-
-    def _verdict(self, item: tuple[str, str, dict[str, Any]]) -> float:
+        env = {name: value for name, value in os.environ.items()
+               if not any(part in name.upper() for part in _SECRET)}  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), self.spec],
+            stdin=subprocess.DEVNULL,
+            env=env | {"OMP_NUM_THREADS": "1"},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+        self._control = ours
+        self._close = weakref.finalize(self, _end, ours, process)  # at exit, too
+        ours.settimeout(START_LIMIT_S)
         try:
-            if not self._pid:
-                self._await_start()
-            self._pipe.send_bytes(pickle.dumps(item))
-            if not self._pipe.poll(self.timeout_s):
-                raise TimeoutError(f"no answer within {self.timeout_s} s")
-            right, error = json.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError, ValueError) as lost:  # TimeoutError is an OSError
-            right, error = None, str(lost) or "its process died"
-            self._end_child()
-            self._start()
-        if right is not None:
-            return 1.0 if right else -1.0
-        self.num_unverified, self.last_error = self.num_unverified + 1, error
-        if self.num_unverified <= 3:  # then only counted, in unverified_share
-            say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
-        return 0.0
+            with ours.makefile() as lines:
+                line = lines.readline()
+        except TimeoutError:
+            self._close()
+            raise RunError(
+                f"--verifier {self.spec}: not imported within {START_LIMIT_S:.0f} s", 2
+            ) from None
+        ended = f"--verifier {self.spec}: its process ended while the verifier was imported"
+        reply = json.loads(line) if line else {"error": ended}
+        if "error" in reply:
+            self._close()
+            raise RunError(reply["error"], 2)
+        self.judges_cut = bool(reply["told"])
 
-    def _await_start(self) -> None:
-        if not self._pipe.poll(START_LIMIT_S):
-            raise TimeoutError(f"its process did not start within {START_LIMIT_S:g} s")
-        self._pid, error = json.loads(self._pipe.recv_bytes())
-        if error:
-            raise OSError(error)
+    def _ask(self, message: bytes, fds: Sequence[int] = ()) -> int:
+        socket.send_fds(self._control, [message.ljust(16)], list(fds))
+        reply = self._control.recv(16, socket.MSG_WAITALL)
+        if len(reply) < 16:
+            raise BrokenPipeError("the verifier's process has ended")
+        return int(reply)
 
-    def _end_child(self) -> None:
-        self._pipe.close()
-        if self._pid:
-            _kill_group(self._pid)
-        else:  # it has not said who it is
-            self._end_helper()
-
-    def _end_helper(self) -> None:
-        if self._control is not None and self._helper is not None:
-            self._control.close()  # it kills its children, then itself
+    def _new_worker(self) -> _Worker:
+        for again in (True, False):
+            ours, theirs = socket.socketpair()
             try:
-                self._helper.wait(5.0)
-            except subprocess.TimeoutExpired:
-                self._helper.kill()
-                self._helper.wait()
-        self._control = self._helper = None
+                pid = self._ask(b"F", [theirs.fileno()])
+                break
+            except OSError:  # somebody has killed what forks them
+                ours.close()
+                if not again:
+                    raise
+                self._close()
+                self._start()
+            finally:
+                theirs.close()
+        return _Worker(Connection(ours.detach()), pid)
+
+    def _drop(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        worker.pipe.close()
+        with contextlib.suppress(OSError):  # who forked it was killed, and it with that
+            self._ask(b"K%d" % worker.pid)
+
+    def __call__(self, items: Sequence[Item]) -> list[float]:
+        """Verdicts: +1 right, -1 wrong, 0 unverified.
+
+        A completion that was cut is put to the verifiers that come with us (what becomes of their
+        word is decided in the method file) and to a function with a parameter `ended`; for any
+        other function it is wrong. Each rank has all the items, and verifies its share of them.
+        """
+        mine = items[ranks.share(len(items))]
+        found = self.words(mine)
+        for item, (right, error) in zip(mine, found):
+            if right is None:
+                self.num_unverified, self.last_error = self.num_unverified + 1, error
+                if self.num_unverified <= 3:  # then only counted, in unverified_share
+                    say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
+        verdicts = [0.0 if right is None else 1.0 if right else -1.0 for right, _ in found]
+        return [verdict for some in ranks.gather(verdicts) for verdict in some]
+
+    def words(self, items: Sequence[Item]) -> list[tuple[bool | None, str]]:
+        """(right, "") of each item, or (None, why there is no verdict)."""
+        asked = self.judges_cut or is_built_in(self.spec)
+        found: list[tuple[bool | None, str] | None] = [
+            None if asked or item[3] else (False, "") for item in items
+        ]
+        waiting = deque(place for place, each in enumerate(found) if each is None)
+        num_timeouts = 0
+        while waiting or any(worker.place >= 0 for worker in self._workers):
+            while waiting and (worker := self._idle()):
+                worker.place, worker.deadline = waiting.popleft(), time.monotonic() + self.timeout_s
+                try:
+                    worker.pipe.send(items[worker.place])
+                except OSError:  # it died idle: another one gets the item
+                    waiting.appendleft(worker.place)
+                    self._drop(worker)
+            busy = [worker for worker in self._workers if worker.place >= 0]
+            if not busy:
+                continue
+            first = min(worker.deadline for worker in busy)
+            ready = wait([worker.pipe for worker in busy], max(0.0, first - time.monotonic()))
+            for worker in busy:
+                answered: tuple[bool | None, str]
+                if worker.pipe in ready:
+                    try:
+                        answered, num_timeouts = tuple(json.loads(worker.pipe.recv_bytes())), 0
+                    except (EOFError, OSError):
+                        answered = (None, "its process died")
+                elif worker.deadline <= time.monotonic():
+                    answered, num_timeouts = self._late(items[worker.place]), num_timeouts + 1
+                else:
+                    continue
+                found[worker.place], worker.place = answered, -1
+                if worker.pipe not in ready or answered[1] == "its process died":
+                    self._drop(worker)
+            if waiting and num_timeouts >= MOST_TIMEOUTS:
+                say(
+                    f"! verifier: {num_timeouts} answers in a row took longer than "
+                    f"{self.timeout_s} s: the other {len(waiting)} of this batch are not asked"
+                )
+                for place in waiting:
+                    found[place] = self._late(items[place])
+                waiting.clear()
+        return [each or (None, "not asked") for each in found]
+
+    def _late(self, item: Item) -> tuple[bool | None, str]:
+        """No answer in time: unverified; a cut completion needs no word to be wrong."""
+        wrong = not item[3] and not self.judges_cut
+        return (False, "") if wrong else (None, f"no answer within {self.timeout_s} s")
+
+    def _idle(self) -> _Worker | None:
+        for worker in self._workers:
+            if worker.place < 0:
+                return worker
+        if len(self._workers) < self.num_workers:
+            worker = self._new_worker()
+            self._workers.append(worker)
+            return worker
+        return None
 
     def close(self) -> None:
-        """End the child process, whatever it does."""
-        self._end_child()
-        self._end_helper()
+        """End the processes, with what they have started."""
+        for worker in self._workers:
+            worker.pipe.close()
+        self._workers = []
+        self._close()
 
+    # ------------------------------------------------------------------------- before the run
+    def try_out(
+        self, prompts: Sequence[Any], tests: dict[str, Sequence[Any]], tokenizer: Any
+    ) -> None:
+        r"""Say what the first prompt looks like, and what the verifier says of right answers.
 
-class Named:
-    """A function by its place, `file.py` or a module, and its name there: read in each process, so
-    that a lambda serves too, and a file is never mistaken for a module of the same name."""
+        It is asked about the answers themselves of the first 20 rows of each set: bare, as
+        `#### x`, and as `\\boxed{x}`. If it rejects all three, no completion will be right.
 
-    def __init__(self, place: str, name: str) -> None:
-        self.place, self.name = place, name
-        self._load()
+        Raises:
+            RunError: an answer is neither text nor a number (for the verifiers that come with us).
+        """
+        if ranks.rank():
+            return
+        self._try_out("prompts", prompts, tokenizer)
+        for name, test in tests.items():
+            self._try_out(f"test prompts {name}".strip(), test, tokenizer)
 
-    def _load(self) -> None:
-        if self.place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"verifier of {self.place}", self.place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
-            spec.loader.exec_module(module)
+    def _try_out(self, source: str, prompts: Sequence[Any], tokenizer: Any) -> None:
+        if not prompts:
+            return
+        if is_built_in(self.spec):
+            for prompt in prompts:
+                try:
+                    right_answers(prompt.answer)
+                except TypeError as error:
+                    raise RunError(
+                        f"{source}: --verifier {self.spec}: right answer: {error} (--answer-field; "
+                        f"the row has {sorted(prompt.row)})"
+                    ) from None
+        tried, items = [], []
+        for prompt in prompts[:NUM_TRIED]:
+            text = _as_text(prompt.answer, self.spec)
+            if text:
+                tried.append(prompt)
+                items += [(each, prompt.answer, prompt.row, True)
+                          for each in (text, f"#### {text}", f"\\boxed{{{text}}}")]  # fmt: skip
+        words = self.words(items)
+        shapes = ("bare", "as #### x", "as \\boxed{x}")
+        spoken = [words[place : place + 3] for place in range(0, len(words), 3)]
+        first, shown = prompts[0], tokenizer.decode(prompts[0].ids)
+        shown = shown if len(shown) <= 400 else "..." + shown[-400:]
+        shown = json.dumps(shown, ensure_ascii=False)
+        say(f"{source}: the first, {len(first.ids)} tokens: {shown}")
+        if tried[:1] == [first]:
+            said = ", ".join(
+                f"{shape} {'unverified' if right is None else 'right' if right else 'wrong'}"
+                for shape, (right, _) in zip(shapes, spoken[0])
+            )
+            answer = _as_text(first.answer, self.spec)
+            spec = self.spec
+            say(f"{source}: its right answer: {answer!r:.200}; --verifier {spec} calls it: {said}")
         else:
-            module = importlib.import_module(self.place)
-        found: Any = module
-        for part in self.name.split("."):
-            found = getattr(found, part)
-        if not callable(found):
-            raise TypeError(f"{self.name} is a {type(found).__name__}, no function")
-        if inspect.iscoroutinefunction(found):
-            raise TypeError(f"{self.name} is async, which gives no verdict")
-        self._function: Function = found
-
-    def __call__(self, text: str, answer: str, row: dict[str, Any]) -> bool:
-        return self._function(text, answer, row)
-
-    def __reduce__(self) -> tuple[type[Named], tuple[str, str]]:
-        return Named, (self.place, self.name)
+            say(f"{source}: its right answer: none; --verifier {self.spec} is not asked about it")
+        rejected = [each for each, three in zip(tried, spoken) if not any(r for r, _ in three)]
+        if rejected:
+            place = next(place for place, each in enumerate(tried) if each is rejected[0])
+            why = next((f" ({error})" for _, error in spoken[place] if error), "")
+            say(
+                f"! {source}: --verifier {self.spec} rejects {len(rejected)} of {len(tried)} right "
+                f"answers themselves, bare, as #### x and as \\boxed{{x}}: no completion can be "
+                f"right{why}; the first: {rejected[0].answer!r:.120} in the row "
+                f"{one_line(rejected[0].row, 300)}"
+            )
 
 
-# --------------------------------------------------------------- the functions that come with us
-def final_answer(text: str) -> str:
-    """What stands after the last `####` (the GSM8K convention), else the whole text."""
-    return text.rsplit("####", 1)[-1].strip()
+def _as_text(answer: Any, spec: str) -> str:
+    """A right answer as a completion would have it; empty if there is none."""
+    if is_built_in(spec):
+        return next(iter(right_answers(answer)), "")
+    if answer is None or isinstance(answer, str):
+        return answer or ""
+    return json.dumps(answer, ensure_ascii=False, default=str)
 
 
-def verify_exact(text: str, answer: str, row: dict[str, Any]) -> bool:
-    """The final answer is the right one, character by character."""
-    if not answer.strip():
-        raise ValueError("there is no right answer to compare with")
-    return final_answer(text) == answer.strip()
-
-
-def verify_math(text: str, answer: str, row: dict[str, Any]) -> bool:
-    """Both are equal as mathematics (math-verify); time is bounded by `Verifier`."""
-    import math_verify
-
-    gold = math_verify.parse(f"${answer}$", parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"math-verify cannot read the right answer {answer!r}")
-    found = math_verify.parse(text, parsing_timeout=None)
-    return bool(math_verify.verify(gold, found, timeout_seconds=None))
-
-
-def verify_gym(task: str, text: str, answer: str, row: dict[str, Any]) -> bool:
-    """reasoning-gym gives the final answer its full score."""
-    import reasoning_gym
-
-    return bool(reasoning_gym.get_score_answer_fn(task)(final_answer(text), row) >= 1.0)
-
-
-def verifier_function(spec: str) -> Function:
-    """`exact`, `math`, `reasoning_gym:TASK`, `module:function` or `file.py:function`.
-
-    A verifier is `function(completion, right_answer, row) -> bool`; an exception is verdict 0.
-    """
-    if spec in ("exact", "math"):
-        if spec == "math":
-            optional("math_verify", "--verifier math")
-        return {"exact": verify_exact, "math": verify_math}[spec]
-    module, _, name = spec.partition(":")
-    if module == "reasoning_gym" and name:
-        gym = optional("reasoning_gym", f"--verifier {spec}")
-        try:
-            gym.get_score_answer_fn(name)
-        except ValueError as error:
-            raise RunError(f"--verifier {spec}: {one_line(error)}", 2) from None
-        return partial(verify_gym, name)
-    path = Path(module)
-    file = path.suffix == ".py"
-    folder = str(path.resolve().parent if file else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)  # for what the file imports; the child process gets it too
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()  # it kills those that it has forked, and ends
     try:
-        if file and not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
-        return Named(str(path.resolve()) if file else module, name)
-    except (Exception, SystemExit) as error:  # whatever the module raises or does at its import
-        raise RunError(
-            f"--verifier: expected exact, math, reasoning_gym:TASK, module:function or "
-            f"file.py:function, got {spec!r} ({type(error).__name__}: {one_line(error)})",
-            code=2,
-        ) from error
+        process.wait(5.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

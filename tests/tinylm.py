@@ -21,6 +21,18 @@ TEMPLATE = (
 )
 
 
+class Verdicts:
+    """A verifier that is a function of the items, and judges cut completions itself."""
+
+    judges_cut = True
+
+    def __init__(self, of_items):
+        self.of_items = of_items
+
+    def __call__(self, items):
+        return self.of_items(items)
+
+
 def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     """One token per character, four special tokens, a chat template."""
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))

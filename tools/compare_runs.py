@@ -1,11 +1,12 @@
 """Runs to a table: mean and spread over seeds, and a plot.
 
     python tools/compare_runs.py runs/opd/* runs/tropd/*
+    python tools/compare_runs.py RUN RUN --label before --label after
     python tools/compare_runs.py RUN [RUN ...] --csv compare.csv --plot compare.png --key grad_norm
 
 Runs that differ in nothing but the seed (same script, same flags) are one group, a row. A cell is
 the mean over its runs and, from two runs on, the sample standard deviation. A group is named after
-its method and the flags in which the groups differ.
+its run folder, or by --label; the flags in which groups differ have a table of their own.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -40,7 +43,8 @@ class RunData:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     script: str = ""  # hash of the copy of the method file
-    notes: list[str] = field(default_factory=list)
+    argv: list[str] = field(default_factory=list)
+    label: str = ""
 
     @property
     def seed(self) -> int:
@@ -99,6 +103,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def load_all(folders: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[RunData]:
+    """Run folders, with `labels` in their order, else named after their folders.
+
+    Raises:
+        RunError: see `load`; or the number of labels is another one.
+    """
+    if labels and len(labels) != len(folders):
+        raise console.RunError(f"--label: {len(folders)} runs, {len(labels)} labels", 2)
+    loaded = [load(folder) for folder in folders]
+    for run, label in zip(loaded, labels or ()):
+        run.label = label
+    return loaded
+
+
 def load(folder: str | Path) -> RunData:
     """Read a run folder.
 
@@ -127,6 +145,7 @@ def load(folder: str | Path) -> RunData:
         environment=environment,
         metrics=metrics,
         script=hashlib.sha256(text).hexdigest(),
+        argv=[str(each) for each in record.get("argv") or ()],
     )
 
 
@@ -146,35 +165,55 @@ class Group:
 
 
 def group(loaded: Sequence[RunData]) -> list[Group]:
-    """Runs by script and flags, in the order given; named by method and what tells them apart."""
+    """Runs by script and flags, in the order given; named by their labels or folders."""
     places: dict[str, list[RunData]] = {}
     for run in loaded:
         flags = {key: value for key, value in run.args.items() if key not in OWN_FLAGS}
         key = json.dumps([run.script, run.method, flags], sort_keys=True)
         places.setdefault(key, []).append(run)
     found = list(places.values())
-    names = [_name(members[0], [each[0] for each in found]) for members in found]
-    twice = {name for name in names if names.count(name) > 1}  # the scripts differ
-    for place, name in enumerate(names):
-        if name in twice:
-            names[place] = f"{name} ({found[place][0].path.name})"
+    names = [_name(members) for members in found]
+    for num in range(2, 9):  # as much of the path as tells them apart
+        twice = {name for name in names if names.count(name) > 1}
+        for place, members in enumerate(found):
+            if names[place] in twice and not members[0].label:
+                names[place] = "/".join(members[0].path.absolute().parts[-num:])
     return [Group(name, members) for name, members in zip(names, found)]
 
 
-def _name(run: RunData, every: Sequence[RunData]) -> str:
-    same = [other for other in every if other.method == run.method]
-    differ = [
-        key
-        for key, value in run.args.items()
-        if key not in OWN_FLAGS and any(other.args.get(key) != value for other in same)
-    ]
-    shown = [f"{key.replace('_', '-')}={_short(run.args[key])}" for key in differ]
-    return " ".join([run.method, *shown])
+def _name(members: Sequence[RunData]) -> str:
+    """The label or folder of a run; what those of several seeds begin with."""
+    names = [run.label or run.path.absolute().name for run in members]
+    if len(names) == 1:
+        return names[0]
+    start = re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", _common_start(names))
+    return start or members[0].method
 
 
-def _short(value: Any) -> str:
+def _common_start(names: Sequence[str]) -> str:
+    same = itertools.takewhile(lambda each: len(set(each)) == 1, zip(*names))
+    return "".join(each[0] for each in same)
+
+
+def differences(groups: Sequence[Group]) -> list[list[str]]:
+    """A row for each flag in which groups differ: its name, then its value in each."""
+    if len(groups) < 2:
+        return []
+    firsts = [each.runs[0] for each in groups]
+    rows = [["method", *(run.method for run in firsts)]]
+    keys = dict.fromkeys(key for run in firsts for key in run.args if key not in OWN_FLAGS)
+    for key in keys:
+        values = [run.args.get(key) for run in firsts]
+        shown = [short(value) for value in values]
+        whole = [str(value) for value in values]
+        rows.append([f"--{key.replace('_', '-')}", *(shown if len(set(shown)) > 1 else whole)])
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def short(value: Any) -> str:
+    """A flag's value for a table: of a path its last part."""
     if isinstance(value, list):
-        return ",".join(_short(each) for each in value)
+        return ",".join(short(each) for each in value)
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 
@@ -217,7 +256,9 @@ def show(value: float, key: str = "") -> str:
     """The number under `key` for a table; '-' where there is none."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:,.0f}" if key in COUNTS or abs(value) >= 1000 else f"{value:.4f}"
+    if key in COUNTS or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{4 - len(str(int(abs(value)))) + (abs(value) < 1)}f}"  # four digits
 
 
 def spread(values: Sequence[float], key: str = "") -> str:
@@ -260,6 +301,18 @@ def text_table(groups: Sequence[Group]) -> str:
     for key in columns(groups):
         values = [[summary(run).get(key, math.nan) for run in each.runs] for each in groups]
         cells.append([key, *[spread(each, key) for each in values]])
+    return aligned(cells)
+
+
+WIDEST = 28  # characters of a cell in the terminal
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Cells as columns; a long one keeps its beginning and its end."""
+    cells = [
+        [c if len(c) <= WIDEST else c[: WIDEST // 2 - 1] + ".." + c[1 - WIDEST // 2 :] for c in row]
+        for row in cells
+    ]
     widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
     lines = []
     for row in cells:
@@ -308,9 +361,17 @@ def plot(path: Path, groups: Sequence[Group], keys: Sequence[str]) -> None:
         axis.set_xlabel("step")
         axis.set_title(key, fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    handles, names = axes[0][0].get_legend_handles_labels()  # below: it covers no curve there
+    figure.legend(
+        handles,
+        [name[:60] for name in names],
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=min(4, len(names)),
+    )
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -319,6 +380,13 @@ def default_keys(groups: Sequence[Group]) -> list[str]:
     keys = [key for each in groups for run in each.runs for row in run.metrics for key in row]
     score = [key for key in keys if key.startswith("eval/student/avg@") and key.count("/") == 2]
     return [*score[:1], "eval/student/reverse_kl", "reverse_kl", "length_mean"]
+
+
+def add_label(parser: argparse.ArgumentParser) -> None:
+    """The flag that names runs."""
+    parser.add_argument(
+        "--label", action="append", metavar="NAME", help="a run's name; one for each [its folder's]"
+    )
 
 
 @runs.command
@@ -331,9 +399,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", metavar="FILE", help="a row per run, numbers in full")
     parser.add_argument("--plot", metavar="FILE", help="learning curves (.png, .svg, .pdf)")
     parser.add_argument("--key", action="append", metavar="KEY", help="what to plot; repeatable")
+    add_label(parser)
     args = parser.parse_args(argv)
-    groups = group([load(folder) for folder in args.runs])
+    groups = group(load_all(args.runs, args.label))
     print(text_table(groups))
+    if differ := differences(groups):
+        print(aligned([["differences", *[each.name for each in groups]], *differ]))
     print("± is the sample standard deviation over runs")
     for line in warnings(groups):
         print(f"! {line}")

@@ -5,7 +5,7 @@
 
 The page is one file: styles, script and data are in it, and its security policy forbids it to fetch
 anything. Text of models and data sets is data in it, never markup. Runs that differ in nothing but
-the seed are drawn as thin lines with their mean.
+the seed are drawn as thin lines with their mean; a run has its folder's name, or that of --label.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -79,7 +80,11 @@ def _plain(value: Any) -> Any:
 
 def labelled(groups: Sequence[Group]) -> list[tuple[str, RunData]]:
     """Every run with its name on the page, in the order of the groups."""
-    return [(f"{each.name}, seed {run.seed}", run) for each in groups for run in each.runs]
+    return [
+        (each.name if len(each.runs) == 1 else f"{each.name}, seed {run.seed}", run)
+        for each in groups
+        for run in each.runs
+    ]
 
 
 def alarms_of(run: RunData) -> list[dict[str, Any]]:
@@ -100,6 +105,33 @@ def alarms_of(run: RunData) -> list[dict[str, Any]]:
             texts = {"rule": "loss or gradient was not finite", "cause": "", "advice": ""}
             found.append({"step": row["step"], "name": "bad_step"} | texts)
     return found
+
+
+def spent(run: RunData) -> dict[str, list[float]]:
+    """Sampled tokens, in millions, and minutes that were spent up to each evaluation."""
+    found: dict[str, list[float]] = {"steps": [], "tokens": [], "minutes": []}
+    for evaluated in sorted({row["step"] for row in run.evaluations()}):
+        rows = [row for row in run.training() if row["step"] <= evaluated]
+        tokens = [number(row.get("num_rollouts")) * number(row.get("length_mean")) for row in rows]
+        seconds = [number(row.get("step_s")) for row in rows]
+        found["steps"].append(evaluated)
+        found["tokens"].append(round(sum(filter(math.isfinite, tokens)) / 1e6, 6))
+        found["minutes"].append(round(sum(filter(math.isfinite, seconds)) / 60, 4))
+    return found
+
+
+def deciles(run: RunData) -> list[list[Any]]:
+    """Mean log-ratio in each tenth of the completions: of the first and the last ten steps."""
+    rows = run.training()
+    found: list[list[Any]] = []
+    for part in (rows[:10], rows[-10:]):
+        means = []
+        for tenth in range(10):
+            values = [number(row.get(f"log_ratio_decile_{tenth}")) for row in part]
+            finite = [each for each in values if math.isfinite(each)]
+            means.append(statistics.fmean(finite) if finite else None)
+        found.append(means)
+    return found if any(each is not None for each in found[0]) else []
 
 
 def chosen_rollouts(rows: Sequence[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
@@ -180,6 +212,8 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
                 "eval": table_of([row for row in run.metrics if "loss" not in row]),
                 "alarms": alarms_of(run),
                 "pieces": pieces,
+                "spent": spent(run),
+                "deciles": deciles(run),
             }
         )
     keys = {
@@ -188,6 +222,7 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
     scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
     learning = [*scores, "reverse_kl", "verifier_pass_rate"]
     data["learning"] = [key for key in learning if key in keys]
+    data["scores"] = scores[:1]
     data["health"] = [key for key in HEALTH if key in keys]
     data["keys"] = sorted(keys)
     return data
@@ -237,6 +272,19 @@ def summary_part(groups: Sequence[Group]) -> str:
         for run, one in zip(each.runs, found) if len(found) > 1 else ():
             shown = [show(one.get(key, math.nan), key) for key in keys]
             rows.append([f"\t{run.path.name}", str(run.seed), *shown, str(len(alarms_of(run)))])
+    head = ["", "student", "teacher", "prompts", "learning rate", "steps"]
+    facts = [
+        [each.name, *(compare_runs.short(each.runs[0].args.get(key, "-"))
+                      for key in ("student", "teacher", "prompts", "lr")),
+         str(max(row["step"] for row in each.runs[0].metrics))]
+        for each in groups
+    ]  # fmt: skip
+    differ = compare_runs.differences(groups)
+    unlike = [["differences", *(each.name for each in groups)], *differ] if differ else []
+    commands = "".join(
+        f"<h3>{html.escape(name)}</h3><pre>{html.escape(command_of(run))}</pre>"
+        for name, run in labelled(groups)
+    )
     origin = [
         [str(run.path), str(run.seed), str(run.args.get("student")), _text(run.args.get("teacher")),
          str(run.environment.get("commit"))[:10] + " dirty" * bool(run.environment.get("dirty")),
@@ -247,14 +295,81 @@ def summary_part(groups: Sequence[Group]) -> str:
     several = any(len(each.runs) > 1 for each in groups)
     note = '<p class="soft">± is the sample standard deviation over seeds.</p>' if several else ""
     heads = ["run", "seed", "student", "teacher", "commit", "on"]
+    heads_of = [each.name for each in groups]
     return (
-        table(["", "seeds", *keys, "alarms"], rows)
+        table(head, facts, text=range(1, 4))
+        + '<h2 id="numbers">Before and after</h2>'
+        + turned(["", "seeds", *keys, "alarms"], rows)
         + note
         + notes
+        + held_out_part(groups)
+        + ('<h2 id="differences">Differences</h2>' + table(["flag", *heads_of], unlike[1:]))
+        * bool(unlike)
+        + f"<details><summary>the commands</summary>{commands}</details>"
         + "<details><summary>where these runs are from</summary>"
         + table(heads, origin, text=range(2, 6))
         + "</details>"
     )
+
+
+def turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a column for each of the rows: numbers are many, runs few."""
+    if len(rows) > 8:  # too many columns
+        return table(head, rows)
+    names = [row[0].strip() for row in rows]
+    return table(["", *names], [[each, *cells] for each, *cells in list(zip(head, *rows))[1:]])
+
+
+def command_of(run: RunData) -> str:
+    """What was typed to start a run, to copy."""
+    return shlex.join(["python", *run.argv]) if run.argv else "not recorded"
+
+
+def held_out_part(groups: Sequence[Group]) -> str:
+    """avg@n and pass@k before and after, of each test set and domain; avg@n with its interval."""
+    names: dict[str, None] = {}
+    for each in groups:
+        for run in each.runs:
+            for row in run.evaluations():
+                names |= dict.fromkeys(k for k in row if re.search(r"(^|/)(avg|pass)@\d+(/|$)", k))
+    rows = []
+    for name in names:
+        cells = []
+        for each in groups:
+            ends = []
+            for place in (0, -1):
+                found = [[row for row in run.evaluations() if name in row] for run in each.runs]
+                values = [number(some[place][name]) for some in found if some]
+                text = spread(values, name)
+                if len(values) == 1 and len(each.runs) == 1:
+                    text += interval(values[0], name, found[0][place])
+                ends.append(text)
+            cells.append(" → ".join(dict.fromkeys(ends)))
+        rows.append([name, *cells])
+    if not rows:
+        return ""
+    rows = [row for row in rows if "pass@1" not in re.split("/", row[0])]  # it is avg@n
+    note = (
+        "In brackets: 95 % Wilson interval for as many independent prompts as were tested; the "
+        "samples of a prompt count as one."
+    )
+    return (
+        '<h2 id="held-out">Held-out, by test set, domain and k</h2>'
+        + table(["", *(each.name for each in groups)], rows)
+        + f'<p class="soft">{note}</p>'
+    )
+
+
+def interval(mean: float, name: str, row: dict[str, Any]) -> str:
+    """The Wilson interval of an avg@n over all domains; empty if prompts were not counted."""
+    found = re.fullmatch(r"(.*/)?avg@(\d+)", name)
+    rollouts = number(row.get(f"{found[1] or ''}num_rollouts")) if found else math.nan
+    if not found or not math.isfinite(mean + rollouts) or not rollouts:
+        return ""
+    num, z = rollouts / int(found[2]), 1.96
+    middle = (mean + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(mean * (1 - mean) / num + z * z / (4 * num * num))
+    return f" [{max(0.0, middle - half):.2f}, {min(1.0, middle + half):.2f}]"
 
 
 def _text(value: Any) -> str:
@@ -313,12 +428,18 @@ def time_part(groups: Sequence[Group]) -> str:
     return f'<div class="legend">{legend}</div>{"".join(bars)}{table(heads, rows)}'
 
 
+def title_of(groups: Sequence[Group]) -> str:
+    """One line, whatever the names are."""
+    names = ", ".join(each.name for each in groups)
+    return names if len(names) <= 60 else f"{len(groups)} groups of runs"
+
+
 def render(groups: Sequence[Group], max_tokens: int = 30000) -> str:
     """The page."""
     every = [run for each in groups for run in each.runs]
     num = f"{len(every)} run{'s' if len(every) > 1 else ''}"
     parts = {
-        "title": html.escape("OPD report: " + ", ".join(each.name for each in groups)),
+        "title": html.escape("OPD report: " + title_of(groups)),
         "subtitle": html.escape(f"{num}: " + ", ".join(str(run.path) for run in every)),
         "summary": summary_part(groups),
         "alarms": alarms_part(groups),
@@ -343,10 +464,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-tokens", type=int, default=30000, metavar="N",
         help="most tokens of rollouts in the page, of all runs together [30000]: 4 MB",
     )  # fmt: skip
+    compare_runs.add_label(parser)
     args = parser.parse_args(argv)
-    page = render(
-        compare_runs.group([compare_runs.load(each) for each in args.runs]), args.max_tokens
-    )
+    page = render(compare_runs.group(compare_runs.load_all(args.runs, args.label)), args.max_tokens)
     out = Path(args.out)
     try:
         files.write_atomically(out, page)

@@ -308,7 +308,7 @@ def prepared(folder, *more: str):
 def scripted(*answers: list[float]):
     """A verifier that gives these verdicts, one list a call."""
     queue = list(answers)
-    return lambda items: [x for x, _ in zip(queue.pop(0), items, strict=True)]
+    return tinylm.Verdicts(lambda items: [x for x, _ in zip(queue.pop(0), items, strict=True)])
 
 
 def same_row(one, i: int, two, j: int) -> bool:

@@ -44,7 +44,7 @@ def prepared(folder, *more: str):
     loaded, tokenizer = tinylm.load(topk_opd, args)
     texts = ["1+2=", "a", "12+345=", "hello", "9", "7-7="]
     chosen = [topk_opd.Prompt(tuple(tokenizer.encode(text)), text, "", "", {}) for text in texts]
-    verifier = lambda items: [0.0] * len(items)  # noqa: E731
+    verifier = tinylm.Verdicts(lambda items: [0.0] * len(items))
     return loaded, args, tokenizer, topk_opd.collect(loaded, tokenizer, verifier, chosen, args, 0)
 
 

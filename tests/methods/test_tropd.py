@@ -47,7 +47,7 @@ def prepared(folder, *more: str, step: int = 0):
         seen.extend(item[0] for item in items)
         return [0.0] * len(items)
 
-    collected = tropd.collect(loaded, tokenizer, verifier, chosen, args, step)
+    collected = tropd.collect(loaded, tokenizer, tinylm.Verdicts(verifier), chosen, args, step)
     return loaded, args, chosen, seen, collected
 
 

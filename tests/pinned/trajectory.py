@@ -38,7 +38,7 @@ def store_rollouts() -> None:
     prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)[:16]
     uniform = opd.uniforms(16, "rollouts", 0, args)
     rollout = opd.sample(loaded["student"], prompts, uniform, args)
-    child = verifier.Verifier(verifier.verifier_function("exact"), 10.0)
+    child = verifier.Verifier("exact", 10.0)
     opd.verify(rollout, tokenizer, child)
     child.close()
     tensors = {name: value for name, value in vars(rollout).items() if torch.is_tensor(value)}

@@ -1,10 +1,13 @@
-"""Prompts, verifiers and the child process that they run in."""
+"""Rows and prompts: every form of file, fields, templates, test sets; the compatibility report."""
 
 from __future__ import annotations
 
+import gzip
 import json
-import time
+import shutil
+import sys
 from functools import partial
+from pathlib import Path
 
 import opd
 import pytest
@@ -12,106 +15,10 @@ import tinylm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_run import compat, console, data
-from opd_run import verifier as verifiers
+from opd_run import compat, console, data, verdicts
 
-
-def slow_if_asked(text: str, answer: str, row: dict) -> bool:
-    """A verifier of the worst kind: it may hang, raise, or kill its process."""
-    if text == "hang":
-        time.sleep(60)
-    if text == "raise":
-        raise ValueError("cannot read this")
-    if text == "die":
-        import os
-
-        os._exit(3)
-    return text == answer
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    verifier = verifiers.Verifier(slow_if_asked, timeout_s=0.5)
-    yield verifier
-    verifier.close()
-
-
-def test_verdicts(verifier):
-    """+1 right, -1 wrong, 0 when it failed or hung: never wrong in silence, and it goes on."""
-    texts = ["1", "2", "hang", "1", "raise", "1", "die", "1", "2"]
-    before = verifier.num_unverified
-    assert verifier([(text, "1", {}) for text in texts]) == [1, -1, 0, 1, 0, 1, 0, 1, -1]
-    assert verifier.num_unverified - before == 3
-
-
-def test_verifier_says_why(verifier, capsys):
-    fresh = verifiers.Verifier(slow_if_asked, 0.5)
-    assert fresh([("raise", "7", {})]) == [0]
-    fresh.close()
-    assert "cannot read this" in fresh.last_error
-    assert "'7'" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "text, answer, right",
-    [
-        ("3 + 4 = 7 #### 7<end>", "7<end>", True),
-        ("#### 7", "7", True),
-        ("first #### 6, no: #### 7 ", " 7", True),
-        ("7", "7", True),
-        ("17", "7", False),
-        ("#### 7.", "7", False),
-        ("", "7", False),
-        ("7", "", None),
-    ],
-)
-def test_exact(text, answer, right):
-    if right is None:  # no right answer: unverified, not wrong
-        with pytest.raises(ValueError, match="no right answer"):
-            verifiers.verify_exact(text, answer, {})
-    else:
-        assert verifiers.verify_exact(text, answer, {}) is right
-
-
-@given(st.text(), st.text())
-def test_exact_takes_what_follows_the_last_marker(text, answer):
-    right = answer.strip() or "7"
-    assert verifiers.verify_exact(f"{text}#### {right}", right, {}) or "#" in right
-
-
-def test_math_verifier():
-    pytest.importorskip("math_verify", reason="extra: math")
-    assert verifiers.verify_math("so it is $\\boxed{\\frac{2}{4}}$", "0.5", {})
-    assert not verifiers.verify_math("so it is $\\boxed{3}$", "0.5", {})
-    with pytest.raises(ValueError, match="cannot read"):
-        verifiers.verify_math("3", "", {})
-    verifier = verifiers.Verifier(
-        verifiers.verifier_function("math"), 20.0
-    )  # in the child's main thread
-    assert verifier([("$\\frac{1}{2}$", "0.5", {}), ("$2$", "", {})]) == [1, 0]
-    verifier.close()
-
-
-def test_reasoning_gym():
-    pytest.importorskip("reasoning_gym", reason="extra: tasks")
-    rows = data.read_rows("reasoning_gym:chain_sum:5", seed=3)
-    assert len(rows) == 5 and rows == data.read_rows("reasoning_gym:chain_sum:5", seed=3)
-    assert {"prompt", "answer", "domain", "metadata"} <= set(rows[0])
-    function = verifiers.verifier_function("reasoning_gym:chain_sum")
-    assert function(f"think #### {rows[0]['answer']}", rows[0]["answer"], rows[0])
-    assert not function("#### 123456789", rows[0]["answer"], rows[0])
-    with pytest.raises(console.RunError, match="reasoning_gym:nothing"):
-        data.read_rows("reasoning_gym:nothing", 0)
-
-
-def test_module_function_is_imported(tmp_path, monkeypatch):
-    (tmp_path / "my_checks.py").write_text(
-        "def short(text, answer, row):\n    return len(text) < 3\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    verifier = verifiers.Verifier(verifiers.verifier_function("my_checks:short"), 20.0)
-    assert verifier([("ab", "", {}), ("abc", "", {})]) == [1, -1]
-    verifier.close()
+CASES = Path(__file__).parent / "cases"
+TINY = opd.TINY / "student"
 
 
 def arguments(*flags: str):
@@ -132,7 +39,7 @@ def test_prompts_keep_their_row_and_take_the_template(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "1+1=", "answer": 2, "domain": "add", "level": 3})
     (prompt,) = load(path, arguments())
     assert prompt.ids == tuple(tinylm.tokenizer().encode("<user>1+1=<bot>"))
-    assert (prompt.text, prompt.answer, prompt.domain) == ("1+1=", "2", "add")
+    assert (prompt.text, prompt.answer, prompt.domain) == ("1+1=", 2, "add")
     assert prompt.row["level"] == 3
     (plain,) = load(path, arguments("--no-chat-template"))
     assert plain.ids == tuple(tinylm.tokenizer().encode("1+1="))
@@ -143,7 +50,7 @@ def test_rows_without_an_answer_are_said_and_unverified(tmp_path, capsys):
         tmp_path / "p.jsonl", {"prompt": "1", "solution": "1"}, {"prompt": "2", "answer": None}
     )
     found = load(path, arguments())
-    assert [prompt.answer for prompt in found] == ["", ""]
+    assert [prompt.answer for prompt in found] == [None, None]
     assert "! " in (output := capsys.readouterr().out) and "2 rows have no field 'answer'" in output
 
 
@@ -154,23 +61,6 @@ def test_overlap_of_test_and_training_prompts_is_said(tmp_path, capsys):
     assert (len(train), len(test)) == (2, 2)
     data.say_overlap(train, test)
     assert "1 of the test prompts are training prompts" in capsys.readouterr().out
-
-
-def test_time_limit_holds_for_a_verifier_that_always_hangs():
-    """Only the first start is waited for: a batch of hanging answers costs its limits."""
-    verifier = verifiers.Verifier(slow_if_asked, 0.3)
-    assert verifier([("1", "1", {})]) == [1]
-    start = time.monotonic()
-    assert verifier([("hang", "1", {})] * 3) == [0, 0, 0]
-    assert time.monotonic() - start < 30
-    verifier.close()
-
-
-def test_verifier_in_a_file(tmp_path):
-    (tmp_path / "check_it.py").write_text("def yes(text, answer, row):\n    return True\n")
-    verifier = verifiers.Verifier(verifiers.verifier_function(f"{tmp_path}/check_it.py:yes"), 20.0)
-    assert verifier([("a", "", {})]) == [1]
-    verifier.close()
 
 
 def test_long_prompts_are_counted_not_cut(tmp_path, capsys):
@@ -192,6 +82,338 @@ def test_reader_of_any_bytes_answers_or_refuses(tmp_path_factory, content):
         assert "fuzz.jsonl" in str(error)
     else:
         assert all(isinstance(row, dict) for row in rows)
+
+
+def test_reasoning_gym_rows():
+    pytest.importorskip("reasoning_gym", reason="extra: tasks")
+    rows = data.read_rows("reasoning_gym:chain_sum:5", seed=3)
+    assert len(rows) == 5 and rows == data.read_rows("reasoning_gym:chain_sum:5", seed=3)
+    assert {"prompt", "answer", "domain", "metadata"} <= set(rows[0])
+    with pytest.raises(console.RunError, match="reasoning_gym:nothing"):
+        data.read_rows("reasoning_gym:nothing", 0)
+
+
+# ------------------------------------------------------------------- files as people have them
+@pytest.fixture(scope="module")
+def tiny():
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+def case(name: str, tokenizer, *flags: str, test: str | None = None) -> list[data.Prompt]:
+    facts = compat.Facts(692, {}, 10**6)
+    return opd.load_prompts(str(CASES / name), 0, tokenizer, facts, arguments(*flags), test)
+
+
+def first_lines(prompts) -> list[str]:
+    return [prompt.text[:12] for prompt in prompts]
+
+
+DUCKS = ["Janet’s duck", "A robe takes", "Josh decides", "James decide"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ok.jsonl", "ok.csv", "ok.parquet", "ok.arrow", "ok.jsonl.gz", "array.json", "saved_to_disk"],
+)
+def test_one_data_set_in_seven_forms(name, tiny):
+    if name.endswith(("parquet", "arrow", "disk")):
+        pytest.importorskip("datasets", reason="extra: data")
+    found, same = case(name, tiny), case("ok.jsonl", tiny)
+    assert first_lines(found) == DUCKS
+    assert found == same and [each.answer for each in found] == ["18", "3", "70000", "540"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "answers"),
+    [
+        ("gsm8k.jsonl", "", ["18", "3", "70000", "540"]),
+        ("gsm8k.jsonl", "--prompt-field question", ["18", "3", "70000", "540"]),
+        ("alpaca.jsonl", "--prompt-field instruction --answer-field output", ["18", "3", "70000"]),
+        ("dapo.jsonl", "--answer-field reward_model.ground_truth", ["18", "3", "70000"]),
+        ("ints.jsonl", "", ["18", "3", "70000"]),
+        ("math.jsonl", "--answer-field solution", [r"\left( 3, \frac{\pi}{2} \right)", "p - q"]),
+        ("math500.jsonl", "", [r"\left( 3, \frac{\pi}{2} \right)", "p - q"]),
+        ("deepmath.jsonl", "--answer-field final_answer", [r"\left( 3, \frac{\pi}{2} \right)"]),
+        ("multiline.jsonl", "", ["line 1\nline 2"]),
+        ("unicode.jsonl", "", ["½"]),
+        ("trl_prompt_conv.jsonl", "", ["18", "3"]),
+        ("multiturn.jsonl", "", ["18", "3"]),
+    ],
+)
+def test_right_answers_of_rows(name, flags, answers, tiny):
+    """What `exact` and `math` compare with, and each right answer is right by their own word."""
+    found = case(name, tiny, *flags.split())
+    assert [verdicts.right_answers(each.answer)[0] for each in found][: len(answers)] == answers
+    for prompt in found:
+        (text, *_) = verdicts.right_answers(prompt.answer)
+        for said in (text, f"so\n#### {text}", f"so \\boxed{{{text}}}."):
+            assert verdicts.verify_exact(said, prompt.answer, prompt.row)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("trl_prompt_conv.jsonl", "S:You are a math tutor.|U:Janet’s"),
+        ("trl_messages.jsonl", "U:Janet’s"),
+        ("sharegpt.jsonl", "U:Janet’s"),
+        ("multiturn.jsonl", "U:Janet’s"),
+        ("tools.jsonl", "calc|U:Janet’s"),
+        ("dapo.jsonl", "U:Solve the"),
+    ],
+)
+def test_messages_are_rendered_by_the_template(name, shown, tiny, monkeypatch, capsys):
+    seen = []
+    template = (
+        "{% for t in tools or [] %}{{ t['function']['name'] }}|{% endfor %}{% for m in messages %}"
+        "{{ m['role'][0]|upper }}:{{ m['content'] }}|{% endfor %}A:"
+    )
+    monkeypatch.setattr(tiny, "chat_template", template)
+    encode = tiny.encode
+    monkeypatch.setattr(tiny, "encode", lambda text, **how: (seen.append(text), encode(text))[1])
+    found = case(name, tiny, "--max-prompt-tokens", "4096")
+    assert len(found) == 4 and seen[0].startswith(shown) and seen[0].endswith("|A:")
+    cut = "cut off in 4 rows" in capsys.readouterr().out
+    assert cut == (name in ("trl_messages.jsonl", "sharegpt.jsonl"))
+    if name == "multiturn.jsonl":
+        assert "|A:Let me think.|U:Go on.|A:" in seen[0] and found[0].text == "Go on."
+    if cut:
+        assert "Janet sells" not in seen[0]
+
+
+def test_rows_that_lack_something(tiny, capsys):
+    assert [each.answer for each in case("mixed_missing.jsonl", tiny)][:2] == [None, "3"]
+    assert "rows have no field 'answer'" in capsys.readouterr().out
+    with pytest.raises(console.RunError, match=r"none_prompt\.jsonl: row 3: expected text"):
+        case("none_prompt.jsonl", tiny)
+    found = case("long.jsonl", tiny)
+    assert "left out as too long" in (said := capsys.readouterr().out) and "; 0 left" not in said
+    assert first_lines(found) == DUCKS
+    assert len(case("dups.jsonl", tiny)) == 8
+    assert "4 prompts are there more than once" in capsys.readouterr().out
+
+
+def test_prompt_and_completion_are_a_teachers_rollouts(tiny):
+    path = str(CASES / "trl_prompt_completion.jsonl")
+    prompts = case("trl_prompt_completion.jsonl", tiny)
+    texts = data.completions_of(path, None, "completion")
+    assert all(texts[each.text][0].startswith(("Janet", "It", "The", "He")) for each in prompts)
+
+
+def test_the_field_of_the_first_row_is_said_and_later_rows_must_have_it(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", {"question": "1"}, {"question": "2"}, {"problem": "3"})
+    with pytest.raises(console.RunError, match=r"p.jsonl: row 3: expected a field 'question'"):
+        load(path, arguments())
+    assert "--prompt-field question, as in the first row" in capsys.readouterr().out
+    path = write(tmp_path / "q.jsonl", {"text": "1"})
+    with pytest.raises(console.RunError, match=r"row 1: .*prompt.*messages.*\['text'\]"):
+        load(path, arguments())
+
+
+# ----------------------------------------------------------------------------------- the formats
+ROWS = [{"prompt": '1,2\n"3"', "answer": "079"}, {"prompt": "2", "answer": "NA"}]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_cells_are_text(tmp_path, delimiter):
+    """A reader that guesses types turns 079 into 79, and NA into nothing."""
+    text = f'prompt{delimiter}answer\r\n"1,2\n""3"""{delimiter}079\r\n\r\n2{delimiter}NA\r\n'
+    path = tmp_path / ("p.csv" if delimiter == "," else "p.tsv")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert data.read_rows(str(path), 0) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("a.csv", "prompt,answer\n1,2,3\n", "a.csv:2: expected 2 cells"),
+        ("a.csv", 'prompt,answer\n"1,2\n', "a.csv:2:"),
+        ("a.csv", "x,x\n1,2\n", "different names"),
+        ("a.json", '{\n "prompt": "1"\n}\n', "one object over several lines"),
+        ("a.json", '[{"prompt": "1"}, 2]', "entry 2: expected a JSON object, got 2"),
+        ("a.json", '[\n{"prompt": "1"},\n{"prompt" 2}]', "a.json:3: expected an array"),
+        ("a.jsonl", '[{"prompt": "1"}]', "expected a JSON object"),
+        ("a.txt", "1", "expected a .jsonl, .json, .csv"),
+        ("a.parquet", "no", "expected a .parquet file"),
+        ("a.arrow", "no", "expected a .arrow file"),
+        ("a.jsonl.gz", "no", "expected a whole .gz file"),
+        ("a.jsonl.zst", "no", "expected a whole .zst file"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, text, why):
+    if name.endswith(("parquet", "arrow", "zst")):
+        pytest.importorskip("datasets", reason="extra: data")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(console.RunError) as caught:
+        data.read_rows(str(tmp_path / name), 0)
+    assert why in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ok.jsonl", "ok.csv", "array.json", "ok.parquet", "ok.arrow"])
+def test_every_form_may_be_packed(name, tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="extra: data")
+    rows, content = data.read_rows(str(CASES / name), 0), (CASES / name).read_bytes()
+    half = len(content) // 2
+    frames = [zstandard.compress(content[:half]), zstandard.compress(content[half:])]
+    packed = {".gz": gzip.compress(content), ".zst": b"".join(frames)}
+    for ending, each in packed.items():
+        path = tmp_path / (name + ending)
+        path.write_bytes(each)
+        assert data.read_rows(str(path), 0) == rows
+        path.write_bytes(each[:-9])  # a copy that broke off
+        with pytest.raises(console.RunError, match="expected a whole"):
+            data.read_rows(str(path), 0)
+
+
+def test_a_folder_with_several_splits(tmp_path):
+    pytest.importorskip("datasets", reason="extra: data")
+    for split, name in (("train", "ok.jsonl"), ("test", "ints.jsonl")):
+        shutil.copy(CASES / name, tmp_path / f"{split}.jsonl")
+    folder = str(tmp_path)
+    assert len({len(data.read_rows(folder, 0, split)) for split in ("train", "test")}) == 1
+    assert data.read_rows(folder, 0)[0]["answer"] == "18"
+    assert data.read_rows(folder, 0, "test") == data.read_rows(f"{folder}:test", 0)
+    with pytest.raises(console.RunError, match=r"no split 'dev': it has \['test', 'train'\]"):
+        data.read_rows(f"{folder}:dev", 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "names", "split"),
+    [
+        ("a/b", ("a/b",), "train"),
+        ("a/b:test", ("a/b",), "test"),
+        ("a/b:main:test", ("a/b", "main"), "test"),
+        ("a/b:main:train[:100]", ("a/b", "main"), "train[:100]"),
+        ("a/b:train[10:20]", ("a/b",), "train[10:20]"),
+    ],
+)
+def test_hub_names(spec, names, split, monkeypatch):
+    class Hub:
+        disable_progress_bars = staticmethod(lambda: None)
+
+        @staticmethod
+        def load_dataset(*given, split):
+            return [{"given": given, "split": split}]
+
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    assert data.read_rows(spec, 0) == [{"given": names, "split": split}]
+
+
+@pytest.mark.parametrize("spec", ["ok.parquet", "saved_to_disk", "some/name"])
+def test_a_missing_package_is_one_line(spec, monkeypatch):
+    for module in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    spec = spec if "/" in spec else str(CASES / spec)
+    with pytest.raises(console.RunError, match=r"needs datasets: pip install datasets$"):
+        data.read_rows(spec, 0)
+
+
+# --------------------------------------------------------------------------- fields and templates
+def test_dotted_paths():
+    row = {"a": {"b": [{"c": 1}, 2]}, "x.y": 3, "n": None}
+    assert [data.value_of(row, path) for path in ("a.b.0.c", "a.b.1", "x.y", "n", "a.z")] == [
+        1, 2, 3, None, None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (r"{question}\nPut it within \boxed{}.", "Q {a}\nPut it within \\boxed{}."),
+        (r"\frac{1}{2} {{question}} {a.b}", r"\frac{1}{2} {question} 7"),
+        ("{prompt}!", "user!"),
+        ("{list}|{none}|{two words}|{ }", '["é"]||2|{ }'),
+    ],
+)
+def test_templates(template, text):
+    row = {"question": "Q {a}", "a": {"b": 7}, "list": ["é"], "none": None, "two words": 2}
+    assert data.fill(template, row, "user") == text
+
+
+def test_templates_that_no_field_fits(tmp_path):
+    with pytest.raises(
+        console.RunError, match=r"no field 'answr'.*{{answr}} is a literal"
+    ) as caught:
+        data.fill("{answr}", {"answer": "1"})
+    assert caught.value.code == 2
+    (tmp_path / "t.txt").write_text("{question}\n\\neq\n")
+    assert data.fill(f"@{tmp_path}/t.txt", {"question": "1"}) == "1\n\\neq"
+    with pytest.raises(console.RunError, match="cannot be read"):
+        data.fill(f"@{tmp_path}/none.txt", {})
+
+
+def test_system_and_template_make_the_prompt(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", {"instruction": "add", "input": "1+1"})
+    how = ["--system", "be brief", "--prompt-template", "{instruction} {input}="]
+    (prompt,) = load(path, arguments(*how))
+    assert prompt.ids == tuple(tinylm.tokenizer().encode("<user>be brief<user>add 1+1=<bot>"))
+    assert prompt.text == "add 1+1="
+    path = write(tmp_path / "q.jsonl", {"prompt": [{"role": "user", "content": "1"}], "k": 2})
+    (prompt,) = load(path, arguments("--prompt-template", "{prompt}+{k}"))
+    assert prompt.text == "1+2"
+    with pytest.raises(console.RunError, match="need a chat template"):
+        load(path, arguments("--system", "a", "--no-chat-template"))
+    path = write(tmp_path / "r.jsonl", {"prompt": [{"role": "system", "content": "1"},
+                                                   {"role": "user", "content": "1"}]})  # fmt: skip
+    with pytest.raises(console.RunError, match="row 1: the row has a system message"):
+        load(path, arguments("--system", "a"))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "assistant", "content": "1"}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"from": "nobody", "value": "1"}],
+        [{"content": "1"}],
+        ["1"],
+        {"role": "user", "content": "1"},
+    ],
+)
+def test_messages_that_are_refused(messages, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"messages": messages})
+    with pytest.raises(console.RunError, match=r"p.jsonl: row 1: expected"):
+        load(path, arguments())
+
+
+def test_content_in_parts_is_joined(tmp_path):
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]
+    path = write(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": parts}]})
+    assert load(path, arguments())[0].text == "1+2"
+
+
+# ---------------------------------------------------------------------------------- several tests
+def test_test_sets_by_name():
+    how = ["--test-prompts", "a=x.jsonl", "--test-prompts", "y=z/b.jsonl:test[:5]"]
+    args = arguments(*how, "--test-prompt-field", "a=problem", "--test-answer-field", "y=gold")
+    assert data.test_sets(args) == {"a": "x.jsonl", "y": "z/b.jsonl:test[:5]"}
+    fields = [data.source_of("s", 0, args, test) for test in (None, "a", "y")]
+    assert [each.prompt_field for each in fields] == [None, "problem", None]
+    assert [each.answer_field for each in fields] == ["answer", "answer", "gold"]
+    assert [each.split for each in fields] == ["train", "test", "test"]
+    assert data.test_sets(arguments("--test-prompts", "dir/a=b.jsonl")) == {"": "dir/a=b.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--test-prompts", "a=1", "--test-prompts", "a=2"], "given twice for a"),
+        (["--test-prompts", "1", "--test-prompts", "2"], "given twice for the unnamed"),
+        (["--test-prompts", "1", "--test-answer-field", "b=2"], "no --test-prompts b="),
+        (["--prompts", "1", "--eval-only"], "--eval-only: needs --test-prompts"),
+    ],
+)
+def test_test_sets_that_are_refused(flags, why):
+    with pytest.raises(console.RunError, match=why) as caught:
+        data.test_sets(arguments(*flags))
+    assert caught.value.code == 2
+
+
+def test_no_test_prompts_is_said(capsys):
+    assert data.test_sets(arguments("--prompts", "mine.jsonl")) == {}
+    assert "nothing is evaluated" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- compatibility

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     ["console"],
-    ["ranks", "files", "alarms", "compat"],
+    ["ranks", "files", "alarms", "compat", "verdicts"],
     ["verifier", "data", "rollouts"],
     ["models"],
     ["adapters", "offload"],

@@ -247,16 +247,76 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(seeds, tmp_path):
     other = write_run(tmp_path / "lr", 0, lr=5e-4)
     groups = compare_runs.group([compare_runs.load(each) for each in [*seeds, other]])
     assert [(each.name, [run.seed for run in each.runs]) for each in groups] == [
-        ("opd lr=0.001", [0, 1]),
-        ("opd lr=0.0005", [0]),
+        ("opd", [0, 1]),
+        ("lr", [0]),
     ]
+    assert compare_runs.differences(groups) == [["--lr", "0.001", "0.0005"]]
+    loaded = compare_runs.load_all([*seeds, other], ["base", "base", "lower"])
+    assert [each.name for each in compare_runs.group(loaded)] == ["base", "lower"]
+    with pytest.raises(compare_runs.console.RunError, match="3 runs, 1 labels"):
+        compare_runs.load_all([*seeds, other], ["base"])
     (tmp_path / "lr/opd.py").write_text("a fork")
     groups = compare_runs.group([compare_runs.load(each) for each in [seeds[0], other]])
     assert len(groups) == 2
     script_only = write_run(tmp_path / "fork", 0)
     (script_only / "opd.py").write_text("a fork")
     groups = compare_runs.group([compare_runs.load(each) for each in [seeds[0], script_only]])
-    assert [each.name for each in groups] == ["opd (seed0)", "opd (fork)"]
+    assert [each.name for each in groups] == ["seed0", "fork"]
+
+
+def test_names_stay_short_and_tell_runs_apart(tmp_path, capsys):
+    """Two runs that differ in 18 flags: no name lists them, no column is wider than 28."""
+    one, two = write_run(tmp_path / "a/run", 0), write_run(tmp_path / "b/run", 0)
+    for folder, value in ((one, 1), (two, 2)):
+        record = json.loads((folder / "args.json").read_text())
+        record["args"] |= {f"flag_{place}": f"{value} " * 40 for place in range(18)}
+        record["argv"] = ["methods/opd.py", "--prompt-template", "{a} b"]
+        (folder / "args.json").write_text(json.dumps(record))
+    groups = compare_runs.group([compare_runs.load(each) for each in (one, two)])
+    assert [each.name for each in groups] == ["a/run", "b/run"]
+    assert [row[0] for row in compare_runs.differences(groups)] == [
+        f"--flag-{i}" for i in range(18)
+    ]
+    compare_runs.main([str(one), str(two)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 100 and any(line.startswith("--flag-17") for line in lines)
+    page = page_of(one, two)
+    text = " ".join(page.text)
+    assert "OPD report: a/run, b/run" in text and "--flag-17" in text
+    assert "python methods/opd.py --prompt-template '{a} b'" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.12345, "0.1235"),
+        (-0.5, "-0.5000"),
+        (1.23456, "1.235"),
+        (123.456, "123.5"),
+        (5e4, "50,000"),
+    ],
+)
+def test_numbers_have_four_digits(value, shown):
+    assert compare_runs.show(value) == shown
+
+
+def test_intervals_and_what_was_spent():
+    """Wilson's interval by hand: 30 of 40 prompts; samples of a prompt count as one."""
+    row = {"num_rollouts": 160.0, "gsm/num_rollouts": 160.0}
+    assert report.interval(0.75, "avg@4", row) == " [0.60, 0.86]"
+    assert report.interval(0.75, "gsm/avg@4", row) == " [0.60, 0.86]"
+    assert report.interval(0.75, "avg@4/add", row) == report.interval(0.75, "pass@4", row) == ""
+
+
+def test_spent_and_deciles_are_sums_and_means(tmp_path):
+    run = compare_runs.load(write_run(tmp_path / "run", 0))
+    assert report.spent(run) == {
+        "steps": [0, 3], "tokens": [0.0, 120 / 1e6], "minutes": [0.0, 0.1],
+    }  # fmt: skip
+    assert report.deciles(run) == []
+    for step, row in enumerate(run.training()):
+        row |= {f"log_ratio_decile_{tenth}": float(step + tenth) for tenth in range(10)}
+    assert report.deciles(run)[0] == [1.0 + tenth for tenth in range(10)]
 
 
 def test_the_table_has_mean_and_deviation_and_the_csv_every_run(seeds, tmp_path, capsys):
