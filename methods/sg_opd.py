@@ -56,6 +56,7 @@ from opd_run.files import TINY
 from opd_run.models import CausalLM
 from opd_run.rollouts import shaped
 from opd_run.run import Run, command, load_checkpoint, save_checkpoint, say_plan
+from opd_run.selfcheck import check_models
 from opd_run.verifier import Verifier, verifier_function
 
 Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
@@ -191,10 +192,15 @@ def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
 
 
 def without_noise(config: Any) -> None:
-    """No dropout: the policy that is trained has to be the policy that sampled."""
-    for name in config.to_dict():
-        if "dropout" in name or name.endswith("_pdrop"):
-            setattr(config, name, 0.0)
+    """No dropout, no jitter: the policy that is trained has to be the policy that sampled."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):  # a configuration in the configuration
+            without_noise(value)
+        jitter = "jitter" in name and config.model_type != "phimoe"  # there it is a threshold too
+        if isinstance(value, (int, float)) and (
+            jitter or "dropout" in name or name.endswith("_pdrop")
+        ):
+            setattr(config, name, type(value)(0))
 
 
 def adapted_layers(lm: Any) -> list[str]:
@@ -717,8 +723,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     say_plan(args)
     if args.dry_run:
         memory.say(paths, prompts, args)
-        return
+        if not args.check_models:
+            return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
+    if args.check_models:
+        check_models(models, paths, prompts, args, Rollout, sample, token_logp)
+    if args.dry_run:
+        return
     run, verifier = Run(args, facts, __file__), Verifier(function, args.verifier_timeout_s)
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = make_optimizer(student, args)

@@ -13,7 +13,7 @@ from opd_run import compat, offload, ranks, served_teacher, vllm_sampler
 from opd_run.adapters import WithoutAdapter, add_adapters
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
-from opd_run.models import CausalLM, head_is_product, num_parameters
+from opd_run.models import CausalLM, head_is_product, num_parameters, pin_longrope
 
 
 def prepare(
@@ -108,7 +108,7 @@ def load_lm(
     Args:
         frozen: it takes no gradient.
         weights_dtype: type of the weights.  compute_dtype: autocast type; float32: no autocast.
-        configure: changes the configuration before the model is made.
+        configure: changes the student's configuration before the model is made.
         adapted_layers: with `--lora-rank` the names of the layers that get an adapter, from the
             loaded model; the rest of the student is then frozen.
 
@@ -120,7 +120,9 @@ def load_lm(
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **trust)
-        configure(config)
+        source_dtype = config.dtype or torch.float32
+        if not frozen:
+            configure(config)
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -136,6 +138,11 @@ def load_lm(
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise RunError(
             f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
+        )
+    longest = args.max_prompt_tokens + args.max_completion_tokens
+    if pin_longrope(lm, longest):
+        say(
+            f"! {path}: LongRoPE: its long factors for all sequences, since {longest} tokens can be"
         )
     sharded = args.shard == "fsdp" and (not frozen or args.shard_frozen)
     offloaded = frozen and args.teacher_offload
@@ -153,6 +160,8 @@ def load_lm(
     if offloaded:
         return offload.Offloaded(lm, plain, compute_dtype, facts, args.teacher_device).eval()
     model = CausalLM(lm, plain, compute_dtype, facts).eval()
+    if args.export_dtype == "source" and not frozen:
+        model.export_dtype = source_dtype
     if sharded:
         ranks.shard(model, args)
     return model
