@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import opd_ops
 from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, vllm_sampler
-from opd_run.compat import Facts
+from opd_run.compat import Facts, check_prompts, prompt_ids
 from opd_run.console import RunError
 from opd_run.data import Prompt
 from opd_run.files import TINY
@@ -131,7 +131,7 @@ def make_prompt(row: dict[str, Any], tokenizer: Any, args: Args) -> Prompt:
     text = data.text_of(row, args.prompt_field)
     templated = args.chat_template and tokenizer.chat_template is not None
     shown = render(tokenizer, text, args) if templated else text
-    ids = tokenizer.encode(shown, add_special_tokens=not templated)  # a template has its BOS
+    ids = prompt_ids(tokenizer, shown, templated)
     answer, domain = (row.get(name) for name in (args.answer_field, args.domain_field))
     answer, domain = ("" if value is None else str(value) for value in (answer, domain))
     return Prompt(tuple(ids), text, answer, domain, row)
@@ -640,6 +640,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise RunError("; ".join(errors), code=2)
     function = verifier_function(args.verifier)
     say_plan(args)
+    check_prompts(prompts + test, tokenizer, facts)
     if args.dry_run:
         memory.say(paths, prompts, args)
         if not args.check_models:

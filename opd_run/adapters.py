@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -160,7 +161,6 @@ def _check_whole(lm: Any, folder: Path) -> None:
 
 def _save_adapter(lm: Any, weights: dict[str, Tensor], folder: Path) -> None:
     """The adapter by itself, in peft's format; not where peft would read it as another one."""
-    from peft.utils import transformers_weight_conversion
     from safetensors.torch import save_file
 
     layers = _adapted(lm)
@@ -175,7 +175,10 @@ def _save_adapter(lm: Any, weights: dict[str, Tensor], folder: Path) -> None:
         inference_mode=True,
     )
     read = copy.deepcopy(config)
-    transformers_weight_conversion.convert_peft_config_for_transformers(read, lm, None)
+    with contextlib.suppress(ImportError):  # of a peft that takes names as they are
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        convert_peft_config_for_transformers(read, lm, None)
     if read.target_parameters:
         say(f"! no adapter/: of {lm.config.model_type}, peft would read it as one on other weights")
         return

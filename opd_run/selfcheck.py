@@ -23,7 +23,7 @@ from opd_run.adapters import WithoutAdapter
 from opd_run.console import RunError, one_line, say
 from opd_run.models import CausalLM, longrope_boundary
 
-NUM_TOKENS = 6  # sampled for each row
+NUM_TOKENS = 12  # sampled for each row
 EXACT = 1e-3  # nats, of every token, in float32
 ROUNDED = 0.1  # nats, in the mean, in bfloat16
 

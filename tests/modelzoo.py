@@ -284,11 +284,13 @@ def round_trip(path: str, folder: Path, *more: str) -> float:
     """Largest difference in nats between a student in memory and its export, read back; with
     `--lora-rank` its adapters are random ones."""
     student, tokenizer, args, prompts = loaded(path, *more)
+    rollout = sampled(student, prompts, args)
+    opd.token_logp(student, rollout, args).sum().backward()
     with torch.no_grad():
         for name, weight in student.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    rollout = sampled(student, prompts, args)
+            if "lora_B" in name and weight.grad is not None:  # what training would move
+                moved = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
+                weight.add_(0.5 * moved * weight.grad.sign())
     adapters.export(student, tokenizer, folder)
     back, found = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
@@ -298,7 +300,7 @@ def round_trip(path: str, folder: Path, *more: str) -> float:
     models.pin_longrope(back, args.max_prompt_tokens + args.max_completion_tokens)
     with torch.no_grad():
         want = truth(back.eval(), rollout)
-    return float((opd.token_logp(student, rollout, args) - want).abs().max())
+        return float((opd.token_logp(student, rollout, args) - want).abs().max())
 
 
 def file_names(folder: Path) -> set[str]:
