@@ -138,29 +138,38 @@ class _Shape:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         trust = {"trust_remote_code": args.trust_remote_code}
-        with FakeTensorMode():
-            dtype = compute if args.lora_rank else torch.float32
+        dtype = compute if args.lora_rank else torch.float32
+
+        def make() -> Any:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
             if args.lora_rank:
                 _pretend_adapters(lm, args.lora_rank)
-            weights = list(lm.parameters())
-            self.num_parameters = sum(weight.numel() for weight in weights)
-            self.num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-            self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-            source = (config.dtype if args.export_dtype == "source" else None) or torch.float32
-            self.checkpoint_bytes = (  # model/, and in trainer/ weights and two moments
-                source.itemsize * self.num_parameters + self.weight_bytes + 8 * self.num_trained
-            )
-            layers = max(1, config.get_text_config().num_hidden_layers)
-            self.saved_bytes: int | None = None
-            self.cache_bytes: int | None = None
-            self.left_out: dict[str, str] = {}
-            counted = self._try("activations", self._count_saved, lm, compute, rows, length)
-            if counted is not None:
-                self.saved_bytes = counted[0]
-                if args.gradient_checkpointing:
+            return lm
+
+        layers = max(1, config.get_text_config().num_hidden_layers)
+        self.saved_bytes: int | None = None
+        self.cache_bytes: int | None = None
+        self.left_out: dict[str, str] = {}
+        with FakeTensorMode():
+            lm = self._try("activations and cache", make)
+            if lm is not None:
+                counted = self._try("activations", self._count_saved, lm, compute, rows, length)
+                self.cache_bytes = self._try("cache", self._count_cache, lm, compute, layers)
+                if counted is not None and args.gradient_checkpointing:
                     self.saved_bytes = counted[0] // layers + layers * counted[1]
-            self.cache_bytes = self._try("cache", self._count_cache, lm, compute, layers)
+                elif counted is not None:
+                    self.saved_bytes = counted[0]
+        if lm is None:
+            with torch.device("meta"):
+                lm = make()
+        weights = list(lm.parameters())
+        self.num_parameters = sum(weight.numel() for weight in weights)
+        self.num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        source = (config.dtype if args.export_dtype == "source" else None) or torch.float32
+        self.checkpoint_bytes = (  # model/, and in trainer/ weights and two moments
+            source.itemsize * self.num_parameters + self.weight_bytes + 8 * self.num_trained
+        )
 
     def _try(self, name: str, count: Callable[..., Any], *args: Any) -> Any:
         """What `count(*args)` finds; None, and a line, where the architecture does not let it: each
