@@ -611,10 +611,6 @@ def grid_tables() -> dict[str, str]:
         return markdown([title, *names], map(line, of))
 
     big = ("float32", "256", "151936", "2")
-    in_short = {
-        *("`token_logp` in place, both", "`topk_logp`", "`gated_kl` in place, both"),
-        *("`full_kl` reverse in place, both", "`linear_support_kl`, buffer"),
-    }
     vocabularies = ["32000", "32003", "50257", "128256", "151936"]
     sizes = [
         (key, dtype, rows)
@@ -635,11 +631,6 @@ def grid_tables() -> dict[str, str]:
                 cell(key, (*big[:3], "1", "default")),
             ],
             list(SHOWN),
-        ),
-        "ops in short": table(
-            ["time, over its floor, eager PyTorch, `torch.compile`"], "op",
-            lambda key: [SHOWN[key], cell(key, (*big, "default"))],
-            [key for key, name in SHOWN.items() if name in in_short],
         ),
         "ops sizes": table(
             [f"V = {int(v):,}" for v in vocabularies], "op, dtype, N",

@@ -86,7 +86,7 @@ def generate_batch(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Na
 def ours(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
     """Tokens that the method files' sampler made, EOS included; or the model's engine for it."""
     uniform = opd.uniforms(len(prompts), "rollouts", 0, args)
-    return int(opd.sample(model, prompts, uniform, args, 1.0).completion_mask.sum())
+    return int(opd.sample(model, prompts, uniform, args).completion_mask.sum())
 
 
 def vllm_version() -> str:

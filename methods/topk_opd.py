@@ -55,6 +55,7 @@ from opd_run.selfcheck import check_models
 from opd_run.verifier import Verifier, verifier_function
 
 Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
+Sampling = tuple[float, float, int]  # temperature (0: greedy), top-p, top-k (0: all tokens)
 
 # ==== 1. Arguments ================================================================================
 
@@ -72,31 +73,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--test-prompts", None, "held-out prompts [the tiny pair's, with the tiny pair's prompts]")
     add("--prompt-field", "prompt", "field of a row that holds the user's message")
     add("--answer-field", "answer", "field that holds the right answer, for the verifier")
-    add("--domain-field", "domain", "field by which metrics are split")
+    add("--domain-field", "domain", "field that names a prompt's group; evaluation shows each")
     add("--chat-template", True, "render prompts with the tokenizer's chat template, if any")
-    add("--chat-template-from", "student", "use this one's", choices=["student", "teacher"])
-    add("--chat-template-args", "{}", 'JSON for the template, such as {"enable_thinking": false}')
+    add("--chat-template-from", "student", "whose chat template", choices=["student", "teacher"])
+    add("--chat-template-args", "{}", 'its arguments, such as {"enable_thinking": false}')
     add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function, file.py:function")
-    add("--verifier-timeout-s", 10.0, "an answer that takes longer stays unverified", "(0,inf)")
+    add("--verifier-timeout-s", 10.0, "a check that takes longer counts as no verdict", "(0,1e6]")
     add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
     add = partial(flags.flag, parser.add_argument_group("models"))
     add("--student", str(TINY / "student"), "folder or hub name of the model to train")
     add("--teacher", None, "folder or hub name of the teacher [the tiny one]", action="append")
     add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher instead")
-    add("--dtype", "auto", "type to compute in (weights stay float32)", choices=types)
-    add("--teacher-dtype", "auto", "type of the frozen models", choices=types)
+    add("--dtype", "auto", "type the student computes in; its weights stay float32", choices=types)
+    add("--teacher-dtype", "auto", "type of the frozen models' weights and products", choices=types)
     add("--lora-rank", 0, "train adapters of this rank instead of all weights; 0: off", "[0,inf)")
-    add("--lora-alpha", 32.0, "adapters are scaled by this / rank", "(0,inf)")
+    add("--lora-alpha", 32.0, "scale of the adapters, divided by --lora-rank", "(0,inf)")
     add = partial(flags.flag, parser.add_argument_group("rollout"))
     add("--prompts-per-step", 32, "prompts in one step", "[1,inf)")
     add("--rollouts-per-prompt", 4, "completions sampled for each prompt", "[1,inf)")
     add("--max-completion-tokens", 128, "longer completions are cut, and counted", "[1,inf)")
     add("--temperature", 1.0, "sampling temperature; the loss does not correct for it", "(0,inf)")
-    add("--top-p", 1.0, "sample from this much of the mass; the loss does not correct", "(0,1]")
-    add("--top-k", 0, "sample from this many tokens; 0: from all", "[0,inf)")
+    add("--top-p", 1.0, "sample the likeliest tokens up to this mass; not corrected", "(0,1]")
+    add("--top-k", 0, "sample from this many of the likeliest tokens; 0: from all", "[0,inf)")
     add("--sampler", "own", "what generates the student's rollouts", choices=["own", "vllm"])
     add = partial(flags.flag, parser.add_argument_group("optimisation"))
-    add("--steps", 100, "steps; each samples one batch of rollouts", "[0,inf)")
+    add("--steps", 100, "training steps, a new batch of rollouts in each", "[0,inf)")
     add("--lr", 3e-4, "peak learning rate of AdamW", "[0,inf)")
     shapes = ["constant", "linear", "cosine"]
     add("--lr-schedule", "constant", "learning rate after the warm-up", choices=shapes)
@@ -105,16 +106,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--adam-beta2", 0.95, "beta2 of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
     add("--max-grad-norm", 1.0, "clip the gradient's norm to this", "(0,inf]")
     add("--updates-per-rollout", 1, "optimizer steps on each batch of rollouts", "[1,inf)")
-    add("--importance-cap", 5.0, "largest importance weight, Eq. (3)", "[1,inf]")
-    add("--loss-temperature", 1.0, "temperature of the loss's log-probs, for all models", "(0,inf)")
-    add("--max-bad-steps", 0, "skip this many steps that are not finite, then stop", "[0,inf)")
+    add("--importance-cap", 5.0, "largest importance weight of a token, w in Eq. (3)", "[1,inf]")
+    add("--loss-temperature", 1.0, "divide all models' logits by this in the loss", "(0,inf)")
+    add("--max-bad-steps", 0, "skip so many steps with a NaN or infinity, then stop", "[0,inf)")
     add = partial(flags.flag, parser.add_argument_group("evaluation"))
     add("--eval-every", 50, "evaluate every so many steps, and at both ends; 0: never", "[0,inf)")
     add("--eval-samples", 8, "completions sampled for each test prompt", "[1,inf)")
     add("--eval-temperature", 1.0, "sampling temperature of evaluation; 0: greedy", "[0,inf)")
     add("--eval-top-p", 1.0, "top-p of evaluation", "(0,1]")
     add("--eval-teacher", False, "evaluate the teacher too, once")
-    add("--diagnostic-tokens", 512, "tokens a step for the exact divergences; 0: off", "[0,inf)")
+    add("--diagnostic-tokens", 512, "measure exact KLs on so many tokens a step; 0: off", "[0,inf)")
     add_method_args(parser)
     args = flags.parse(parser, argv, check_method_args)
     args.teacher = args.teacher or [str(TINY / "teacher")]
@@ -129,16 +130,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def render(tokenizer: Any, text: str, args: Args) -> str:
     """One user message in the tokenizer's chat format, up to where the answer begins."""
     messages = [{"role": "user", "content": text}]  # FORK: a system prompt, examples
-    how = {"tokenize": False, "add_generation_prompt": True} | args.chat_template_args
-    return str(tokenizer.apply_chat_template(messages, **how))
+    options = {"tokenize": False, "add_generation_prompt": True} | args.chat_template_args
+    return str(tokenizer.apply_chat_template(messages, **options))
 
 
 def make_prompt(row: dict[str, Any], tokenizer: Any, args: Args) -> Prompt:
     """FORK: how a row of the data set becomes a prompt."""
     text = data.text_of(row, args.prompt_field)
     templated = args.chat_template and tokenizer.chat_template is not None
-    shown = render(tokenizer, text, args) if templated else text
-    ids = prompt_ids(tokenizer, shown, templated)
+    rendered = render(tokenizer, text, args) if templated else text
+    ids = prompt_ids(tokenizer, rendered, templated)
     answer, domain = (row.get(name) for name in (args.answer_field, args.domain_field))
     answer, domain = ("" if value is None else str(value) for value in (answer, domain))
     return Prompt(tuple(ids), text, answer, domain, row)
@@ -156,12 +157,12 @@ def load_prompts(
 
 def prompts_of_step(prompts: list[Prompt], step: int, args: Args) -> list[Prompt]:
     """A function of seed and step alone, so that resuming needs no state; reshuffled each epoch."""
-    places = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
+    positions = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
     order = {
         epoch: np.random.default_rng(seed_of("data", epoch, args)).permutation(len(prompts))
-        for epoch in range(places[0] // len(prompts), places[-1] // len(prompts) + 1)
+        for epoch in range(positions[0] // len(prompts), positions[-1] // len(prompts) + 1)
     }
-    return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in places]
+    return [prompts[order[at // len(prompts)][at % len(prompts)]] for at in positions]
 
 
 def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier) -> None:
@@ -179,8 +180,8 @@ def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
     """What loading does to a model. All but the student are frozen."""
     frozen = name != "student"
     dtype = getattr(torch, args.teacher_dtype if frozen else args.dtype)
-    weights = dtype if frozen or args.lora_rank else torch.float32  # adapters are float32
-    autocast = torch.float32 if frozen else dtype  # float32: none
+    weights = dtype if frozen or args.lora_rank else torch.float32  # trained weights are float32
+    autocast = torch.float32 if frozen else dtype  # float32 means no autocast
     return setup.load_lm(
         path, frozen, weights, autocast, without_noise, adapted_layers, facts, args
     )
@@ -192,9 +193,8 @@ def without_noise(config: Any) -> None:
         if hasattr(value, "to_dict"):  # a configuration in the configuration
             without_noise(value)
         jitter = "jitter" in name and config.model_type != "phimoe"  # there it is a threshold too
-        if isinstance(value, (int, float)) and (
-            jitter or "dropout" in name or name.endswith("_pdrop")
-        ):
+        noise = jitter or "dropout" in name or name.endswith("_pdrop")
+        if noise and isinstance(value, (int, float)):
             setattr(config, name, type(value)(0))
 
 
@@ -220,8 +220,8 @@ class Rollout:
     completion_mask: Tensor = shaped("BT", torch.bool)  # every token after the prompt, EOS too
     response_mask: Tensor = shaped("BT", torch.bool)  # tokens that the main loss trains
     prefix_mask: Tensor = shaped("BT", torch.bool)  # tokens of a teacher's prefix; none in opd
-    rollout_logp: Tensor = shaped("BT")  # nats, of the law that was sampled from
-    behaviour_logp: Tensor = shaped("BT")  # nats, same weights, full vocabulary, loss temperature
+    rollout_logp: Tensor = shaped("BT")  # nats, after temperature, top-p and top-k
+    behaviour_logp: Tensor = shaped("BT")  # nats, of the full softmax at --loss-temperature
     ended: Tensor = shaped("B", torch.bool)  # EOS was sampled
     source: Tensor = shaped("B", torch.int64)  # 0 student, 1 teacher
     verdict: Tensor = shaped("B")  # +1 right, -1 wrong, 0 unverified
@@ -240,7 +240,7 @@ Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score`
 
 
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
-    """`read(hidden, head)` at the N positions that predict trained tokens.
+    """Run a model over the rollouts: `read(hidden, head)` at the N positions before trained tokens.
 
     What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
     a sum [] stays as it is.
@@ -253,7 +253,7 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         values = values.to(mask.device)
         return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
 
-    found = model(
+    outputs = model(
         read,
         F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(model.device),  # t - 1 predicts t
         input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(model.device),
@@ -261,7 +261,7 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     )
-    return tree_map(scattered, found)
+    return tree_map(scattered, outputs)
 
 
 def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
@@ -283,9 +283,9 @@ def loss_of_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum over trained tokens of `loss_of(student_logp, *values)`, and what it logs, [B, T].
 
-    `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. Where a token's loss depends on
-    its own log-probs alone, `loss_of` gets N tokens in pieces, and the head is multiplied three
-    times; with `together` it gets all, [B, T], for a fourth product.
+    `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. `loss_of` sees a few of the N
+    tokens at a time, so a loss may use its own token's numbers only; the head takes part in three
+    matrix products. With `together` it sees all tokens, [B, T], which costs a fourth product.
     """
     mask, law = rollout.trained_mask, loss_law(student, args)
     if together:
@@ -303,7 +303,7 @@ def loss_of_tokens(
 
 
 def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
-    """What turns logits into the distributions of the loss, the same for all models."""
+    """How the loss turns logits into log-probs: the same for student, teacher and reference."""
     return {"temperature": args.loss_temperature, "valid_vocab": model.facts.valid_vocab}
 
 
@@ -312,7 +312,7 @@ STREAMS |= {"diagnostics": 7}  # every random draw belongs to one of these
 
 
 def seed_of(stream: str, step: int, args: Args) -> list[int]:
-    """Nothing that was drawn before decides what is drawn in this step."""
+    """One stream at one step: no draw depends on an earlier one, so resuming needs no state."""
     return [args.seed, STREAMS[stream], step]
 
 
@@ -324,41 +324,46 @@ def uniforms(num_rollouts: int, stream: str, step: int, args: Args) -> Tensor:
     return torch.from_numpy(generator.random(shape, dtype=np.float32))
 
 
+CANDIDATES = 1024  # with --top-p, all tokens are sorted only where these hold less of the mass
+
+
 def draw(
-    logits: Tensor,
-    uniform: Tensor,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    law: dict[str, Any],
+    logits: Tensor, uniform: Tensor, sampling: Sampling, law: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by the inverse CDF: (token, rollout_logp, behaviour_logp), each [B]."""
+    (temperature, top_p, top_k), ids = sampling, None
     logits = logits[:, : law["valid_vocab"]].float()
     if temperature == 0.0:  # greedy
         temperature, top_k = 1.0, 1
-    probs, order = (logits / temperature).softmax(-1), None
-    if top_p < 1.0 or top_k:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+    if top_k or top_p < 1.0:
+        size = min(top_k or CANDIDATES, logits.shape[1])
+        top = opd_ops.topk_logp(logits, None, size, temperature=temperature)
+        ids, probs = top.ids, top.logp.exp()
+        if not top_k and (top.tail_logp.exp() > 1.0 - top_p).any():
+            probs = (logits / temperature).softmax(-1)
+            probs, ids = probs.sort(dim=-1, descending=True, stable=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the first one stays
-        probs[:, top_k or probs.shape[1] :] = 0.0
+    else:
+        probs = (logits / temperature).softmax(-1)
     cdf = probs.cumsum(-1)
     mass = cdf[:, -1:]  # 1 without truncation
     point = (uniform[:, None] * mass).minimum(mass.nextafter(torch.zeros_like(mass)))
-    place = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
-    place = place.clamp(max=probs.shape[1] - 1)  # rows of NaN: left to the check of the loss
-    rollout_logp = (probs.gather(1, place) / mass).log()[:, 0]
-    token = (place if order is None else order.gather(1, place))[:, 0]
+    column = torch.searchsorted(cdf, point, right=True)  # never a token of probability 0
+    column = column.clamp(max=probs.shape[1] - 1)  # NaN: the step is refused later
+    rollout_logp = (probs.gather(1, column) / mass).log()[:, 0]
+    token = (column if ids is None else ids.gather(1, column))[:, 0]
     return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
-    """[B, V] logits after `ids` [B, n], the last columns of all that `seen` [B, L] masks."""
+    """[B, V] logits after the newest tokens `ids` [B, n]; `seen` [B, L] masks all tokens so far."""
+    last = min(model.facts.num_positions, 2**31) - 1  # a rollout that has ended may run beyond
     return model(
-        lambda hidden, head: hidden if head is None else hidden @ head.T,
+        lambda hidden, head: hidden if head is None else F.linear(hidden, head),
         None,
         input_ids=ids,
         attention_mask=seen,
-        position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+        position_ids=(seen.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     )
@@ -370,73 +375,90 @@ def sample(
     prompts: list[Prompt],
     uniform: Tensor,
     args: Args,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    sampling: Sampling = (1.0, 1.0, 0),
     prefixes: Sequence[tuple[int, ...]] = (),
 ) -> Rollout:
-    """One completion per prompt, by a key/value cache; `uniform` [B, T] are its random numbers.
+    """One completion per prompt; `uniform` [B, T] are its random numbers, one per sampled token.
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
     `prefixes` are tokens that a completion starts with; they are not sampled, and not part of the
     response. Each process samples its share of the rollouts, and gets those of all.
     """
-    (num, width), device, law = uniform.shape, model.device, loss_law(model, args)
-    stop = torch.tensor(stop_ids(model.facts), device=device)
+    (num, width), device = uniform.shape, model.device
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
     prefixes = prefixes or [()] * num
-    out.completion_ids[:], prefix_mask = rollouts.right_padded(prefixes, width, device)
-    out.completion_mask, out.prefix_mask = prefix_mask.clone(), prefix_mask
-    begun = [prompt.ids + prefix for prompt, prefix in zip(prompts, prefixes)]
+    out.completion_ids[:], out.prefix_mask = rollouts.right_padded(prefixes, width, device)
+    out.completion_mask = out.prefix_mask.clone()
     share = torch.arange(num, device=device)[ranks.share(num)]  # the rollouts of this process
-    chunks = share.split(args.sampler_batch_size) if len(share) and not model.engine else ()
-    bar = tqdm(total=num, unit="rollout", desc="sample", leave=False, disable=None)
+    bar = tqdm(total=len(share), unit="rollout", desc="sample", leave=False, disable=None)
     model.eval()
     if model.engine:
-        how = temperature, top_p, top_k
-        vllm_sampler.fill(model, out, begun, share, uniform, stop.tolist(), args, *how)
-    with ranks.unsharded(model), model.autocast():  # once for all tokens: weights are cast once
-        for rows in chunks:  # [n] the rollouts that the model works on, fewer as they end
-            cache = model.new_cache(model.compute_dtype)  # keys and values in the compute type
-            place: dict[tuple[int, ...], int] = {}  # each distinct prompt is read once
-            copies = [place.setdefault(begun[row], len(place)) for row in rows.tolist()]
-            copies = torch.tensor(copies, device=device)  # [n] which of these a rollout goes on
-            ids, seen = rollouts.left_padded(list(place), device)
-            logits = next_logits(model, cache, ids, seen)[copies]  # [n, V]
-            cache.batch_select_indices(copies)
-            seen, column = seen[copies], out.completion_mask[rows].sum(1)  # [n] the next token's
-            alive = torch.ones_like(rows, dtype=torch.bool)  # [n] it has not ended
-            for t in range(width):
-                token, *logp = draw(logits, uniform[rows, t], temperature, top_p, top_k, law)
-                live, at = rows[alive], column[alive]
-                out.completion_mask[live, at] = True
-                out.completion_ids[live, at] = token[alive]
-                out.rollout_logp[live, at], out.behaviour_logp[live, at] = (x[alive] for x in logp)
-                ends = torch.isin(token, stop) & alive
-                out.ended[rows[ends]] = True
-                alive = alive & ~ends & (column + 1 < width)
-                if not alive.any():
-                    break
-                if alive.sum() <= 0.9 * len(alive):  # the copy costs about as much as a token
-                    keep = alive.nonzero()[:, 0]
-                    cache.batch_select_indices(keep)
-                    bar.update(len(rows) - len(keep))
-                    rows, seen, token, column, alive = (
-                        values[keep] for values in (rows, seen, token, column, alive)
-                    )
-                seen, column = F.pad(seen, (0, 1), value=True), column + 1
-                logits = next_logits(model, cache, token[:, None], seen)
-            bar.update(len(rows))
+        vllm_sampler.fill(model, out, share, uniform, stop_ids(model.facts), args, sampling)
+    else:
+        with ranks.unsharded(model), model.autocast():  # for all tokens: weights are cast once
+            work = partial(decode, model, out, uniform, sampling, args, bar)
+            retry.in_chunks(work, partial(rollouts.clear, out), share, args)
     bar.close()
     out = rollouts.gather(out)
     out.response_mask = out.completion_mask & ~out.prefix_mask
     return rollouts.select(out, torch.arange(num, device=device))
 
 
+def decode(
+    model: CausalLM,
+    out: Rollout,
+    uniform: Tensor,
+    sampling: Sampling,
+    args: Args,
+    bar: Any,
+    rows: Tensor,
+) -> None:
+    """Go on with the rollouts `rows` of `out`, by a key/value cache, until all of them end.
+
+    The model works on `rows` [n] together. Those that have ended are not written any more, and are
+    taken out of the cache when they are a tenth of it.
+    """
+    width, device, law = uniform.shape[1], uniform.device, loss_law(model, args)
+    stop = torch.tensor(stop_ids(model.facts), device=device)
+    cache = model.new_cache(model.compute_dtype)  # keys and values in the compute type
+    begun = [rollouts.begun(out, row) for row in rows.tolist()]
+    distinct = list(dict.fromkeys(begun))  # equal prompts are read once, then copied
+    copies = torch.tensor([distinct.index(each) for each in begun], device=device)
+    ids, seen = rollouts.left_padded(distinct, device)
+    logits = next_logits(model, cache, ids, seen)[copies]  # [n, V]
+    cache.batch_select_indices(copies)
+    seen, column = seen[copies], out.prefix_mask[rows].sum(1)  # [n], where the next token goes
+    alive = torch.ones_like(rows, dtype=torch.bool)  # [n], has not ended
+    grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
+    look_every = 1 if device.type == "cpu" else 8  # tokens; to look, a GPU has to be waited for
+    for t in range(width):
+        token, *logp = draw(logits, uniform[rows, t], sampling, law)
+        for grid, values in zip(grids, (token, *logp)):
+            grid[rows, column] = torch.where(alive, values, grid[rows, column])
+        out.completion_mask[rows, column] |= alive
+        ends = torch.isin(token, stop) & alive
+        out.ended[rows] |= ends
+        alive = alive & ~ends & (column + 1 < width)
+        if t % look_every == look_every - 1:
+            keep = alive.nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) <= 0.9 * len(rows):  # copying the cache costs about a token
+                bar.update(len(rows) - len(keep))
+                cache.batch_select_indices(keep)
+                rows, seen, token, column, alive = (
+                    values[keep] for values in (rows, seen, token, column, alive)
+                )
+        if t + 1 < width:
+            seen, column = F.pad(seen, (0, 1), value=True), (column + 1).clamp(max=width - 1)
+            logits = next_logits(model, cache, token[:, None], seen)
+    bar.update(len(rows))
+
+
 # ==== 4. The method ===============================================================================
 
 MUST_BE_FINITE = ("log_ratio", "policy_log_ratio")
-"""A step in which one of these, of what `token_loss` logs, is not finite is skipped."""
+"""Of what `token_loss` logs: a step is skipped if one of these is not finite at a trained token."""
 
 
 def add_method_args(parser: argparse.ArgumentParser) -> None:
@@ -446,14 +468,14 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     supports, laws = ["teacher", "student", "teacher+sampled"], ["reverse", "forward", "jsd"]
     on_off = argparse.BooleanOptionalAction
     add("--support-size", 32, "compare the models on this many tokens, K of Eq. (2)", "[1,inf)")
-    add("--support", "teacher", "take the K likeliest tokens of this one", choices=supports)
-    add("--divergence", "reverse", "KL of Eq. (2)", choices=laws)
+    add("--support", "teacher", "whose K likeliest tokens they are", choices=supports)
+    add("--divergence", "reverse", "D of Eq. (2)", choices=laws)
     add("--jsd-beta", 0.5, "weight b of the teacher in the JSD, Eq. (6)", "(0,1)")
     tails = ["none", "bucket", "score"]
     add("--tail", "none", "what stands for all other tokens, Eq. (4), (5)", choices=tails)
-    add("--renormalise", None, "scale the K to sum to 1 [unless there is a tail]", action=on_off)
-    add("--mask-special-tokens", None, "do not train A,B,... or `paper`: '<', 'think', every EOS")
-    add("--mask-occurrences", "first", "mask the first of each or all", choices=["first", "all"])
+    add("--renormalise", None, "scale both to sum to 1 on the K [unless --tail]", action=on_off)
+    add("--mask-special-tokens", None, "leave tokens A,B,... out; `paper`: '<', 'think', EOS")
+    add("--mask-occurrences", "first", "skip the first of each, or all", choices=["first", "all"])
     add("--map-eos", None, "FROM=TO: the teacher reads TO where the student wrote FROM")
 
 
@@ -465,7 +487,7 @@ def check_method_args(args: Args) -> list[str]:
     if len(args.teacher or []) > 1:
         errors.append("--teacher: one is expected (exopd.py takes several)")
     if args.renormalise and args.tail != "none":
-        errors.append(f"--tail {args.tail}: a law renormalised on its support has no tail")
+        errors.append(f"--tail {args.tail}: excludes --renormalise, which leaves no tail")
     if renormalised(args) and args.support_size == 1 and args.support != "teacher+sampled":
         errors.append("--support-size 1 with --renormalise: the loss is 0, take at least 2")
     sampled_from = (args.temperature, args.loss_temperature, args.top_p, args.top_k)
@@ -481,7 +503,7 @@ def check_method_args(args: Args) -> list[str]:
 
 
 def check_method_data(tokenizer: Any, prompts: list[Prompt], facts: Facts, args: Args) -> list[str]:
-    """What is wrong with the flags, as soon as tokenizer and prompts are known."""
+    """What is wrong with the flags that only tokenizer and prompts can tell."""
     special_ids(tokenizer, facts, args), mapped_ids(tokenizer, args)  # they raise a usage error
     if args.support_size > facts.valid_vocab:
         return [f"--support-size: there are only {facts.valid_vocab} token ids"]
@@ -504,9 +526,8 @@ def collect(
     """Where trajectories come from (the student), and what to log of how they came."""
     prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
     uniform = uniforms(len(prompts), "rollouts", step, args)
-    rollout = sample(
-        models["student"], prompts, uniform, args, args.temperature, args.top_p, args.top_k
-    )
+    sampling = args.temperature, args.top_p, args.top_k
+    rollout = sample(models["student"], prompts, uniform, args, sampling)
     verify(rollout, tokenizer, verifier)
     facts, ids = models["student"].facts, rollout.completion_ids
     masked = occurrences(rollout, special_ids(tokenizer, facts, args), args.mask_occurrences)
@@ -648,7 +669,7 @@ def teacher_view(rollout: Rollout, args: Args) -> Rollout:
 
 
 def importance_weight(policy_log_ratio: Tensor, args: Args) -> Tensor | float:
-    """1 while the weights that sampled are those that are trained, in the same arithmetic."""
+    """w of Eq. (3): exactly 1 where the weights that sampled are still those that are trained."""
     on_policy = args.updates_per_rollout == 1 and args.sampler == "own"
     return 1.0 if on_policy else policy_log_ratio.exp().clamp(max=args.importance_cap)  # Eq. (3)
 
@@ -660,8 +681,8 @@ def learning_rate(step: int, args: Args) -> float:
     """Linear warm-up, then constant, or down to 0 at --steps."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    down = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    part = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
+    down = {"constant": 1.0, "linear": 1.0 - part, "cosine": 0.5 + 0.5 * math.cos(math.pi * part)}
     return args.lr * down[args.lr_schedule]
 
 
@@ -682,12 +703,12 @@ def make_optimizer(student: CausalLM, args: Args) -> torch.optim.Optimizer:
 def accumulate(
     student: CausalLM, num_trained_tokens: float, args: Args, batch: Batch
 ) -> tuple[float, dict[str, list[Tensor]]]:
-    """The gradient of a batch; its loss, and what to log of the trained tokens of each piece."""
+    """Add up a batch's gradient. Returns its loss, and what each micro-batch logged, by name."""
     student.zero_grad()
     loss, tokens = 0.0, {}
     for rollout, scores in batch:
         loss_sum, logged = token_loss(student, rollout, scores, args)
-        (loss_sum / num_trained_tokens).backward()  # once, by the tokens of all processes
+        (loss_sum / num_trained_tokens).backward()  # the one normalisation: tokens of all ranks
         loss += float(loss_sum.detach()) / num_trained_tokens
         for name, values in (logged | diagnose.places(rollout)).items():
             tokens.setdefault(name, []).append(values[rollout.trained_mask])
@@ -725,17 +746,18 @@ def evaluate(
     prompt, and a few of these samples token by token."""
     asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
-    rollout = sample(models[name], asked, uniform, args, args.eval_temperature, args.eval_top_p)
+    sampling = args.eval_temperature, args.eval_top_p, 0
+    rollout = sample(models[name], asked, uniform, args, sampling)
     verify(rollout, tokenizer, verifier)
     metrics = diagnose.rollout_metrics(rollout)
     metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
     traces = []
     if name == "student":
         first = rollouts.select(rollout, torch.arange(0, len(asked), args.eval_samples))
-        ours = {"read_tokens": read_tokens, "loss_law": loss_law, "teacher_of": teacher_of}
+        functions = {"read_tokens": read_tokens, "loss_law": loss_law, "teacher_of": teacher_of}
         few = retry.micro_batches(first, args)
-        metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **ours)
-        traces = diagnose.traces(models, first, tokenizer, args, **ours)
+        metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **functions)
+        traces = diagnose.traces(models, first, tokenizer, args, **functions)
     return {f"eval/{name}/{key}": value for key, value in metrics.items()}, traces
 
 
@@ -760,8 +782,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_prompts(prompts + test, tokenizer, facts)
     if args.dry_run:
         memory.say(paths, prompts, args)
-        if not args.check_models:
-            return
+    if args.dry_run and not args.check_models:
+        return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
     if args.check_models:
         check_models(models, paths, prompts, args, Rollout, sample, token_logp)
@@ -800,10 +822,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seed = seed_of("diagnostics", step, args)
                 few = diagnose.thin(rollout, args.diagnostic_tokens, seed)
                 few = retry.micro_batches(few, args)
-                ours = {"read_tokens": read_tokens, "loss_law": loss_law, "teacher_of": teacher_of}
-                metrics |= diagnose.exact_divergences(models, few, args, **ours)
-                ours |= {"score": score, "token_loss": token_loss}
-                run.trace(step + 1, diagnose.traces(models, rollout, tokenizer, args, **ours))
+                functions = {"read_tokens": read_tokens, "loss_law": loss_law}
+                functions |= {"teacher_of": teacher_of}
+                metrics |= diagnose.exact_divergences(models, few, args, **functions)
+                functions |= {"score": score, "token_loss": token_loss}
+                run.trace(step + 1, diagnose.traces(models, rollout, tokenizer, args, **functions))
         with run.phase("student"):
             for _ in range(args.updates_per_rollout):
                 metrics |= train_step(student, optimizer, batch, args, step)
@@ -811,8 +834,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     break
         run.log_step(step + 1, metrics, diagnose.samples(rollout, tokenizer))
         if metrics["bad_step"]:
-            ours = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}
-            alone = diagnose.offending(student, batch, tokenizer, args, **ours)
+            functions = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}
+            alone = diagnose.offending(student, batch, tokenizer, args, **functions)
             run.bad_step(step + 1, metrics, state["num_bad_steps"], alone, save)
             state["num_bad_steps"] += 1
     verifier.close()

@@ -20,7 +20,7 @@ from opd_ops._ops import (
     topk_logp,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "full_kl",

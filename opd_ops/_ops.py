@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from opd_ops import _head, reference
 from opd_ops._autograd import some_logits
@@ -34,10 +35,27 @@ def _op(function: _F) -> _F:
 
     @functools.wraps(function)
     def op(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (function if compiled(name, hidden) else plain)(hidden, *args, **kwargs)
+        if not compiled(name, hidden):
+            return plain(hidden, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _check_no_tangent(name, (hidden, *args, *kwargs.values()))
+        return function(hidden, *args, **kwargs)
 
     op.__doc__ = plain.__doc__
     return cast(_F, op)
+
+
+def _check_no_tangent(name: str, values: Sequence[Any]) -> None:
+    """Compiled ops have no forward mode: torch would take their derivative for 0."""
+    if forward_ad._current_level < 0:
+        return
+    inner = [each for value in values if isinstance(value, (list, tuple)) for each in value]
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    for value in (*values, *inner):
+        if isinstance(value, Tensor) and unpack(value).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: no forward-mode derivative (torch.func.jvp); OPD_OPS_IMPL=plain has one"
+            )
 
 
 def _checked(

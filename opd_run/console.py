@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -24,8 +27,12 @@ class ServerLost(RunError):
 
 
 def rank() -> int:
-    """Which of the processes that `torchrun` started this is; 0 prints and writes."""
-    return int(os.environ.get("RANK", "0"))
+    """Which of the processes that `torchrun` started this is; 0 prints and writes.
+
+    An environment that is no number is refused by `ranks.check`; until then this one speaks.
+    """
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 # Control characters, marks that change the direction of text, half surrogates: what could move a
@@ -50,8 +57,28 @@ def say(*lines: str) -> None:
     from tqdm import tqdm
 
     for line in lines if rank() == 0 else ():
-        tqdm.write(printable(line))
-    sys.stdout.flush()
+        _print(partial(tqdm.write, file=sys.stdout), sys.stdout, printable(line))
+
+
+def say_error(line: str) -> None:
+    """Print a line on stderr, from any process."""
+    _print(partial(print, file=sys.stderr), sys.stderr, printable(line))
+
+
+def _print(write: Callable[[str], None], stream: Any, text: str) -> None:
+    """Nobody may read any more (`| head`, a terminal that is gone, a full disk): that ends no run,
+    and what is printed from then on is lost. What cannot be encoded is escaped."""
+    if stream is None:  # closed before the start
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())  # so that Python's own flush at the end succeeds
+            os.close(null)
 
 
 def optional(module: str, purpose: str) -> Any:

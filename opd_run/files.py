@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
 
 
@@ -39,8 +41,63 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`."""
-    file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
+    return list(each_metrics(path))
+
+
+def each_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The same one by one. Lines that were cut by a kill or a full disk are left out."""
+    if (path / "metrics.jsonl").is_file():
+        with (path / "metrics.jsonl").open("rb") as lines:
+            yield from (row for row in map(_row, lines) if row is not None)
+
+
+def rows_from_end(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The lines of a log, the last one first: (bytes up to its end, its row or None if cut).
+
+    Only what is asked for is read: a log may be larger than the memory.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        rest, end = b"", start
+        while start or rest:
+            size = min(start, 1 << 20)
+            start = file.seek(start - size)
+            lines = (file.read(size) + rest).splitlines(keepends=True)
+            rest = lines.pop(0) if start else b""  # its beginning is not read yet
+            for line in reversed(lines):
+                yield end, _row(line)
+                end -= len(line)
+
+
+def cut_log(path: Path, step: int) -> int | None:
+    """Drop the rows after `step` at the end of a log, and lines that cannot be read there.
+
+    Rows are in order of their steps, so that what stands before the first row to keep is kept.
+
+    Returns:
+        The step of the last row that is kept; None without any.
+    """
+    kept: tuple[int, int | None] = 0, None
+    for end, row in rows_from_end(path):
+        if row is not None and row["step"] <= step:
+            kept = end, row["step"]
+            break
+    if path.is_file() and path.stat().st_size != kept[0]:
+        os.truncate(path, kept[0])
+        sync(path)
+    return kept[1]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of a log; None if it is no whole row."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):  # not JSON, not UTF-8
+        return None
+    whole = isinstance(row, dict) and type(row.get("step")) is int
+    return row if whole else None
 
 
 def check_manifest(checkpoint: Path) -> str | None:
@@ -61,16 +118,47 @@ def check_manifest(checkpoint: Path) -> str | None:
     return None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether it is there and good; a damaged one is removed."""
-    if checkpoint.exists() and check_manifest(checkpoint) is not None:
+def is_complete(checkpoint: Path, ours: bool) -> bool:
+    """Whether it is there, good and of this run (`ours`); any other one is removed."""
+    if checkpoint.exists() and (not ours or check_manifest(checkpoint) is not None):
         shutil.rmtree(checkpoint)
     return checkpoint.exists()
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder; of a link to a folder what is in the folder. Nothing may be left.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    if path.is_symlink() and path.is_dir():
+        for each in path.iterdir():
+            remove(each)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def probe(folder: Path) -> None:
+    """Do once what a checkpoint will need: write, sync, rename, delete.
+
+    Raises:
+        OSError: the disk refuses one of them.
+    """
+    first, second = folder / ".writing-probe", folder / ".writing-probed"
+    for each in (first, second):
+        remove(each)
+    first.mkdir()
+    write_atomically(first / "file", "whole")
+    sync(first)
+    first.rename(second)
+    remove(second)
+
+
 def make_empty(folder: Path) -> None:
     """A new folder, in place of what was there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir()
 
 
@@ -83,10 +171,13 @@ def seal(folder: Path, target: Path) -> None:
         for path in files
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    mode = (folder / "manifest.json").stat().st_mode & 0o777  # as the user's umask has it
+    for path in files:  # libraries have each their own idea
+        path.chmod(mode)
     for path in (*every, folder / "manifest.json", folder):
-        _sync(path)
+        sync(path)
     folder.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def step_of(path: Path) -> int:
@@ -102,9 +193,13 @@ def _sha(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or a folder to the disk. Some file systems have no such thing for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

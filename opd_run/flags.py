@@ -64,10 +64,10 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     add("--micro-batch-tokens", 16384, "most tokens in one forward pass; lower to fit", "[1,inf)")
     add("--sampler-batch-size", 256, "most rollouts generated at a time; lower to fit", "[1,inf)")
     add("--sampler-memory", 0.3, "share of the GPU's memory that vLLM may use", "(0,1)")
-    add("--shard", "none", "split the student over torchrun's processes", choices=["none", "fsdp"])
+    add("--shard", "none", "split the student among processes", choices=["none", "fsdp"])
     add("--shard-frozen", False, "with --shard fsdp: split the frozen models too")
-    add("--rank-timeout-s", 1800.0, "give up when another process is silent so long", "(0,inf)")
-    add("--teacher-timeout-s", 600.0, "save and stop when a served teacher is", "(0,inf)")
+    add("--rank-timeout-s", 1800.0, "stop when another process is silent so long", "(0,1e6]")
+    add("--teacher-timeout-s", 600.0, "stop when --teacher-url is silent so long", "(0,1e6]")
     add("--trust-remote-code", False, "run Python code that comes with a model; read it first")
 
 

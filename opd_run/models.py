@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opd_run import ranks
 from opd_run.compat import Facts
@@ -98,12 +98,45 @@ class CausalLM(torch.nn.Module):
             return read(hidden[:, -1] if where is None else hidden[where], self.head)
 
 
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values in memory that grows by blocks: `DynamicLayer` copies all at every token."""
+
+    block = 64  # tokens
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        start = self.get_seq_length()
+        end = start + keys.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self._room = [keys.new_empty(0), values.new_empty(0)]
+        if start == 0 or self._room[0].shape[-2] < end:
+            size = end + self.block - end % self.block
+            for which, (old, new) in enumerate(((self.keys, keys), (self.values, values))):
+                self._room[which] = new.new_empty(*new.shape[:-2], size, new.shape[-1])
+                if start:
+                    self._room[which][..., :start, :] = old
+        for room, new in zip(self._room, (keys, values)):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        end = self.get_seq_length()
+        if end:
+            self._room = [room[indices] for room in self._room]
+            self.keys, self.values = (room[..., :end, :] for room in self._room)
+
+
 class _TypedCache(DynamicCache):  # type: ignore[misc]
     # Under autocast, keys and values come out of norm and rotation in float32: kept so, they take
     # twice the memory, for numbers that are cast at use.
     def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._dtype = dtype
+        layers: list[Any] = getattr(self, "layers")  # noqa: B009  (untyped)
+        self.layers = [_GrowingLayer() if type(x) is DynamicLayer else x for x in layers]
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._dtype != torch.float32:

@@ -38,6 +38,15 @@ def world() -> int:
 def check(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of several processes."""
     errors = []
+    if "RANK" in os.environ:
+        found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        errors += [
+            f"{name}={text}: torchrun sets a number; unset RANK to train in one process"
+            for name, text in found.items()
+            if not text.isdecimal()
+        ]
+        if not errors and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+            errors.append("RANK={RANK} is not below WORLD_SIZE={WORLD_SIZE}".format(**found))
     if args.shard_frozen and args.shard != "fsdp":
         errors.append("--shard-frozen: needs --shard fsdp")
     if args.shard_frozen and args.teacher_device != "same":
@@ -165,6 +174,11 @@ def sum_gradients(model: torch.nn.Module) -> None:
 def whole(value: Tensor) -> Tensor:
     """A sharded tensor put together (every rank has to ask); any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def part(value: Tensor) -> Tensor:
+    """What this process has of a sharded tensor; any other as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def sharded(model: torch.nn.Module) -> bool:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from opd_run import rollouts
 from opd_run.console import one_line, say
 
 Found = TypeVar("Found")
 _most_tokens: int | None = None  # of a micro-batch, where memory has run out in this run
+_most_rows: int | None = None  # that the sampler works on together, likewise
 
 
 class OutOfMemory(RuntimeError):
@@ -29,8 +31,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def start() -> None:
     """A new run has not run out of memory yet."""
-    global _most_tokens
-    _most_tokens = None
+    global _most_tokens, _most_rows
+    _most_tokens = _most_rows = None
 
 
 def micro_batch_tokens(args: argparse.Namespace) -> int:
@@ -89,3 +91,34 @@ def fit_memory(
             f"{(largest + 1) // 2} rollouts, later ones have --micro-batch-tokens "
             f"{_most_tokens} ({why})"
         )
+
+
+def in_chunks(
+    work: Callable[[Tensor], None],
+    undo: Callable[[Tensor], None],
+    rows: Tensor,
+    args: argparse.Namespace,
+) -> None:
+    """`work(chunk)` for `rows` [B] in chunks of `--sampler-batch-size`; where memory runs out,
+    `undo(chunk)`, and again in halves, and said. Chunks stay smaller until the run ends.
+
+    Raises:
+        OutOfMemory: one row at a time is still too much.
+    """
+    global _most_rows
+    while len(rows):
+        chunk = rows[: min(args.sampler_batch_size, _most_rows or args.sampler_batch_size)]
+        try:
+            work(chunk)
+            rows = rows[len(chunk) :]
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(chunk) == 1:
+                raise OutOfMemory(f"not even one rollout fits: {one_line(error)}") from None
+            why = one_line(error, 120)
+        torch.cuda.empty_cache()  # the failed attempt is gone, with what its traceback held
+        undo(chunk)
+        _most_rows = (len(chunk) + 1) // 2
+        say(f"! out of memory: at most {_most_rows} rollouts are generated together now ({why})")

@@ -56,6 +56,21 @@ def right_padded(
     return ids.to(device), mask.to(device)
 
 
+def begun(rollout: Any, row: int) -> tuple[int, ...]:
+    """The token ids that the completion of a rollout is to go on from: its prompt and prefix."""
+    prefix = rollout.completion_ids[row][rollout.prefix_mask[row]]
+    ids: tuple[int, ...] = (*rollout.prompts[row].ids, *prefix.tolist())
+    return ids
+
+
+def clear(rollout: Any, rows: Tensor) -> None:
+    """Forget what was sampled of some rollouts, in place: their prompts and prefixes are left."""
+    prefix = rollout.prefix_mask[rows]
+    rollout.completion_mask[rows], rollout.ended[rows] = prefix, False
+    for values in (rollout.completion_ids, rollout.rollout_logp, rollout.behaviour_logp):
+        values[rows] = values[rows] * prefix
+
+
 def select(rollout: Any, rows: Tensor) -> Any:
     """Some of the rollouts, without padding that they do not need."""
     left = int((~rollout.prompt_mask[rows]).sum(1).min())

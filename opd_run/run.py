@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -25,6 +27,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception of Python's
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import opd_ops
@@ -32,26 +38,44 @@ from opd_run import files, ranks, retry
 from opd_run.adapters import export
 from opd_run.alarms import Alarms
 from opd_run.compat import Facts
-from opd_run.console import RunError, ServerLost, one_line, optional, printable, say
-from opd_run.files import append_row, read_metrics, write_atomically
+from opd_run.console import RunError, ServerLost, one_line, optional, say, say_error
+from opd_run.files import append_row, each_metrics, write_atomically
 from opd_run.retry import OutOfMemory, is_out_of_memory
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "offending.jsonl")
+UNDONE = ("generate", "teacher", "diagnose", "eval")
+"""Phases whose work can be thrown away: the weights in them are those of the step boundary."""
+_held: list[Any] = []  # open lock files of runs that have not ended
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as Python's own KeyboardInterrupt is SIGINT."""
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asks for an end, as Python's own KeyboardInterrupt does for SIGINT."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = signal.Signals(number)
+
+
+def _stop_signals() -> list[int]:
+    """Those that ask for an end: also of a connection that drops (unless `nohup` had it ignored),
+    and what schedulers send before they kill."""
+    asked = [signal.SIGHUP, signal.SIGUSR1]
+    kept = [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]
+    return [signal.SIGINT, signal.SIGTERM, *kept]
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorator for `main(argv)`: turns an error into one line on stderr and an exit code.
 
-    Codes: 0 ok, 1 run failure, 2 usage, 130 after SIGINT, 143 after SIGTERM. `--debug` in `argv`
-    shows the traceback of anything that is not a `RunError`; without it the line names the error.
+    Codes: 0 ok, 1 run failure, 2 usage, 128 + number after a signal (SIGINT 130, SIGTERM 143).
+    `--debug` in `argv` shows the traceback; without it the line names the error.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> None:
         debug = "--debug" in (sys.argv[1:] if argv is None else argv)
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is
+        _open_streams()
         try:
             with _signals():
                 main(argv)
@@ -62,7 +86,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             kind = "usage" if error.code == 2 else "error"
             _leave("" if error.said else f"{kind}: {error}", error.code)
         except KeyboardInterrupt as stop:
-            number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+            number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
             _leave(f"error: stopped by {number.name} before the run had started", 128 + number)
         except (Exception, CheckpointException) as error:
             if getattr(error, "said", False):
@@ -79,8 +103,20 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 f"[{Path(where.filename).name}:{where.lineno}; --debug shows the traceback]",
                 1,
             )
+        finally:
+            while _held:
+                _held.pop().close()
 
     return guarded
+
+
+def _open_streams() -> None:
+    """Where stdin, stdout or stderr is closed, the next file would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _leave(line: str, code: int) -> None:
@@ -88,25 +124,26 @@ def _leave(line: str, code: int) -> None:
     if line and ranks.rank():
         line = f"rank {ranks.rank()}: {line}"
     if line:
-        print(printable(" ".join(line.split())), file=sys.stderr, flush=True)
+        say_error(" ".join(line.split()))
     if ranks.world() > 1:
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code) from None
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM stops a start as Ctrl-C does; a `Run` takes both over; then all is as before."""
+    """Signals stop a start as Ctrl-C does; a `Run` takes them over; then all is as before."""
     if threading.current_thread() is not threading.main_thread():  # the caller handles them
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise _Terminated
+        raise _Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in _stop_signals()}
+    for number in before:
+        if number != signal.SIGINT:
+            signal.signal(number, stop)
     try:
         yield
     finally:
@@ -169,44 +206,59 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.updates_per_rollout, self.max_bad_steps = args.updates_per_rollout, args.max_bad_steps
         self.stop_on_alarm, self.stop_alarm = args.stop_on_alarm, ""
-        self._step, self._save = 0, self.newest_checkpoint
-        self.resume_from = ranks.first(self._open, args, facts, script)
+        self._step, self._save, self._undone = 0, self.newest_checkpoint, False
+        self._record = {"args": vars(args), "facts": asdict(facts), "argv": sys.argv}
+        self._script, self._text = Path(script), Path(script).read_bytes()
+        self.resume_from = ranks.first(self._open, args)
+        self._ours = {self.resume_from}  # the checkpoints that count; others are leftovers
         retry.start()
         self.alarms = Alarms([])
         kind = args.report_to if ranks.rank() == 0 else "none"
-        self._report = _reporter(kind, self.path, vars(args))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._report, self._num_unseen = _reporter(kind, self.path, vars(args)), 0
+        for number in _stop_signals():
             with contextlib.suppress(ValueError):  # not in the main thread: the caller handles them
                 signal.signal(number, self._on_signal)
 
-    def _open(self, args: argparse.Namespace, facts: Facts, script: str) -> Path | None:
+    def _open(self, args: argparse.Namespace) -> Path | None:
         """Make the folder ready; which checkpoint to go on from."""
-        text = Path(script).read_text(encoding="utf-8")
         check_folder(args)
+        mine = self.path / self._script.name
+        if mine.is_file() and not is_run(self.path) and mine.read_bytes() != self._text:
+            raise RunError(f"run folder {self.path}: {mine.name} in it is another file", 2)
         with self._writing("the run folder"):
             self._hold()
-        if args.overwrite and not args.resume:
-            _remove_run(self.path, Path(script).name)
+            if args.overwrite and not args.resume:
+                _remove_run(self.path, self._script.name)
         resume_from = self.newest_checkpoint() if args.resume else None
         if args.resume and resume_from is None:
             raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
-        if resume_from:
-            say(f"resume: from {resume_from}", *self._changed_flags(args))
-        record: dict[str, Any] = {"args": vars(args), "facts": asdict(facts)}
-        record |= {"environment": environment(), "argv": sys.argv}
+        self._record["environment"] = environment()
         with self._writing("the run folder"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self.checkpoints.glob(".writing-*"):
-                shutil.rmtree(leftover)
-            if resume_from:  # what the run was started with stays beside what goes on with it
-                for name in (Path(script).name, "args.json"):
-                    if (self.path / name).is_file():
-                        kept = (self.path / name).read_text(encoding="utf-8")
-                        write_atomically(self.path / f"before_{resume_from.name}_{name}", kept)
-            write_atomically(self.path / Path(script).name, text)
-            record_text = json.dumps(record, indent=1, default=str) + "\n"
-            write_atomically(self.path / "args.json", record_text)
+                files.remove(leftover)
+            files.probe(self.checkpoints)
+        if resume_from:
+            say(f"resume: from {resume_from}", *self._changed_flags(args))
+        else:
+            self._write_record(None)
         return resume_from
+
+    def _write_record(self, resume_from: Path | None) -> None:
+        """The script and `args.json`; what the run was started with stays beside them."""
+        names, text = (self._script.name, "args.json"), self._text.decode()
+        with self._writing("the run folder"):
+            if resume_from:
+                number, kept = 1, f"before_{resume_from.name}"
+                while any((self.path / f"{kept}_{name}").exists() for name in names):
+                    number, kept = number + 1, f"before_{resume_from.name}.{number + 1}"
+                for name in names:
+                    if (self.path / name).is_file():
+                        old = (self.path / name).read_text(encoding="utf-8", errors="replace")
+                        write_atomically(self.path / f"{kept}_{name}", old)
+            write_atomically(self.path / names[0], text)
+            record = json.dumps(self._record, indent=1, default=str) + "\n"
+            write_atomically(self.path / names[1], record)
 
     def _hold(self) -> None:
         """Lock the folder until the run ends: two of them in one folder would mix their rows."""
@@ -215,41 +267,66 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / "lock").open("a")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not lockf: that lock is lost as soon as this process closes any copy of the file.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held.append(self._lock)
         except (BlockingIOError, PermissionError) as error:
             raise RunError(f"run folder {self.path}: another process runs in it", 2) from error
         except OSError as error:  # a file system without locks
             say(f"! run folder {self.path}: not locked ({error}); start no second run in it")
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_signal and ranks.world() == 1:  # torchrun itself hands signals on twice
+        again, self.stop_signal = self.stop_signal, number
+        if again and ranks.world() == 1:  # torchrun itself hands signals on twice
             raise SystemExit(128 + number)
-        self.stop_signal = number
-        say(f"! {signal.Signals(number).name}: will save and stop after this step (again: at once)")
+        when = "now" if self._undone else "after this step"
+        say(f"! {signal.Signals(number).name}: will save and stop {when} (again: at once)")
+        if self._undone:
+            raise _Stopped(number)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to `phases[name]`; synchronises the device.
 
-        Where the server of a teacher is lost in it, the run is saved before it ends.
+        Outside of the update the weights are those of the step boundary. There, in one process, an
+        error saves the run before it ends it, and a signal stops it in the middle: what the step
+        had done so far is thrown away, and done again by `--resume`. Several processes look for a
+        signal at the end of the block.
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, alone = time.perf_counter(), ranks.world() == 1
         try:
-            yield
+            try:
+                self._undone = alone and name in UNDONE and not self.stop_signal
+                yield
+            finally:
+                self._undone = False
+        except _Stopped:
+            self.stop_if_asked(self._step, self._save)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._out_of_memory(name, error) from None
+            if is_out_of_memory(error):
+                raise self._out_of_memory(name, error) from None
+            self._save_before(error, name)
+            raise
         except ServerLost as error:
-            if ranks.world() > 1:  # to save, all ranks would have to know
+            if not alone:  # to save, all ranks would have to know
                 raise
             raise RunError(f"{error}; saved {self._save()}; go on with --resume") from error
+        except Exception as error:
+            self._save_before(error, name)
+            raise
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+        if name in UNDONE:
+            self.stop_if_asked(self._step, self._save)
+
+    def _save_before(self, error: Exception, phase: str) -> None:
+        """Save what an error that is on its way out would lose; its own line comes after."""
+        if phase in UNDONE and ranks.world() == 1:
+            say(f"! {type(error).__name__} in phase {phase}: saved {self._save()}")
 
     def _out_of_memory(self, phase: str, error: RuntimeError) -> RunError:
         """The error for memory that ran out in a phase; saves, where the weights are those of the
@@ -294,10 +371,18 @@ class Run:
         with self._writing("metrics.jsonl"):
             append_row(self.path / "metrics.jsonl", {"step": step} | row)
         self.trace(step, tokens)
-        self._report(step, metrics)
+        self._show(step, metrics)
         for alarm, found in fired:
             say(f"! alarm {alarm.name} at step {step}: {found}. {alarm.cause} Try: {alarm.advice}")
             self.stop_alarm = alarm.name if self.stop_on_alarm else ""
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        try:
+            self._report(step, metrics)
+        except Exception as error:  # of another package, or of its server: no reason to end a run
+            self._num_unseen += 1
+            if self._num_unseen <= 3:
+                say(f"! live view: step {step} is not shown: {one_line(error, 160)}")
 
     def log_step(
         self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]
@@ -322,20 +407,27 @@ class Run:
 
     def has(self, step: int, key: str) -> bool:
         """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""
-        rows = ranks.first(read_metrics, self.path)
-        return any(row["step"] == step and key in row for row in rows)
+        return ranks.first(self._has, step, key)
+
+    def _has(self, step: int, key: str) -> bool:
+        for _, row in files.rows_from_end(self.path / "metrics.jsonl"):
+            if row is not None and (row["step"] < step or key in row):
+                return bool(row["step"] == step)
+        return False
 
     # ------------------------------------------------------------------------------ checkpoints
     def save(self, step: int, write: Callable[..., None], *args: Any) -> Path:
         """Write a checkpoint so that it is complete or absent, then drop the oldest.
 
         `write(folder, *args)` fills a temporary folder; its files are hashed into `manifest.json`,
-        synced and renamed to `step_<step>`. An error touches nothing that was saved before.
+        synced and renamed to `step_<step>`. An error touches nothing that was saved before. A
+        `step_<step>` that is there counts only if this run wrote it or goes on from it.
         """
         target, folder = self.checkpoints / f"step_{step}", self.checkpoints / f".writing-{step}"
-        if ranks.first(files.is_complete, target):
-            return target
         try:
+            if ranks.first(files.is_complete, target, target in self._ours):
+                return target
+            ranks.first(self._sync_logs)
             ranks.first(files.make_empty, folder)
             failed: Exception | None = None
             try:
@@ -356,6 +448,7 @@ class Run:
             )
             refused.said = getattr(error, "said", False)
             raise refused from error
+        self._ours.add(target)
         # Only those up to this one count: later ones, from before a --resume, may be damaged.
         complete = [path for path in self._complete() if files.step_of(path) <= step]
         for old in complete[: -self.keep] if self.keep and ranks.rank() == 0 else []:
@@ -363,6 +456,12 @@ class Run:
             old.rename(doomed)
             shutil.rmtree(doomed)
         return target
+
+    def _sync_logs(self) -> None:
+        """A checkpoint is never on the disk without the rows that lead to it."""
+        for name in LOGS:
+            if (self.path / name).is_file():
+                files.sync(self.path / name)
 
     def _complete(self) -> list[Path]:
         found = self.checkpoints.glob("step_*")
@@ -383,6 +482,7 @@ class Run:
                 f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
             ) from error
         self.rewind(state["step"])
+        ranks.first(self._write_record, self.resume_from)
         return state
 
     def newest_checkpoint(self) -> Path | None:
@@ -397,21 +497,17 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop logged rows after `step`, which a resumed run will write again."""
         ranks.first(self._rewind, step)
-        self.alarms = Alarms(ranks.first(read_metrics, self.path))
+        self.alarms = Alarms(each_metrics(self.path) if ranks.rank() == 0 else [])
 
     def _rewind(self, step: int) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "offending.jsonl"):
-            path = self.path / name
-            if path.is_file():
-                kept = []
-                for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                    with contextlib.suppress(ValueError):  # cut short by a kill or a full disk
-                        if json.loads(line)["step"] <= step:
-                            kept.append(line + "\n")
-                with self._writing(name):
-                    write_atomically(path, "".join(kept))
+        for name in LOGS:
+            with self._writing(name):
+                last = files.cut_log(self.path / name, step)
+            if name == "metrics.jsonl" and last != step and step:
+                ends = "has no row" if last is None else f"ends at step {last}"
+                say(f"! {name} {ends}, the checkpoint is of step {step}: rows are missing")
 
-    def stop_if_asked(self, step: int, save: Callable[[], Path]) -> None:
+    def stop_if_asked(self, step: int, save: Callable[[], Path | None]) -> None:
         """After SIGINT, SIGTERM or an alarm: save, then end with exit code 130, 143 or 1.
 
         Called at a step boundary; what runs out of memory before the next one saves by `save`, too.
@@ -467,9 +563,9 @@ class Run:
         ranks.first(self._finish)
 
     def _finish(self) -> None:
-        self._lock.close()
-        rows = read_metrics(self.path)
-        own, prefix = [row for row in rows if "eval/student/length_mean" in row], "eval/student/"
+        prefix = "eval/student/"
+        rows = [row for row in each_metrics(self.path) if any("eval/" in key for key in row)]
+        own = [row for row in rows if "eval/student/length_mean" in row]
         for key in own[-1] if own else ():
             name = key.removeprefix(prefix)
             if key.startswith(prefix) and (name.startswith("avg@") or name == "reverse_kl"):
@@ -508,12 +604,21 @@ def check_folder(args: argparse.Namespace) -> None:
         raise RunError(f"--run-dir {path}: expected a folder, {in_the_way} is a file", 2)
     if not os.access(in_the_way, os.W_OK):
         raise RunError(f"--run-dir {path}: {in_the_way} is not writable", 2)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the writers of weights take no other
+        raise RunError(f"--run-dir {path}: its name is not UTF-8 in this locale", 2) from None
     used = (path / "metrics.jsonl").exists() or any(path.glob("checkpoints/step_*"))
+    found = [name for name in (*LOGS, "args.json", "checkpoints") if (path / name).exists()]
+    if found and not args.resume and not is_run(path):
+        raise RunError(
+            f"--run-dir {path}: it is not a run folder (no args.json of a run), and has its own "
+            f"{', '.join(found)}",
+            2,
+        )
     if used and not (args.resume or args.overwrite):
         raise RunError(f"run folder {path} exists: give --resume or --overwrite", 2)
-    if used and args.overwrite and not (path / "args.json").is_file():
-        raise RunError(f"--overwrite: {path} is not a run folder (no args.json)", 2)
-    for name, value in vars(args).items() if used and args.overwrite else ():
+    for name, value in vars(args).items() if found and args.overwrite else ():
         for each in value if isinstance(value, list) else [value]:
             inside = isinstance(each, str) and name != "run_dir" and Path(each.split("=")[-1])
             if inside and inside.exists() and path.resolve() in inside.resolve().parents:
@@ -523,21 +628,26 @@ def check_folder(args: argparse.Namespace) -> None:
                 )
 
 
+def is_run(path: Path) -> bool:
+    """Whether the folder has the `args.json` of a run."""
+    try:
+        record = json.loads((path / "args.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"args", "facts", "environment"} <= record.keys()
+
+
 def _remove_run(path: Path, script: str) -> None:
-    """Delete what a run writes, and nothing else that is in its folder."""
-    if (path / "args.json").is_file():
-        for name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(path / name, ignore_errors=True)
-        own = (
-            "metrics.jsonl",
-            "samples.jsonl",
-            "tokens.jsonl",
-            "offending.jsonl",
-            "curves.png",  # of runs before version 0.2
-            script,
-        )
-        for file in (*(path / name for name in own), *path.glob("before_step_*")):
-            file.unlink(missing_ok=True)
+    """Delete what a run writes, and nothing else that is in its folder; its `args.json`, which
+    tells that it is one, stays until it is replaced.
+
+    Raises:
+        OSError: something cannot be deleted. Nothing has been trained yet.
+    """
+    if is_run(path):
+        own = [path / name for name in ("checkpoints", "tensorboard", *LOGS, script)]
+        for each in (*own, *path.glob("before_step_*")):
+            files.remove(each)
 
 
 def peak_memory_mib() -> float:
@@ -647,7 +757,14 @@ def save_checkpoint(
     tokenizer: Any,
     state: dict[str, int],
 ) -> None:
-    """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state."""
+    """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state.
+
+    Raises:
+        RunError: a weight is not finite. Nothing is written, so that older checkpoints stay.
+    """
+    bad = [name for names in ranks.gather(_not_finite(student)) for name in names]
+    if bad:
+        raise RunError(f"{len(bad)} of the student's weights are not finite, such as {bad[0]}")
     export(student, tokenizer, folder / "model")
     weights, moments = get_state_dict(student, optimizer)
     state_dict_saver.save(
@@ -655,14 +772,83 @@ def save_checkpoint(
     )
 
 
+def _not_finite(student: Any) -> list[str]:
+    """Names of the weights, or of the parts that this process has, with NaN or infinity."""
+    parts = {name: ranks.part(each.detach()) for name, each in student.named_parameters()}
+    good = torch.stack([part.isfinite().all().cpu() for part in parts.values()])
+    return [name for name, each in zip(parts, good.tolist()) if not each]
+
+
+_ALLOWED = {
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # its name in Python 3.13
+    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""What `trainer/.metadata` is made of: data, and nothing that could run code."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """Reads the metadata without running what it says, and files of its own folder only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError(".metadata is not that of a checkpoint")
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise pickle.UnpicklingError(f"{info.relative_path} is not in the checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads numbers and texts as it reads tensors: without running code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
 def load_checkpoint(
     folder: Path, student: Any, optimizer: torch.optim.Optimizer, state: dict[str, int]
 ) -> dict[str, int]:
-    """Put weights and moments back; return the counters that were saved with them."""
+    """Put weights and moments back; return the counters that were saved with them.
+
+    What the flags decide (learning rate, betas, weight decay) is as the flags of this run have it.
+    No file of the folder can run code.
+    """
+    flags = [
+        {key: group[key] for key in group if key != "params"} for group in optimizer.param_groups
+    ]
     weights, moments = get_state_dict(student, optimizer)
     saved: dict[str, Any] = {"student": weights, "optimizer": moments} | state
-    state_dict_loader.load(saved, checkpoint_id=folder / "trainer")
+    state_dict_loader.load(saved, storage_reader=_Reader(folder / "trainer"), planner=_Planner())
     set_state_dict(
         student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
     )
+    for group, given in zip(optimizer.param_groups, flags):
+        group.update(given)
     return {key: saved[key] for key in state}

@@ -83,7 +83,7 @@ def _check(
     rollout, failure = None, ""
     if not model.engine:
         try:
-            rollout = sample(model, rows, uniform, args, 1.0, prefixes=prefixes)
+            rollout = sample(model, rows, uniform, args, prefixes=prefixes)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # each architecture has its own way to refuse a cache

@@ -7,14 +7,18 @@ It gives the log-probs that a local one gives; tests hold it to that with the re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ from opd_run.console import RunError, ServerLost, one_line, say
 
 NUM_REQUESTS = 8  # at a time
 ROWS_A_REQUEST = 16
+MOST_LOGP = 1e-3  # nats; what rounding may put above 0
+MOST_NATS_APART = 0.2  # replicas in bfloat16 differ by less, other models by more
 KEY = "OPD_TEACHER_API_KEY"  # environment variable; sent as a bearer token, never logged
 
 
@@ -65,8 +71,11 @@ class RemoteTeacher(torch.nn.Module):
         self.url = args.teacher_url.rstrip("/").removesuffix("/v1")
         self.size = max(getattr(args, name, 0) for name in ("support_size", "outlier_support"))
         self.size = min(self.size, facts.valid_vocab)
-        served = self._post("/v1/models", None)["data"][0]
-        self.name, self.max_len = served["id"], served.get("max_model_len") or math.inf
+        try:
+            served = self._post("/v1/models", None)["data"][0]
+            self.name, self.max_len = served["id"], served.get("max_model_len") or math.inf
+        except (KeyError, TypeError, IndexError, AttributeError):
+            raise RunError(f"--teacher-url: {self.url} lists no model: is it vllm serve?") from None
         self._check_tokenizer(tokenizer)
         self._check_server()
         say(f"teacher: {self.name} at {self.url}, top {self.size} and the sampled token")
@@ -109,6 +118,7 @@ class RemoteTeacher(torch.nn.Module):
         groups = [rows[i : i + ROWS_A_REQUEST] for i in range(0, len(rows), ROWS_A_REQUEST)]
 
         def ask(group: Sequence[list[int]]) -> list[list[dict[int, float]]]:
+            num = sum(map(len, group))
             body = {
                 "model": self.name,
                 "prompt": list(group),
@@ -117,9 +127,14 @@ class RemoteTeacher(torch.nn.Module):
                 "temperature": temperature,
                 "seed": 0,
             }
-            choices = self._post("/v1/completions", body)["choices"]
-            choices.sort(key=lambda choice: choice["index"])
-            return [[_entry(each) for each in c["prompt_logprobs"]] for c in choices]
+            answer = self._post("/v1/completions", body, 10**6 + num * (size + 1) * 1000)
+            try:
+                return checked(answer, group, size)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RunError(
+                    f"--teacher-url: {self.url} gives no log-probs of what it was asked: "
+                    f"{type(error).__name__}: {one_line(error)}"
+                ) from error
 
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             return [found for part in pool.map(ask, groups) for found in part]
@@ -129,7 +144,8 @@ class RemoteTeacher(torch.nn.Module):
         num = self.facts.valid_vocab
         for start in range(0, num, 1024):
             ids = list(range(start, min(start + 1024, num)))
-            theirs = self._post("/detokenize", {"model": self.name, "tokens": ids})["prompt"]
+            found = self._post("/detokenize", {"model": self.name, "tokens": ids})
+            theirs = found.get("prompt") if isinstance(found, dict) else None
             if theirs != tokenizer.decode(ids):
                 raise RunError(
                     f"--teacher-url: the served model {self.name} has another tokenizer: ids "
@@ -138,40 +154,48 @@ class RemoteTeacher(torch.nn.Module):
                 )
 
     def _check_server(self) -> None:
-        """Refuse a server that gives too few log-probs, or changes them by a temperature."""
-        probe = [list(range(min(8, self.facts.valid_vocab)))]
-        plain, warm = (self.prompt_logp(probe, each)[0][1:] for each in (1.0, 0.5))
-        worst = max(
-            (abs(a[each] - b[each]) for a, b in zip(plain, warm) for each in a.keys() & b.keys()),
-            default=0.0,
-        )
-        if worst > 1e-2:
+        """Refuse a server that gives too few log-probs, changes them by a temperature, or answers
+        the same request in two ways, as replicas of different models do."""
+        num, length = self.facts.valid_vocab, min(8, self.facts.valid_vocab)
+        probe = [[(7 * at + row) % num for at in range(length)] for row in range(NUM_REQUESTS)]
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:  # at the same time: one replica each
+            several = list(pool.map(self.prompt_logp, [probe] * NUM_REQUESTS))
+        if max(_difference(several[0], each) for each in several) > MOST_NATS_APART:
+            raise RunError(
+                f"--teacher-url: the servers behind {self.url} give log-probs that are more than "
+                f"{MOST_NATS_APART} nats apart: do they all have one model?"
+            )
+        if _difference(self.prompt_logp(probe[:1]), self.prompt_logp(probe[:1], 0.5)) > 1e-2:
             raise RunError(
                 "--teacher-url: the server applies a temperature to log-probs: start it with "
                 "--logprobs-mode raw_logprobs"
             )
 
-    def _post(self, path: str, body: Any) -> Any:
-        """JSON of an answer; waits and asks again until `--teacher-timeout-s` have passed."""
+    def _post(self, path: str, body: Any, most: int = 10**7) -> Any:
+        """JSON of an answer of at most `most` bytes; waits and asks again until
+        `--teacher-timeout-s` have passed in all."""
         end, pause = time.monotonic() + self.args.teacher_timeout_s, 0.5
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {os.environ[KEY]}"
         data = None if body is None else json.dumps(body).encode()
         while True:
-            left = max(1.0, end - time.monotonic())
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
-                with urllib.request.urlopen(request, timeout=left) as answer:
-                    return json.loads(answer.read())
+                text = _fetch(request, max(1.0, end - time.monotonic()), most)
+                if len(text) > most:
+                    raise RunError(f"--teacher-url: {path}: an answer of more than {most} bytes")
+                return json.loads(text)
             except urllib.error.HTTPError as error:
-                text = one_line(error.read().decode(errors="replace"))
+                said = _said(error)
                 if error.code < 500 and error.code not in (408, 429):
-                    advice = "; start it with --max-logprobs N" if "logprobs" in text else ""
-                    raise RunError(f"--teacher-url: {path}: {error.code}: {text}{advice}") from None
-                problem = f"{error.code}: {text}"
-            except (OSError, ValueError) as error:  # no connection, time-out, half an answer
-                problem = one_line(error)
+                    advice = "; start it with --max-logprobs N" if "logprobs" in said else ""
+                    if error.code < 400:
+                        advice = "; give the address that it redirects to, if you trust it"
+                    raise RunError(f"--teacher-url: {path}: {error.code}: {said}{advice}") from None
+                problem = f"{error.code}: {said}"
+            except (OSError, ValueError, HTTPException, RecursionError) as error:
+                problem = one_line(error) or type(error).__name__  # no connection, half an answer
             if time.monotonic() + pause > end:
                 raise ServerLost(
                     f"--teacher-url: {self.url} has not answered for "
@@ -181,8 +205,121 @@ class RemoteTeacher(torch.nn.Module):
             pause = min(2 * pause, 30.0)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key, and the prompts, to another host: it is an error."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def _fetch(request: urllib.request.Request, limit_s: float, most: int) -> bytes:
+    """An answer, cut after `most` + 1 bytes; all of it within `limit_s`, however slowly it drips.
+
+    Raises:
+        TimeoutError: it was not whole by then.
+    """
+    sockets: list[socket.socket] = []
+
+    def remembered(kind: type[HTTPConnection]) -> Callable[..., HTTPConnection]:
+        class Connection(kind):  # type: ignore[valid-type,misc]
+            def connect(self) -> None:
+                super().connect()
+                sockets.append(self.sock)
+
+        return Connection
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, req: Any) -> Any:
+            return self.do_open(remembered(HTTPConnection), req)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, req: Any) -> Any:
+            return self.do_open(remembered(HTTPSConnection), req)
+
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        opener = urllib.request.build_opener(_NoRedirect, Http, Https)
+        with opener.open(request, timeout=limit_s) as answer:
+            found = bytes(answer.read(most + 1))
+            length = answer.headers.get("Content-Length", "")
+            if len(found) <= most and length.isdecimal() and len(found) < int(length):
+                raise OSError(f"{len(found)} of {length} bytes of an answer")
+    except (OSError, HTTPException):
+        if over.is_set():
+            raise TimeoutError(f"no whole answer within {limit_s:.0f} s") from None
+        raise
+    finally:
+        timer.cancel()
+    if over.is_set():
+        raise TimeoutError(f"no whole answer within {limit_s:.0f} s")
+    return found
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the server says of an error, or of itself, where it says nothing."""
+    try:
+        return one_line(error.read(10**4).decode(errors="replace")) or one_line(error.reason)
+    except (OSError, HTTPException) as lost:
+        return one_line(lost)
+
+
+def _difference(
+    some: Sequence[Sequence[dict[int, float]]], others: Sequence[Sequence[dict[int, float]]]
+) -> float:
+    """The largest difference, in nats, of log-probs that both have of one token in one place."""
+    return max(
+        (
+            abs(logp - b[each])
+            for row, other in zip(some, others)
+            for a, b in zip(row, other)
+            for each, logp in a.items()
+            if each in b
+        ),
+        default=0.0,
+    )
+
+
+def checked(answer: Any, rows: Sequence[list[int]], size: int) -> list[list[dict[int, float]]]:
+    """Log-probs by id for each row and position; of a server nothing is taken on trust.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not what was asked for: one choice
+            for each row, one entry for each token but the first, with that token and `size` others
+            in it, ids from 0 on, and log-probs of at most probability 1 in all.
+    """
+    choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+    if [choice["index"] for choice in choices] != list(range(len(rows))):
+        raise ValueError(f"{len(choices)} choices, not one for each of {len(rows)} rows")
+    found = []
+    for row, choice in zip(rows, choices):
+        entries = [_entry(each) for each in choice["prompt_logprobs"]]
+        if len(entries) != len(row) or entries[0]:  # nothing comes before the first
+            raise ValueError(f"{len(entries)} entries for {len(row)} tokens")
+        for at, (token, entry) in enumerate(zip(row, entries)):
+            if at and token not in entry:
+                raise ValueError(f"position {at} has no log-prob of its token {token}")
+            if not all(each >= 0 and logp <= MOST_LOGP for each, logp in entry.items()):
+                raise ValueError(f"position {at} has an id below 0, or a log-prob above 0 or NaN")
+            if sum(math.exp(logp) for logp in entry.values()) > math.exp(MOST_LOGP):
+                raise ValueError(f"position {at} has probabilities of more than 1 in all")
+            if at and len(entry) < size:
+                raise ValueError(f"position {at} has {len(entry)} tokens, {size} were asked for")
+        found.append(entries)
+    return found
+
+
 def _entry(entry: dict[str, dict[str, float]] | None) -> dict[int, float]:
-    return {int(key): value["logprob"] for key, value in (entry or {}).items()}
+    return {int(key): float(value["logprob"]) for key, value in (entry or {}).items()}
 
 
 def local(paths: dict[str, str], args: argparse.Namespace) -> dict[str, str]:

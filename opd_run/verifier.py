@@ -1,67 +1,188 @@
-"""Verifiers: functions that say whether an answer is right, in a process that may hang or die."""
+"""Verifiers: functions that say whether an answer is right, in a process that may hang or die.
+
+The run starts one helper process by its own command line (so nothing of the caller's main module is
+imported, and no file or socket in a temporary folder is needed); the helper forks the children that
+verify. When the run ends, however it ends, the helper sees its socket close and kills what is left.
+"""
 
 from __future__ import annotations
 
 import importlib
-import multiprocessing
+import importlib.util
+import inspect
+import json
+import numbers
+import os
+import pickle
+import re
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from opd_run import ranks
 from opd_run.console import RunError, one_line, optional, say
 
 Function = Callable[[str, str, dict[str, Any]], bool]
+START_LIMIT_S = 120.0  # imports may take long, an answer may not
+_SECRET = re.compile(
+    r"(^|_)(API_?KEY|KEYS?|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?|AUTH|PAT)(_|$)", re.I
+)
+_BOOT = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from opd_run import verifier
+verifier._nursery(int(sys.argv[1]))
+"""
 
 
-def _verify_forever(pipe: Any, function: Function) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+# ------------------------------------------------------------- what runs in the helper process
+def _nursery(descriptor: int) -> None:
+    """Fork a verifying child for each connection that arrives; end with the run, and end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    pipe.send("ready")  # everything is imported: from here on the time limit counts
+    control, children = socket.socket(fileno=descriptor), set[int]()
     while True:
         try:
-            text, answer, row = pipe.recv()
-        except (EOFError, OSError):  # the parent is gone
+            told, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        except OSError:
+            told = b""
+        if not told:
+            break
+        for child in list(children):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                children.remove(child)
+        child = os.fork()
+        if child == 0:
+            control.close()
+            try:
+                os.setsid()  # what a verifier starts is of its group, and ends with it
+                _verify_forever(Connection(descriptors[0]))
+            finally:
+                os._exit(1)
+        os.close(descriptors[0])
+        children.add(child)
+    for child in children:
+        _kill_group(child)
+    os._exit(0)
+
+
+def _verify_forever(pipe: Any) -> None:
+    try:
+        function: Function = pickle.loads(pipe.recv_bytes())
+        error = ""
+    except (Exception, SystemExit) as raised:  # whatever the user's module raises or does
+        error = f"its module cannot be loaded: {type(raised).__name__}: {one_line(raised, 200)}"
+    # Everything is imported: from here on the time limit counts.
+    pipe.send_bytes(json.dumps([os.getpid(), error]).encode())
+    while not error:
+        try:
+            text, answer, row = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):  # the run is gone
             return
         try:
-            pipe.send((bool(function(text, answer, row)), ""))
-        except Exception as error:  # a verifier is the user's: whatever it raises is no verdict
-            pipe.send((None, f"{type(error).__name__}: {one_line(error, 200)}"))
+            found = [verdict_of(function(text, answer, row)), ""]
+        except (Exception, SystemExit) as raised:  # a verifier is the user's: that is no verdict
+            found = [None, f"{type(raised).__name__}: {one_line(raised, 200)}"]
+        pipe.send_bytes(json.dumps(found).encode())
 
 
+def verdict_of(answer: object) -> bool:
+    """What a verifier returned, if it is a verdict: True, False, or a number equal to 1 or 0.
+
+    Raises:
+        TypeError: it is anything else. The truth of a text, a tuple or a dict is not a verdict.
+    """
+    if isinstance(answer, (bool, numpy.bool_)):
+        return bool(answer)
+    if isinstance(answer, numbers.Real) and answer in (0, 1):
+        return bool(answer == 1)
+    if inspect.iscoroutine(answer):
+        answer.close()
+    raise TypeError(f"expected True or False, got {type(answer).__name__} {answer!r:.60}")
+
+
+def _kill_group(child: int) -> None:
+    """Kill a child, and what it has started; both may be gone."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(child, signal.SIGKILL)
+        except OSError:
+            continue
+
+
+# ------------------------------------------------------------------------ what runs in the run
 class Verifier:
     """Runs `function(completion, answer, row) -> bool` in one long-lived child process.
 
     The child is killed and started anew when an answer takes longer than `timeout_s`, so that a
-    verifier that hangs cannot stop a run. A process is no sandbox: do not execute model text.
+    verifier that hangs cannot stop a run. A process is no sandbox: do not execute model text. The
+    child does not get those environment variables that are named like a key, token or password.
 
-    `num_unverified` counts the calls that timed out or raised since the run began; `last_error` is
-    the newest message.
+    `num_unverified` counts the calls that timed out, raised or gave no verdict since the run began;
+    `last_error` is the newest message.
+
+    Raises:
+        RunError: the function cannot be handed to another process.
     """
 
     def __init__(self, function: Function, timeout_s: float) -> None:
-        self.function, self.timeout_s = function, timeout_s
+        main = sys.modules["__main__"]
+        if getattr(function, "__module__", "") == "__main__" and getattr(main, "__file__", None):
+            function = Named(str(Path(str(main.__file__)).resolve()), function.__qualname__)
+        try:
+            self._function = pickle.dumps(function)
+        except Exception as error:  # pickle raises what the object makes it
+            raise RunError(
+                f"the verifier cannot run in another process: {one_line(error)}"
+            ) from None
+        self.timeout_s = timeout_s
         self.num_unverified, self.last_error = 0, ""
-        self._process: Any = None
-        self._pipe: Any = None
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._pid = 0
         self._start()
 
     def _start(self) -> None:
-        # A server that has imported everything forks the children: a restart takes milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "opd_run.verifier"])
-        self._pipe, child_end = context.Pipe()
-        self._process = context.Process(
-            target=_verify_forever, args=(child_end, self.function), daemon=True
-        )
-        self._process.start()
-        child_end.close()
-        self._ready = False
+        """A new child, forked by the helper in milliseconds; a new helper where that is gone."""
+        ours, theirs = socket.socketpair()
+        self._pipe, self._pid = Connection(ours.detach()), 0
+        with theirs:
+            for last in (False, True):
+                if self._helper is None or self._helper.poll() is not None:
+                    self._end_helper()
+                    self._start_helper()
+                try:
+                    socket.send_fds(self._control, [b"+"], [theirs.fileno()])  # type: ignore[arg-type]
+                    break
+                except OSError:  # something has killed it
+                    self._end_helper()
+                    if last:
+                        raise
+        self._pipe.send_bytes(self._function)
+
+    def _start_helper(self) -> None:
+        self._control, theirs = socket.socketpair()
+        environment = {key: value for key, value in os.environ.items() if not _SECRET.search(key)}
+        with theirs:
+            self._helper = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                start_new_session=True,  # Ctrl-C and a lost terminal are the run's to handle
+            )
+        assert self._helper.stdin is not None
+        with self._helper.stdin as stdin:
+            stdin.write(pickle.dumps([str(Path(each).resolve()) for each in sys.path]))
 
     def __call__(self, items: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float]:
         """Verdicts of `(completion, answer, row)` items: +1 right, -1 wrong, 0 unverified.
@@ -73,17 +194,15 @@ class Verifier:
 
     def _verdict(self, item: tuple[str, str, dict[str, Any]]) -> float:
         try:
-            if not self._ready:
-                if not self._pipe.poll(120.0):
-                    raise TimeoutError("its process did not start within 120 s")
-                self._ready = bool(self._pipe.recv())
-            self._pipe.send(item)
+            if not self._pid:
+                self._await_start()
+            self._pipe.send_bytes(pickle.dumps(item))
             if not self._pipe.poll(self.timeout_s):
                 raise TimeoutError(f"no answer within {self.timeout_s} s")
-            right, error = self._pipe.recv()
-        except (EOFError, OSError) as lost:  # TimeoutError is an OSError
+            right, error = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError, ValueError) as lost:  # TimeoutError is an OSError
             right, error = None, str(lost) or "its process died"
-            self.close()
+            self._end_child()
             self._start()
         if right is not None:
             return 1.0 if right else -1.0
@@ -92,11 +211,67 @@ class Verifier:
             say(f"! verifier failed on answer {item[1]!r:.60}: {error}; verdict 0")
         return 0.0
 
-    def close(self) -> None:
-        """End the child process."""
-        self._process.kill()
-        self._process.join()
+    def _await_start(self) -> None:
+        if not self._pipe.poll(START_LIMIT_S):
+            raise TimeoutError(f"its process did not start within {START_LIMIT_S:g} s")
+        self._pid, error = json.loads(self._pipe.recv_bytes())
+        if error:
+            raise OSError(error)
+
+    def _end_child(self) -> None:
         self._pipe.close()
+        if self._pid:
+            _kill_group(self._pid)
+        else:  # it has not said who it is
+            self._end_helper()
+
+    def _end_helper(self) -> None:
+        if self._control is not None and self._helper is not None:
+            self._control.close()  # it kills its children, then itself
+            try:
+                self._helper.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self._helper.kill()
+                self._helper.wait()
+        self._control = self._helper = None
+
+    def close(self) -> None:
+        """End the child process, whatever it does."""
+        self._end_child()
+        self._end_helper()
+
+
+class Named:
+    """A function by its place, `file.py` or a module, and its name there: read in each process, so
+    that a lambda serves too, and a file is never mistaken for a module of the same name."""
+
+    def __init__(self, place: str, name: str) -> None:
+        self.place, self.name = place, name
+        self._load()
+
+    def _load(self) -> None:
+        if self.place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"verifier of {self.place}", self.place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(self.place)
+        found: Any = module
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        if not callable(found):
+            raise TypeError(f"{self.name} is a {type(found).__name__}, no function")
+        if inspect.iscoroutinefunction(found):
+            raise TypeError(f"{self.name} is async, which gives no verdict")
+        self._function: Function = found
+
+    def __call__(self, text: str, answer: str, row: dict[str, Any]) -> bool:
+        return self._function(text, answer, row)
+
+    def __reduce__(self) -> tuple[type[Named], tuple[str, str]]:
+        return Named, (self.place, self.name)
 
 
 # --------------------------------------------------------------- the functions that come with us
@@ -148,18 +323,17 @@ def verifier_function(spec: str) -> Function:
             raise RunError(f"--verifier {spec}: {one_line(error)}", 2) from None
         return partial(verify_gym, name)
     path = Path(module)
-    folder = str(path.resolve().parent if path.suffix == ".py" else Path.cwd())
+    file = path.suffix == ".py"
+    folder = str(path.resolve().parent if file else Path.cwd())
     if folder not in sys.path:
-        sys.path.append(folder)  # the child process gets it too
+        sys.path.append(folder)  # for what the file imports; the child process gets it too
     try:
-        name_of_module = path.stem if path.suffix == ".py" else module
-        function: Function = getattr(importlib.import_module(name_of_module), name)
-        if not callable(function):
-            raise TypeError(f"{name} is a {type(function).__name__}, no function")
-    except Exception as error:  # whatever the module raises when it is imported
+        if file and not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        return Named(str(path.resolve()) if file else module, name)
+    except (Exception, SystemExit) as error:  # whatever the module raises or does at its import
         raise RunError(
             f"--verifier: expected exact, math, reasoning_gym:TASK, module:function or "
             f"file.py:function, got {spec!r} ({type(error).__name__}: {one_line(error)})",
             code=2,
         ) from error
-    return function

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_run import ranks
+from opd_run import ranks, rollouts
 from opd_run.adapters import merged
 from opd_run.compat import Facts
 from opd_run.console import optional
@@ -126,28 +126,25 @@ def memory(num_parameters: int, args: argparse.Namespace) -> int:
 def fill(
     model: Any,
     out: Any,
-    prompts: Sequence[tuple[int, ...]],
     rows: Tensor,
     uniform: Tensor,
     stop: Sequence[int],
     args: argparse.Namespace,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    sampling: tuple[float, float, int],
 ) -> None:
     """Sample the rows `rows` of the rollout `out` with the model's engine and current weights.
 
-    `prompts` [B] are the token ids that each row goes on from, what `out` already has of its
-    completion included. The seed of a row comes from its first uniform. `behaviour_logp` is the
-    engine's, so that `policy_log_ratio` has the mismatch between engine and training in it. An
-    engine tells one log-prob of a token: where temperature or truncation make `rollout_logp`
-    another one, that is NaN.
+    A row goes on from its prompt and prefix. Its seed comes from its first uniform.
+    `behaviour_logp` is the engine's, so that `policy_log_ratio` has the mismatch between engine and
+    training in it. An engine tells one log-prob of a token: where temperature or truncation make
+    `rollout_logp` another one, that is NaN.
     """
     seeds = (uniform[rows, 0].double() * 2**31).long().tolist()
     starts = out.completion_mask.sum(1)
     most = (uniform.shape[1] - starts[rows]).tolist()
+    temperature, top_p, top_k = sampling
     law = {"temperature": temperature, "top_p": top_p, "top_k": top_k or -1}
-    asked = [prompts[row] for row in rows.tolist()]
+    asked = [rollouts.begun(out, row) for row in rows.tolist()]
     found = model.engine.sample(model, asked, most, seeds, stop, args, law)
     plain = temperature == 1.0 and top_p == 1.0 and top_k == 0
     for row, (ids, logp) in zip(rows.tolist(), found):

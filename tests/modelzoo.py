@@ -250,7 +250,7 @@ def truth(lm: Any, rollout: Any) -> torch.Tensor:
 def sampled(model: Any, prompts: list[Any], args: Any) -> Any:
     """A rollout of the prompts, each twice."""
     asked = [prompt for prompt in prompts for _ in range(2)]
-    return opd.sample(model, asked, opd.uniforms(len(asked), "rollouts", 0, args), args, 1.0)
+    return opd.sample(model, asked, opd.uniforms(len(asked), "rollouts", 0, args), args)
 
 
 def gradient(loss: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:

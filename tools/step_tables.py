@@ -98,7 +98,7 @@ def equality() -> str:
 
 
 def summary(steps: dict[Case, Row]) -> str:
-    """For README.md: ranges over lengths and divergences of theirs over ours, by vocabulary."""
+    """In short: ranges over lengths and divergences of theirs over ours, by vocabulary."""
     lines = []
     for vocab in sorted({row["vocab"] for row in steps.values()}, key=int):
         cells = [f"{int(vocab):,}"]

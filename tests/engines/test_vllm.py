@@ -85,7 +85,7 @@ def test_the_engine_samples_from_the_student(sampler):
     loaded, args, tokenizer = sampler
     chosen = prompts(opd, tokenizer)
     uniform = opd.uniforms(len(chosen), "rollouts", 0, args)
-    rollout = opd.sample(loaded["student"], chosen, uniform, args, 1.0)
+    rollout = opd.sample(loaded["student"], chosen, uniform, args)
     mask = rollout.completion_mask
     found = opd.token_logp(loaded["student"], rollout, args)
     assert (found - rollout.rollout_logp)[mask].abs().max() < TOLERANCE
@@ -94,7 +94,7 @@ def test_the_engine_samples_from_the_student(sampler):
     ends = torch.isin(last, torch.tensor(opd.stop_ids(loaded["student"].facts)))
     assert torch.equal(ends, rollout.ended) and rollout.ended.any()
     assert (mask.sum(1)[~ends] == args.max_completion_tokens).all()
-    again = opd.sample(loaded["student"], chosen, uniform, args, 1.0)
+    again = opd.sample(loaded["student"], chosen, uniform, args)
     assert torch.equal(again.completion_ids, rollout.completion_ids)  # seeds belong to the rows
     assert len({tuple(ids) for ids in rollout.completion_ids[:: len(TEXTS)].tolist()}) > 1
 
@@ -105,7 +105,7 @@ def test_truncation_is_kept_out_of_the_behaviour(sampler):
     loaded, args, tokenizer = sampler
     chosen = prompts(opd, tokenizer)
     uniform = opd.uniforms(len(chosen), "rollouts", 1, args)
-    rollout = opd.sample(loaded["student"], chosen, uniform, args, 0.8, top_k=3)
+    rollout = opd.sample(loaded["student"], chosen, uniform, args, (0.8, 1.0, 3))
     logits = opd.read_tokens(loaded["student"], rollout, lambda hidden, head: hidden @ head.T)
     top, mask = logits.topk(3, -1).indices, rollout.completion_mask
     assert (top == rollout.completion_ids[..., None]).any(-1)[mask].all()
@@ -120,7 +120,7 @@ def test_after_an_update_the_engine_has_the_new_weights(sampler):
     loaded, args, tokenizer = sampler
     student, chosen = loaded["student"], prompts(opd, tokenizer)
     uniform = opd.uniforms(len(chosen), "rollouts", 2, args)
-    rollout = opd.sample(student, chosen, uniform, args, 1.0)
+    rollout = opd.sample(student, chosen, uniform, args)
     scores = opd.score(loaded, rollout, args)
     own = copy.copy(args)
     own.sampler = "own"
@@ -132,7 +132,7 @@ def test_after_an_update_the_engine_has_the_new_weights(sampler):
     assert found["loss"] == pytest.approx(want["loss"], abs=TOLERANCE)
     assert found["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-2)
     assert 0 < abs(found["policy_log_ratio_mean"]) < TOLERANCE
-    fresh = opd.sample(student, chosen, uniform, args, 1.0)
+    fresh = opd.sample(student, chosen, uniform, args)
     mask = fresh.completion_mask
     now = opd.token_logp(student, fresh, args)
     assert (now - fresh.rollout_logp)[mask].abs().max() < TOLERANCE
@@ -157,7 +157,7 @@ def test_a_served_teacher_gives_the_step_of_a_local_one(server, method):
     served, served_args, _ = prepared(module, *OWN[method], "--teacher-url", server)
     chosen = prompts(module, tokenizer)
     uniform = module.uniforms(len(chosen), "rollouts", 0, args)
-    rollout = module.sample(local["student"], chosen, uniform, args, 1.0)
+    rollout = module.sample(local["student"], chosen, uniform, args)
     rollout.verdict = torch.tensor([1.0, -1.0] * (len(chosen) // 2))
     rollout.extra["coin"] = torch.full(rollout.completion_ids.shape, 0.5)
     want, found = module.score(local, rollout, args), module.score(served, rollout, served_args)

@@ -51,7 +51,7 @@ def prepared(folder, *more: str, teacher: bool = True):
         for i, text in enumerate(texts)
     ]
     uniform = exopd.uniforms(6, "rollouts", 0, args)
-    return loaded, args, exopd.sample(loaded["student"], chosen, uniform, args, 1.0)
+    return loaded, args, exopd.sample(loaded["student"], chosen, uniform, args)
 
 
 # ------------------------------------------------------------------------------------- collapse

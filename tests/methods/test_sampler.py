@@ -7,8 +7,9 @@ import pytest
 import tinylm
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 
-from opd_run import diagnose
+from opd_run import diagnose, models
 
 FLAGS = ["--max-completion-tokens", "12", "--max-prompt-tokens", "32", "--teacher-dtype", "float32"]
 
@@ -33,7 +34,7 @@ def prompts(tokenizer, *texts: str):
 def draw_many(model, args, chosen, seed=0, **how):
     args.seed = seed
     uniform = opd.uniforms(len(chosen), "rollouts", 0, args)
-    return opd.sample(model, chosen, uniform, args, **({"temperature": 1.0} | how))
+    return opd.sample(model, chosen, uniform, args, **how)
 
 
 def test_teacher_forced_forward_reproduces_the_log_probs(student):
@@ -59,7 +60,9 @@ def test_draw_is_the_inverse_cdf():
     law = {"valid_vocab": 4, "temperature": 1.0}
     logits = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2, 9.0]))
     grid = (torch.arange(1000) + 0.5) / 1000
-    token, rollout_logp, behaviour_logp = opd.draw(logits.expand(1000, -1), grid, 1.0, 1.0, 0, law)
+    token, rollout_logp, behaviour_logp = opd.draw(
+        logits.expand(1000, -1), grid, (1.0, 1.0, 0), law
+    )
     assert torch.bincount(token, minlength=5).tolist() == [100, 400, 300, 200, 0]
     assert torch.allclose(rollout_logp.exp(), torch.tensor([0.1, 0.4, 0.3, 0.2])[token], atol=1e-6)
     assert torch.allclose(rollout_logp, behaviour_logp, atol=1e-6)
@@ -80,11 +83,72 @@ def test_draw_truncates_as_asked_and_says_so(how, shares):
     law = {"valid_vocab": 4, "temperature": 1.0}
     probs = torch.tensor([0.1, 0.4, 0.3, 0.2])
     grid = (torch.arange(6300) + 0.5) / 6300
-    token, rollout_logp, behaviour_logp = opd.draw(probs.log().expand(6300, -1), grid, *how, law)
+    token, rollout_logp, behaviour_logp = opd.draw(probs.log().expand(6300, -1), grid, how, law)
     found = torch.bincount(token, minlength=4) / 6300
     assert torch.allclose(found, torch.tensor(shares, dtype=torch.float32), atol=2e-3)
     assert torch.allclose(rollout_logp.exp(), torch.tensor(shares)[token].float(), atol=1e-5)
     assert torch.allclose(behaviour_logp, probs.log()[token], atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("flat", [0.01, 1.0, 4.0])
+def test_a_few_candidates_give_the_tokens_of_a_sort(top_p, flat):
+    """With top-p the likeliest 1,024 are looked at first; all are sorted where they hold too little
+    of the mass; ties go to the lowest id, here in pairs."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (flat * torch.randn(40, 2500, generator=generator)).repeat_interleave(2, 1)
+    uniform, law = torch.rand(40, generator=generator), {"valid_vocab": 4999, "temperature": 1.0}
+    token, rollout_logp, _ = opd.draw(logits, uniform, (0.8, top_p, 0), law)
+    probs = (logits[:, :4999].double() / 0.8).softmax(-1)
+    if top_p < 1.0:
+        probs, ids = probs.sort(dim=-1, descending=True, stable=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    cdf = probs.cumsum(-1) / probs.sum(-1, keepdim=True)
+    column = (cdf <= uniform[:, None].double()).sum(1, keepdim=True)
+    want = column if top_p == 1.0 else ids.gather(1, column)
+    near = ((cdf - uniform[:, None]).abs() < 1e-5).any(1)  # there rounding may decide
+    assert torch.equal(token[~near], want[:, 0][~near]) and near.float().mean() < 0.5
+    logp = (probs.gather(1, column) / probs.sum(-1, keepdim=True)).log()[:, 0].float()
+    assert torch.allclose(rollout_logp[~near], logp[~near], atol=1e-4)
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(student, monkeypatch, capsys):
+    """Room for two rollouts: the same samples, and the next call starts with two."""
+    model, args, tokenizer = prepared(student)
+    chosen = prompts(tokenizer, "1+2=", "a", "1+2=", "12+345=", "9")
+    want, decode, sizes = draw_many(model, args, chosen), opd.decode, []
+
+    def poor(*inputs):
+        sizes.append(len(inputs[-1]))
+        if sizes[-1] > 2:
+            inputs[1].completion_mask[inputs[-1], 0] = True  # it had begun
+            inputs[1].completion_ids[inputs[-1], 0] = 11
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+        decode(*inputs)
+
+    monkeypatch.setattr(opd, "decode", poor)
+    opd.retry.start()
+    found = draw_many(model, args, chosen)
+    assert sizes == [5, 3, 2, 2, 1] and "at most 2 rollouts" in capsys.readouterr().out
+    for name in ("completion_ids", "completion_mask", "ended"):
+        assert torch.equal(getattr(want, name), getattr(found, name)), name
+    draw_many(model, args, chosen)
+    assert sizes[5:] == [2, 2, 1]
+    opd.retry.start()
+
+
+def test_the_cache_grows_by_blocks_and_keeps_what_a_plain_one_has():
+    generator = torch.Generator().manual_seed(0)
+    ours, plain = models._GrowingLayer(), DynamicLayer()
+    for length in (5, *[1] * 70, 130, 1):
+        keys, values = torch.randn(2, 3, 2, length, 4, generator=generator)
+        for layer in (ours, plain):
+            layer.update(keys[: len(layer.keys)] if layer.is_initialized else keys, values)
+        if ours.get_seq_length() == 40:
+            for layer in (ours, plain):
+                layer.batch_select_indices(torch.tensor([2, 0, 1]))
+        assert torch.equal(ours.keys, plain.keys) and torch.equal(ours.values, plain.values)
+        assert ours.get_seq_length() == plain.get_seq_length()
 
 
 def test_draw_never_takes_an_impossible_token():
@@ -92,7 +156,7 @@ def test_draw_never_takes_an_impossible_token():
     law = {"valid_vocab": 5, "temperature": 1.0}
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, 1.0 - 2.0**-24])
-    token, rollout_logp, _ = opd.draw(logits, uniform, 1.0, 1.0, 0, law)
+    token, rollout_logp, _ = opd.draw(logits, uniform, (1.0, 1.0, 0), law)
     assert token.tolist() == [1, 3, 3] and rollout_logp.isfinite().all()
 
 
@@ -101,11 +165,11 @@ def test_samples_do_not_depend_on_the_batch(student):
     model, args, tokenizer = prepared(student)
     chosen = prompts(tokenizer, "1+2=", "a", "1+2=", "12+345=", "1+2=", "a")
     uniform = opd.uniforms(6, "rollouts", 0, args)
-    whole = opd.sample(model, chosen, uniform, args, 1.0)
+    whole = opd.sample(model, chosen, uniform, args)
     args.sampler_batch_size = 2
-    split = opd.sample(model, chosen, uniform, args, 1.0)
+    split = opd.sample(model, chosen, uniform, args)
     order = torch.tensor([4, 3, 0, 5, 1, 2])
-    mixed = opd.sample(model, [chosen[i] for i in order], uniform[order], args, 1.0)
+    mixed = opd.sample(model, [chosen[i] for i in order], uniform[order], args)
     for name in ("completion_ids", "completion_mask", "ended"):
         assert torch.equal(getattr(whole, name), getattr(split, name))
         assert torch.equal(getattr(whole, name)[order], getattr(mixed, name))
@@ -161,7 +225,7 @@ def test_generation_config_of_the_checkpoint_is_not_read(tmp_path):
 
 def test_greedy_is_the_argmax(student):
     model, args, tokenizer = prepared(student)
-    rollout = draw_many(model, args, prompts(tokenizer, "1+2=", "abc"), temperature=0.0)
+    rollout = draw_many(model, args, prompts(tokenizer, "1+2=", "abc"), sampling=(0.0, 1.0, 0))
     for row, prompt in enumerate(rollout.prompts):
         ids = list(prompt.ids)
         for token in rollout.completion_ids[row][rollout.completion_mask[row]].tolist():

@@ -33,7 +33,7 @@ def prepared(folder, *flags: str):
     loaded, tokenizer = tinylm.load(opd, args)
     texts = ["1+2=", "a", "12+345=", "hello", "9", "7-7="]
     chosen = [opd.Prompt(tuple(tokenizer.encode(text)), text, "", "", {}) for text in texts]
-    rollout = opd.sample(loaded["student"], chosen, opd.uniforms(6, "rollouts", 0, args), args, 1.0)
+    rollout = opd.sample(loaded["student"], chosen, opd.uniforms(6, "rollouts", 0, args), args)
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 2
     return loaded, args, rollout
 

@@ -404,7 +404,7 @@ def test_prefixes_keep_the_rules(folder):
         assert (guided[:, 1] == 0).all()  # one of the two rollouts of a prompt
         alpha = 0.5 + 0.5 * math.cos(math.pi * step / 3)
         theirs = tropd.sample(
-            loaded["teacher"], prompts, tropd.uniforms(6, "teacher", step, args), args, 1.0
+            loaded["teacher"], prompts, tropd.uniforms(6, "teacher", step, args), args
         )
         for row, start in enumerate(guided[:, 0].tolist()):
             ids = theirs.completion_ids[row][theirs.completion_mask[row]].tolist()
@@ -483,8 +483,8 @@ def test_a_prefix_is_placed_by_the_sampler(folder):
     student, uniform = loaded["student"], tropd.uniforms(6, "rollouts", 0, args)
     prefixes = [(), (9,), (5, 6), (7, 8, 9), (4,) * (WIDTH - 1), (10, 11)]
     longer = [replace(p, ids=p.ids + prefix) for p, prefix in zip(prompts, prefixes)]
-    want = tropd.sample(student, longer, uniform, args, 1.0)
-    found = tropd.sample(student, prompts, uniform, args, 1.0, prefixes=prefixes)
+    want = tropd.sample(student, longer, uniform, args)
+    found = tropd.sample(student, prompts, uniform, args, prefixes=prefixes)
     assert found.prompts == prompts and want.ended.any()
     for row, prefix in enumerate(prefixes):
         ids, mask = found.completion_ids[row], found.completion_mask[row]

@@ -33,7 +33,7 @@ def test_two_turns_are_two_spans_of_the_mask(folder, method):
     loaded, tokenizer = tinylm.load(module, args)
     student = tinylm.endless(loaded)["student"]
     prompts = [module.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in ("1+2=", "hello")]
-    rollout = module.sample(student, prompts, module.uniforms(2, "rollouts", 0, args), args, 1.0)
+    rollout = module.sample(student, prompts, module.uniforms(2, "rollouts", 0, args), args)
     rollout.verdict[:] = torch.tensor([1.0, -1.0])
     rollout.extra["coin"] = torch.zeros(2, 12)  # sg_opd and tropd draw one
     columns = torch.arange(12).expand(2, 12)

@@ -255,3 +255,36 @@ def test_infinite_divergence_does_not_spread():
     assert found.loss == values[1]
     (grad,) = torch.autograd.grad(found.loss, student)
     assert grad.isfinite().all() and (grad[0] == 0).all() and (grad[1] != 0).any()
+
+
+HIDDEN, HEAD = torch.randn(5, 8), torch.randn(11, 8)
+IDS, OTHER = torch.arange(5), torch.randn(5, 8)
+FORWARD = {
+    "token_logp": lambda h, w: opd_ops.token_logp(h, w, IDS).logp,
+    "topk_logp": lambda h, w: opd_ops.topk_logp(h, w, 3).logp,
+    "gather_logp": lambda h, w: opd_ops.gather_logp(h, w, IDS[:, None]).logp,
+    "support_kl": lambda h, w: (
+        opd_ops.support_kl(h, w, IDS[:, None], -torch.ones(5, 1), renormalise=False).loss
+    ),
+    "gated_kl": lambda h, w: opd_ops.gated_kl(h, w, IDS, convex, [torch.zeros(5)]).loss,
+    "full_kl": lambda h, w: opd_ops.full_kl(h, w, OTHER, HEAD).loss,
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("through", ["hidden", "head"])
+def test_forward_mode_is_refused_not_zero(name, through):
+    """torch takes an op without a forward rule for a constant."""
+
+    def of(x):
+        return FORWARD[name](x, HEAD) if through == "hidden" else FORWARD[name](HIDDEN, x)
+
+    x = HIDDEN if through == "hidden" else HEAD
+    of(x)
+    with pytest.raises(NotImplementedError, match=f"{name}: no forward-mode"):
+        torch.func.jvp(of, (x,), (torch.ones_like(x),))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match=f"{name}: no forward-mode"),
+    ):
+        of(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

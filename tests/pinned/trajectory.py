@@ -37,7 +37,7 @@ def store_rollouts() -> None:
     loaded, tokenizer, facts = setup.models_of(opd, args)
     prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)[:16]
     uniform = opd.uniforms(16, "rollouts", 0, args)
-    rollout = opd.sample(loaded["student"], prompts, uniform, args, 1.0)
+    rollout = opd.sample(loaded["student"], prompts, uniform, args)
     child = verifier.Verifier(verifier.verifier_function("exact"), 10.0)
     opd.verify(rollout, tokenizer, child)
     child.close()

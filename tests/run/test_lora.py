@@ -27,7 +27,7 @@ def prepared(folder, module, *flags: str):
     loaded, tokenizer = tinylm.load(module, args)
     chosen = [module.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in ("1+2=", "a", "7")]
     rollout = module.sample(
-        loaded["student"], chosen, module.uniforms(3, "rollouts", 0, args), args, 1.0
+        loaded["student"], chosen, module.uniforms(3, "rollouts", 0, args), args
     )
     rollout.verdict = torch.tensor([1.0, -1.0, 1.0])
     before = {name: w.detach().clone() for name, w in loaded["student"].named_parameters()}

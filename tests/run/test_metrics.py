@@ -90,7 +90,7 @@ def test_sampled_log_ratios_of_a_few_tokens(folder):
     loaded, tokenizer = tinylm.load(opd, args)
     prompts = [opd.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in ("1+2=", "a", "12=")]
     rollout = opd.sample(
-        loaded["student"], prompts * 8, opd.uniforms(24, "rollouts", 0, args), args, 1.0
+        loaded["student"], prompts * 8, opd.uniforms(24, "rollouts", 0, args), args
     )
     rollout.source[3] = 1
     rollout.behaviour_logp[rollout.completion_mask] -= 0.5

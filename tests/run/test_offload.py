@@ -26,7 +26,7 @@ def prepared(tmp_path):
         partial(opd.load, facts=facts, args=args), opd.model_paths(args), args, facts
     )
     prompts = [opd.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in ("1+2=", "345+6=")]
-    rollout = opd.sample(plain["student"], prompts, opd.uniforms(2, "rollouts", 0, args), args, 1.0)
+    rollout = opd.sample(plain["student"], prompts, opd.uniforms(2, "rollouts", 0, args), args)
     return loaded["teacher"], plain["teacher"], args, rollout
 
 
@@ -68,9 +68,7 @@ def test_to_sample_they_come_once(prepared, monkeypatch):
 
     monkeypatch.setattr(offload.Offloaded, "present", spy)
     uniform = opd.uniforms(2, "rollouts", 1, args)
-    found, want = (
-        opd.sample(each, rollout.prompts, uniform, args, 1.0) for each in (offloaded, plain)
-    )
+    found, want = (opd.sample(each, rollout.prompts, uniform, args) for each in (offloaded, plain))
     assert torch.equal(found.completion_ids, want.completion_ids)
     assert torch.equal(found.rollout_logp, want.rollout_logp)
     assert moves[0] and len(moves) > 5 and not any(moves[1:])

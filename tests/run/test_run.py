@@ -80,7 +80,7 @@ def test_resume_equals_an_uninterrupted_run(folder):
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -56,7 +56,7 @@ def test_a_served_teacher_gives_the_step_of_a_local_one(folder, stub, method):
     texts = ["1+2=", "a", "12+345=", "hello"]
     prompts = [module.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in texts]
     uniform = module.uniforms(4, "rollouts", 0, args)
-    rollout = module.sample(local["student"], prompts, uniform, args, 1.0)
+    rollout = module.sample(local["student"], prompts, uniform, args)
     rollout.verdict = torch.tensor([1.0, -1.0, 1.0, 0.0])
     rollout.extra["coin"] = torch.full(rollout.completion_ids.shape, 0.5)
     want, found = module.score(local, rollout, args), module.score(served, rollout, served_args)

@@ -56,7 +56,7 @@ def prepared(tmp_path, monkeypatch):
 
 def sample(student, args) -> opd.Rollout:
     prompts = [opd.Prompt((4, 5), "", "", "", {})] * 2
-    return opd.sample(student, prompts, opd.uniforms(2, "rollouts", 0, args), args, 1.0)
+    return opd.sample(student, prompts, opd.uniforms(2, "rollouts", 0, args), args)
 
 
 def test_weights_come_while_the_engine_is_awake(prepared):
@@ -86,7 +86,7 @@ def test_truncation_leaves_one_law(prepared):
     student, args = prepared
     prompts = [opd.Prompt((4, 5), "", "", "", {})] * 2
     uniform = opd.uniforms(2, "rollouts", 0, args)
-    rollout = opd.sample(student, prompts, uniform, args, 1.0, 0.9, prefixes=[(), (7, 8)])
+    rollout = opd.sample(student, prompts, uniform, args, (1.0, 0.9, 0), prefixes=[(), (7, 8)])
     assert rollout.behaviour_logp.tolist() == [[-0.5, 0.0, 0.0], [0.0, 0.0, -0.5]]
     assert rollout.rollout_logp.isnan().tolist() == [[True, False, False], [False, False, True]]
     assert rollout.completion_ids.tolist() == [[3, 0, 0], [7, 8, 3]]
