@@ -189,12 +189,11 @@ def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
 
 def without_noise(config: Any) -> None:
     """No dropout, no jitter: the policy that is trained has to be the policy that sampled."""
+    noise = ["dropout", "_pdrop"] + ["jitter"] * (config.model_type != "phimoe")  # read in eval too
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):  # a configuration in the configuration
             without_noise(value)
-        jitter = "jitter" in name and config.model_type != "phimoe"  # there it is a threshold too
-        noise = jitter or "dropout" in name or name.endswith("_pdrop")
-        if noise and isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and any(part in name for part in noise):
             setattr(config, name, type(value)(0))
 
 
@@ -785,8 +784,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run and not args.check_models:
         return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
-    if args.check_models:
-        check_models(models, paths, prompts, args, Rollout, sample, token_logp)
+    check_models(models, paths, prompts, args, Rollout, sample, token_logp)
     if args.dry_run:
         return
     run, verifier = Run(args, facts, __file__), Verifier(function, args.verifier_timeout_s)

@@ -274,8 +274,8 @@ def parity(path: str) -> dict[str, float]:
     logp = opd.token_logp(student, rollout, args)
     ours, theirs = gradient(logp.sum(), student.lm), gradient(want.sum(), plain)
     return {
-        "sampler": float((rollout.behaviour_logp - want)[mask].abs().max()),
-        "trainer": float((logp - want)[mask].abs().max()),
+        "sampler": float((rollout.behaviour_logp - want.detach())[mask].abs().max()),
+        "trainer": float((logp - want).detach()[mask].abs().max()),
         "gradient": float((ours - theirs).norm() / theirs.norm()),
     }
 

@@ -239,6 +239,12 @@ def test_the_adapter_is_saved_too_and_peft_reads_it(made, tmp_path):
     assert torch.allclose(found, want, atol=1e-4) and not torch.allclose(start, want, atol=1e-1)
 
 
+def test_no_adapter_folder_where_peft_would_read_another(made, tmp_path, capsys):
+    modelzoo.round_trip(made("deepseek_v3"), tmp_path / "model", "--lora-rank", "4")
+    assert "! no adapter/: of deepseek_v3" in capsys.readouterr().out
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_an_export_with_names_of_adapters_is_refused(made, tmp_path, monkeypatch):
     from opd_run import adapters
 
