@@ -2,6 +2,7 @@
 
     python tests/modelzoo.py [TYPE ...]                  # one row each on stdout
     python tests/modelzoo.py --write docs/models.md      # all of them, between its marks
+    python tests/modelzoo.py TYPE --write docs/models.md # these rows of it
 
 Truth is the model by itself: one row at a time, without padding, without a cache, in eval mode.
 """
@@ -346,7 +347,8 @@ def row(name: str, folder: Path) -> dict[str, str]:
         for column, value in parity(path).items():
             judge(column, value, 1e-3)
     except RunError as error:
-        return dict.fromkeys(COLUMNS, "refused") | {"why": str(error)}
+        why = str(error).replace(f"{path} ", "")
+        return dict.fromkeys(COLUMNS, "refused") | {"why": why}
     try:
         judge("LoRA export", round_trip(path, folder / "lora", "--lora-rank", "4"), 1e-3)
     except RunError as error:
@@ -368,6 +370,19 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join([*lines, "", "What is refused, and why:", "", *refused])
 
 
+def parsed(text: str) -> dict[str, dict[str, str]]:
+    """The rows of a table that `table` wrote."""
+    rows: dict[str, dict[str, str]] = {}
+    for line in text.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if cells[0] in TYPES:
+            rows[cells[0]] = dict(zip(COLUMNS, cells[1:]))
+        name, colon, why = line.removeprefix("- ").partition(": ")
+        if colon and name in rows:
+            rows[name]["why"] = why
+    return rows
+
+
 def main() -> int:
     """Try them; 1 if one is silently wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -385,13 +400,14 @@ def main() -> int:
                 text = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
                 rows[name] = dict.fromkeys(COLUMNS, "not tried") | {"why": text}
         print(name, *(f"{k}={v}" for k, v in rows[name].items()), file=sys.stderr, flush=True)
-    found = table(rows).replace(f"{tempfile.gettempdir()}/", "")
     if args.write:
         head, rest = args.write.read_text().split("<!-- models -->\n")
-        tail = rest.split("<!-- /models -->")[1]
-        args.write.write_text(f"{head}<!-- models -->\n{found}\n<!-- /models -->{tail}")
+        old, tail = rest.split("<!-- /models -->")
+        rows = {name: row for name, row in (parsed(old) | rows).items() if name in TYPES}
+        rows = {name: rows[name] for name in TYPES if name in rows}
+        args.write.write_text(f"{head}<!-- models -->\n{table(rows)}\n<!-- /models -->{tail}")
     else:
-        print(found)
+        print(table(rows))
     return int(any("WRONG" in cell for cells in rows.values() for cell in cells.values()))
 
 
