@@ -43,13 +43,14 @@ from tqdm import tqdm
 
 import opd_ops
 from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, vllm_sampler
-from opd_run.compat import Facts
+from opd_run.compat import Facts, check_prompts, prompt_ids
 from opd_run.console import RunError
 from opd_run.data import Prompt
 from opd_run.files import TINY
 from opd_run.models import CausalLM
 from opd_run.rollouts import shaped
 from opd_run.run import Run, command, load_checkpoint, save_checkpoint, say_plan
+from opd_run.selfcheck import check_models
 from opd_run.verifier import Verifier
 
 Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
@@ -144,7 +145,7 @@ def make_prompt(row: dict[str, Any], source: data.Source, tokenizer: Any, args: 
     templated = args.chat_template and tokenizer.chat_template is not None
     tools = row.get("tools")
     rendered = render(tokenizer, messages, args, tools) if templated else data.plain(messages)
-    ids = tokenizer.encode(rendered, add_special_tokens=not templated)  # a template writes its BOS
+    ids = prompt_ids(tokenizer, rendered, templated)
     answer, domain = (data.value_of(row, each) for each in (source.answer_field, args.domain_field))
     domain = "" if domain is None else str(domain)
     return Prompt(tuple(ids), data.user_text(messages), answer, domain, row)
@@ -199,10 +200,13 @@ def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
 
 
 def without_noise(config: Any) -> None:
-    """No dropout: the policy that is trained has to be the policy that sampled."""
-    for name in config.to_dict():
-        if "dropout" in name or name.endswith("_pdrop"):
-            setattr(config, name, 0.0)
+    """No dropout, no jitter: the policy that is trained has to be the policy that sampled."""
+    noise = ["dropout", "_pdrop"] + ["jitter"] * (config.model_type != "phimoe")  # read in eval too
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):  # a configuration in the configuration
+            without_noise(value)
+        elif isinstance(value, (int, float)) and any(part in name for part in noise):
+            setattr(config, name, type(value)(0))
 
 
 def adapted_layers(lm: Any) -> list[str]:
@@ -679,10 +683,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     verifier = Verifier(args.verifier, args.verifier_timeout_s, args.verifier_workers)
     verifier.try_out(prompts, tests, tokenizer)
     say_plan(args)
+    check_prompts(prompts + held_out, tokenizer, facts)
     if args.dry_run:
         memory.say(paths, prompts or held_out, args)
+    if args.dry_run and not args.check_models:
         return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
+    check_models(models, paths, prompts or held_out, args, Rollout, sample, token_logp)
+    if args.dry_run:
+        return
     run = Run(args, facts, __file__)
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = None if args.eval_only else make_optimizer(student, args)

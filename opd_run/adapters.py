@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from opd_run import ranks
-from opd_run.console import optional
+from opd_run.console import RunError, optional, say
 from opd_run.models import CausalLM
 
 
@@ -40,18 +42,46 @@ def add_adapters(lm: Any, layers: Sequence[str], rank: int, alpha: float, seed: 
 
     In place, so that `lm` keeps its class. `seed` is that of their first values: the same on every
     process.
+
+    Raises:
+        RunError: there is no such layer.
     """
     peft = optional("peft", "--lora-rank")
+    if not layers:
+        raise RunError(f"--lora-rank: {lm.config.model_type} has no torch.nn.Linear but its head")
+    # As a part of something without a configuration: of a model type that it knows, peft would turn
+    # the layers of these names into other targets, and leave dense and shared experts out.
+    whole = torch.nn.ModuleDict({"lm": lm})
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(layers), lora_dropout=0.0
+        r=rank, lora_alpha=alpha, target_modules=[f"lm.{e}" for e in layers], lora_dropout=0.0
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, lm)
+        peft.inject_adapter_in_model(config, whole)
+    _say_share(lm)
     for name, weight in lm.named_parameters():
         weight.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             weight.data = weight.data.float()
+
+
+def _say_share(lm: Any) -> None:
+    """Say which part of the blocks' weights has an adapter, and what has none."""
+    ends = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    outside = {id(weight) for each in ends if each is not None for weight in each.parameters()}
+    sizes = {True: 0, False: 0}
+    left = set()
+    for name, weight in lm.named_parameters():
+        if ".lora_" not in name and weight.dim() > 1 and id(weight) not in outside:
+            adapted = ".base_layer." in name
+            sizes[adapted] += weight.numel()
+            if not adapted:
+                left.add(".".join(name.split(".")[-2:]))
+    share = sizes[True] / sum(sizes.values())
+    say(
+        f"adapters: on {len(_adapted(lm))} linear layers, {100 * share:.0f} % of the weights of "
+        + ("the blocks" if not left else f"the blocks; none on {', '.join(sorted(left))}")
+    )
 
 
 def _adapted(lm: Any) -> dict[str, Any]:
@@ -78,16 +108,84 @@ def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
-    """A plain `from_pretrained` folder, adapters merged, written by rank 0; all ranks call it."""
-    weights: Any = None
+    """A plain `from_pretrained` folder, adapters merged, written by rank 0; all ranks call it.
+
+    With adapters also `adapter/` beside it, a folder that peft reads.
+
+    Raises:
+        RunError: what was written is not the whole model.
+    """
+    lm = model.lm
     if ranks.sharded(model):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model.lm, options=options)
-        once = dict(model.lm.named_parameters())  # a tied head is not written a second time
-        twice = dict(model.lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
-        weights = {name: weight for name, weight in weights.items() if name not in twice}
-    if _adapted(model.lm) and ranks.rank() == 0:
-        weights = dict(merged(model.lm, weights or model.lm.state_dict()))
-    if ranks.rank() == 0:
-        model.lm.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        weights: dict[str, Any] = get_model_state_dict(lm, options=options)
+    else:
+        weights = lm.state_dict()
+    once = dict(lm.named_parameters())  # a tied head is not written a second time
+    twice = dict(lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
+    weights = {name: weight for name, weight in weights.items() if name not in twice}
+    if ranks.rank() != 0:
+        return
+    plain = merged(lm, weights) if _adapted(lm) else weights.items()
+    found = {name: _as(weight, model.export_dtype) for name, weight in plain}
+    if strange := [name for name in found if ".base_layer." in name or ".lora_" in name]:
+        raise RunError(f"export of {lm.config.model_type}: {strange[0]} is no weight of its own")
+    lm.save_pretrained(folder, state_dict=found)
+    if model.export_dtype:
+        config = copy.deepcopy(lm.config)
+        config.dtype = model.export_dtype
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if _adapted(lm):
+        _check_whole(lm, folder)
+        _save_adapter(lm, weights, folder.parent / "adapter")
+
+
+def _as(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the type of the export, in CPU memory; another type than its own is a copy."""
+    if dtype is None or not weight.is_floating_point() or weight.dtype == dtype:
+        return weight
+    return weight.detach().to(dtype).cpu()
+
+
+def _check_whole(lm: Any, folder: Path) -> None:
+    """Read the export back, without its values."""
+    _, found = type(lm).from_pretrained(folder, device_map="meta", output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(found[what]):
+            raise RunError(
+                f"export of {lm.config.model_type} with adapters: {len(names)} {what} when "
+                f"{folder} is read back, such as {names[0]}"
+            )
+
+
+def _save_adapter(lm: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """The adapter by itself, in peft's format; not where peft would read it as another one."""
+    from safetensors.torch import save_file
+
+    layers = _adapted(lm)
+    (one, *_) = layers.values()
+    peft = optional("peft", "--lora-rank")
+    config = peft.LoraConfig(
+        r=one.r["default"],
+        lora_alpha=one.lora_alpha["default"],
+        target_modules=list(layers),
+        base_model_name_or_path=lm.name_or_path,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    read = copy.deepcopy(config)
+    with contextlib.suppress(ImportError):  # of a peft that takes names as they are
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        convert_peft_config_for_transformers(read, lm, None)
+    if read.target_parameters:
+        say(f"! no adapter/: of {lm.config.model_type}, peft would read it as one on other weights")
+        return
+    config.save_pretrained(str(folder))
+    named = {
+        f"base_model.model.{name.replace('.default.', '.')}": ranks.whole(weight).cpu().contiguous()
+        for name, weight in weights.items()
+        if ".lora_" in name
+    }
+    save_file(named, str(folder / "adapter_model.safetensors"), {"format": "pt"})

@@ -7,9 +7,11 @@ with what else goes wrong in practice: different EOS sets, chat templates, vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from opd_run.console import RunError, one_line, say
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,15 @@ class Facts:
         valid_vocab: ids from here on belong to no token that all tokenizers have; they are masked.
         eos_ids: of each model, the ids that it calls end of sequence, in order.
         num_positions: longest sequence, in tokens, that every model has positions for.
+        num_embeddings: of each model, how many ids it has rows for.
+        num_tokens: of each model, how many ids its tokenizer has.
     """
 
     valid_vocab: int
     eos_ids: dict[str, tuple[int, ...]]
     num_positions: float
+    num_embeddings: dict[str, int] = field(default_factory=dict)
+    num_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Report:
         valid_vocab: ids from here on belong to no token of both tokenizers and are masked.
         num_positions: longest sequence that every model has positions for.
         eos_ids: of each model, the ids that it calls end of sequence.
+        num_embeddings, num_tokens: of each model, rows of its embedding, ids of its tokenizer.
         errors: reasons to refuse the pair.  warnings: what will probably hurt, with advice.
         facts: what was found, for the log.
     """
@@ -42,6 +49,8 @@ class Report:
     valid_vocab: int = 0
     num_positions: float = math.inf
     eos_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    num_embeddings: dict[str, int] = field(default_factory=dict)
+    num_tokens: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
@@ -53,17 +62,83 @@ class Report:
 
     def all_facts(self) -> Facts:
         """What the run has to know."""
-        return Facts(self.valid_vocab, self.eos_ids, self.num_positions)
+        sizes = self.num_embeddings, self.num_tokens
+        return Facts(self.valid_vocab, self.eos_ids, self.num_positions, *sizes)
 
 
 def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
-    """Every id that the tokenizer, the model's or the generation config calls end of sequence."""
+    """Every id that the tokenizer, the model's or the generation config calls end of sequence.
+
+    The configuration of the text part is asked only where that of the whole has none: what stands
+    there may be a default of its class.
+    """
     found: set[int] = set()
+    if getattr(config, "eos_token_id", None) is None:
+        config = config.get_text_config()
     for owner in (tokenizer, config, generation_config):
         value = getattr(owner, "eos_token_id", None)
         values = value if isinstance(value, (list, tuple)) else [value]
         found |= {int(each) for each in values if each is not None}
     return found
+
+
+def num_positions(config: Any) -> float:
+    """The longest sequence that a model takes: of YaRN, linear and dynamic scaling the product of
+    factor and original length, where `max_position_embeddings` was left at the latter."""
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    law = getattr(config, "rope_parameters", None) or {}
+    laws = [each for each in law.values() if isinstance(each, dict)] or [law]  # by kind of layer
+    for each in laws:
+        if each.get("rope_type") in ("yarn", "linear", "dynamic") and limit != math.inf:
+            original = each.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(each.get("factor") or 1) * original)
+    return limit
+
+
+def check_prompts(prompts: Sequence[Any], tokenizer: Any, facts: Facts) -> None:
+    """Refuse prompts with tokens that a model has no row for; say what else is odd about tokens.
+
+    Args:
+        prompts: with attributes `ids` and `text`.  tokenizer: that made them.
+
+    Raises:
+        RunError: an id is beyond a model's embedding.
+    """
+    for model, size in facts.num_embeddings.items():
+        holders = [prompt for prompt in prompts if max(prompt.ids, default=0) >= size]
+        if holders:
+            first = next(each for each in holders[0].ids if each >= size)
+            raise RunError(
+                f"{len(holders)} prompts hold {tokenizer.convert_ids_to_tokens(first)} {first}, "
+                f"for which the {model} has no row: its embedding has {size}"
+            )
+        size = facts.num_tokens[model]
+        holders = [prompt for prompt in prompts if max(prompt.ids, default=0) >= size]
+        if holders:
+            first = next(each for each in holders[0].ids if each >= size)
+            say(
+                f"! {len(holders)} prompts hold {tokenizer.convert_ids_to_tokens(first)} {first}, "
+                f"which the {model}'s tokenizer has not: the {model} reads a row that was never "
+                "trained"
+            )
+    special = {token for token in tokenizer.all_special_tokens if token.strip()}
+    num = sum(any(token in prompt.text for token in special) for prompt in prompts)
+    if num:
+        say(f"! {num} prompts have special tokens in their text, which are read as such")
+
+
+def prompt_ids(tokenizer: Any, text: str, templated: bool) -> list[int]:
+    """Token ids of a prompt. A chat template has its own BOS; without one the tokenizer adds it,
+    not a second time where the text begins with it, and no EOS, after which nothing would come."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated)
+    if templated:
+        return ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == eos and not text.rstrip().endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids
 
 
 def check_pair(
@@ -89,9 +164,10 @@ def check_pair(
     for model, config in configs.items():
         text_config = config.get_text_config()
         sizes[f"{model}'s head"] = text_config.vocab_size
-        limit = getattr(text_config, "max_position_embeddings", None) or math.inf
-        report.num_positions = min(report.num_positions, limit)
-        ends[model] = eos_ids(tokenizers[model], text_config, generation_configs[model])
+        report.num_positions = min(report.num_positions, num_positions(text_config))
+        report.num_embeddings[model] = text_config.vocab_size
+        report.num_tokens[model] = max(tokenizers[model].get_vocab().values()) + 1
+        ends[model] = eos_ids(tokenizers[model], config, generation_configs[model])
         inherited = {
             key: value
             for key in ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -102,15 +178,16 @@ def check_pair(
     report.valid_vocab = min(sizes.values())
     report.eos_ids = {model: tuple(sorted(found)) for model, found in ends.items()}
     every_end = sorted(set().union(*ends.values()))
+    shown = {
+        model: _shown(report, model, each, render, template_from, sample_prompt)
+        for model, each in tokenizers.items()
+        if render is not None
+    }
     for model, other in tokenizers.items():
         if model != "student":
             _compare(report, tokenizer, names, model, other, sample_prompt)
             if render is not None:
-                mine, theirs = (
-                    render(each, sample_prompt) if each.chat_template is not None else sample_prompt
-                    for each in (tokenizer, other)
-                )
-                _compare_templates(report, model, mine, theirs, template_from)
+                _compare_templates(report, model, shown["student"], shown[model], template_from)
             if ends[model] != ends["student"]:
                 report.warnings.append(
                     f"EOS differs: student {_named(names, ends['student'])}, {model} "
@@ -166,7 +243,40 @@ def _compare(
         )
 
 
-def _compare_templates(report: Report, model: str, mine: str, theirs: str, used: str) -> None:
+def _shown(
+    report: Report,
+    model: str,
+    tokenizer: Any,
+    render: Callable[[Any, str], str] | None,
+    template_from: str,
+    text: str,
+) -> str | None:
+    """A prompt in the format of a model; None where its template, which is not used, raises."""
+    if render is None or tokenizer.chat_template is None:
+        return text
+    used = model.partition("/")[0] == template_from
+    try:
+        shown = render(tokenizer, text)
+    except Exception as error:  # templates raise what they like
+        why = f"the chat template of {model} does not render a user's message: {one_line(error)}"
+        (report.errors if used else report.facts).append(why)
+        return None
+    if used and text not in shown:
+        report.warnings.append(
+            f"the question is not in what the chat template of {model} makes of it: {shown!r:.160}"
+        )
+    if used and "strftime_now" in str(tokenizer.chat_template):
+        report.warnings.append(
+            f"the chat template of {model} writes today's date: prompts change from day to day"
+        )
+    return shown
+
+
+def _compare_templates(
+    report: Report, model: str, mine: str | None, theirs: str | None, used: str
+) -> None:
+    if mine is None or theirs is None:
+        return
     if mine == theirs:
         report.facts.append(f"a prompt, as student and {model} render it: {mine!r:.160}")
         return

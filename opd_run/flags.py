@@ -43,11 +43,19 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     add("--overwrite", False, "delete the run that is in --run-dir and start anew")
     add("--save-every", 50, "save a checkpoint every so many steps; 0: only at the end", "[0,inf)")
     add("--keep-checkpoints", 2, "keep this many of the newest checkpoints; 0: all", "[0,inf)")
+    kinds = ["source", "float32"]
+    add("--export-dtype", "source", "type of the weights in model/ of a checkpoint; trainer/ keeps "
+        "float32", choices=kinds)  # fmt: skip
     views = ["none", "tensorboard", "wandb", "trackio"]
     add("--report-to", "none", "send metrics to this live view too", choices=views)
     add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md lists them)")
     add("--eval-only", False, "evaluate the student on the test prompts; train and save nothing")
     add("--dry-run", False, "print flags, model checks and a memory estimate, then exit")
+    text = (
+        "compare sampler, padded batches and train mode with plain forward passes before training"
+    )
+    kind = argparse.BooleanOptionalAction
+    add("--check-models", None, f"{text} [on; with --dry-run: off]", action=kind)
     add("--debug", False, "show the traceback of an error")
     add = partial(flag, parser.add_argument_group("devices and memory"))
     add("--device", "auto", "cpu, cuda or cuda:1; auto: cuda if this machine has one")
@@ -117,6 +125,8 @@ def _resolve(args: argparse.Namespace) -> None:
         args.device = "cuda" if cuda else "cpu"
     if cuda and args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.check_models is None:
+        args.check_models = not args.dry_run
     if args.teacher_device == "same":
         args.teacher_device = args.device
     for name, device in (("dtype", args.device), ("teacher_dtype", args.teacher_device)):

@@ -8,7 +8,7 @@ tensors without data, and what autograd saves is counted.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_run import ranks, served_teacher, vllm_sampler
+from opd_run.console import one_line
 from opd_run.console import say as say_lines
 from opd_run.models import num_parameters
 
@@ -31,6 +32,13 @@ def estimate(
     Args:
         paths: `model_paths(args)`.  longest_prompt: in tokens.
     """
+    return _counted(paths, longest_prompt, args)[0]
+
+
+def _counted(
+    paths: dict[str, str], longest_prompt: int, args: argparse.Namespace
+) -> tuple[dict[str, int], _Shape]:
+    """The estimate, without what cannot be counted; the student's shape."""
     import transformers
 
     paths = served_teacher.local(paths, args)
@@ -66,13 +74,15 @@ def estimate(
     if args.sampler == "vllm":
         found["generate: vLLM"] = vllm_sampler.memory(student.num_parameters, args)
     else:
-        found["generate: cache"] = batch * length * student.cache_bytes
+        if student.cache_bytes is not None:
+            found["generate: cache"] = batch * length * student.cache_bytes
         found["generate: logits"] = LOGITS * batch * text.vocab_size * 4
         found["generate: weights in --dtype"] = max(whole, cast)
-    found["student: activations"] = student.saved_bytes
+    if student.saved_bytes is not None:
+        found["student: activations"] = student.saved_bytes
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
     found["student: loss"] = min(WORKSPACE, logits) + 4 * text.vocab_size * text.hidden_size
-    return found
+    return found, student
 
 
 def rows_of_rank(args: argparse.Namespace) -> int:
@@ -96,14 +106,21 @@ def peak(found: dict[str, int]) -> int:
 
 def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace) -> None:
     """Print the estimate: it assumes that completions reach `--max-completion-tokens`."""
-    found = estimate(paths, max(len(prompt.ids) for prompt in prompts), args)
+    found, student = _counted(paths, max(len(prompt.ids) for prompt in prompts), args)
     lines = [f"memory: {name:<30} {size / 2**20:>10.0f} MiB" for name, size in found.items()]
     what = "and what libraries take" if args.device == "cpu" else "and the CUDA context"
     total = f"memory: {'peak, calculated':<30} {peak(found) / 2**20:>10.0f} MiB, {what}"
+    if student.left_out:
+        total += f" and {', '.join(student.left_out)}"
     away = args.teacher_device.partition(":")[0] != args.device.partition(":")[0]
     if args.teacher_offload:
         total += "; frozen models wait in CPU memory"
     say_lines(*lines, total + (f"; frozen models are on {args.teacher_device}" if away else ""))
+    for name, why in student.left_out.items():
+        say_lines(f"! memory: {name} of this model type cannot be counted without its data: {why}")
+    size, kept = student.checkpoint_bytes, args.keep_checkpoints
+    most = f"{kept} are kept, and one more while it is written: {(kept + 1) * size / 1e9:.1f} GB"
+    say_lines(f"disk: a checkpoint takes {size / 1e9:.1f} GB; {most if kept else 'all are kept'}")
 
 
 class _Shape:
@@ -121,33 +138,68 @@ class _Shape:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         trust = {"trust_remote_code": args.trust_remote_code}
-        with FakeTensorMode():
-            dtype = compute if args.lora_rank else torch.float32
+        dtype = compute if args.lora_rank else torch.float32
+
+        def make() -> Any:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
             if args.lora_rank:
                 _pretend_adapters(lm, args.lora_rank)
-            weights = list(lm.parameters())
-            self.num_parameters = sum(weight.numel() for weight in weights)
-            self.num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-            self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-            ids = torch.zeros(rows, length, dtype=torch.int64)
-            enabled = compute != torch.float32
-            saved = _Saved(weights)
-            with torch.autocast("cpu", compute, enabled), saved:
-                mask = torch.ones(rows, length, dtype=torch.bool)
-                mask[0, 0] = False  # padded: the same attention kernel as in the run
-                hidden = lm.get_decoder()(
-                    input_ids=ids, attention_mask=mask.long(), use_cache=False
-                ).last_hidden_state
-            layers = max(1, config.get_text_config().num_hidden_layers)
-            self.saved_bytes = saved.num_bytes
-            if args.gradient_checkpointing:
-                self.saved_bytes = saved.num_bytes // layers + layers * (
-                    hidden.numel() * hidden.element_size()
-                )
-            cache = lm.get_decoder()(input_ids=ids[:1, :1], use_cache=True).past_key_values
-            floats = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-            self.cache_bytes = floats * compute.itemsize * (layers + 1) // layers  # one is copied
+            return lm
+
+        layers = max(1, config.get_text_config().num_hidden_layers)
+        self.saved_bytes: int | None = None
+        self.cache_bytes: int | None = None
+        self.left_out: dict[str, str] = {}
+        with FakeTensorMode():
+            lm = self._try("activations and cache", make)
+            if lm is not None:
+                counted = self._try("activations", self._count_saved, lm, compute, rows, length)
+                self.cache_bytes = self._try("cache", self._count_cache, lm, compute, layers)
+                if counted is not None and args.gradient_checkpointing:
+                    self.saved_bytes = counted[0] // layers + layers * counted[1]
+                elif counted is not None:
+                    self.saved_bytes = counted[0]
+        if lm is None:
+            with torch.device("meta"):
+                lm = make()
+        weights = list(lm.parameters())
+        self.num_parameters = sum(weight.numel() for weight in weights)
+        self.num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        source = (config.dtype if args.export_dtype == "source" else None) or torch.float32
+        self.checkpoint_bytes = (  # model/, and in trainer/ weights and two moments
+            source.itemsize * self.num_parameters + self.weight_bytes + 8 * self.num_trained
+        )
+
+    def _try(self, name: str, count: Callable[..., Any], *args: Any) -> Any:
+        """What `count(*args)` finds; None, and a line, where the architecture does not let it: each
+        has its own way to ask for data that is not there."""
+        try:
+            return count(*args)
+        except Exception as error:
+            self.left_out[name] = f"{type(error).__name__}: {one_line(error, 80)}"
+            return None
+
+    @staticmethod
+    def _count_saved(lm: Any, compute: torch.dtype, rows: int, length: int) -> tuple[int, int]:
+        """Bytes that autograd saves of one forward pass; of one layer's hidden states."""
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        saved = _Saved(list(lm.parameters()))
+        with torch.autocast("cpu", compute, compute != torch.float32), saved:
+            mask = torch.ones(rows, length, dtype=torch.bool)
+            mask[0, 0] = False  # padded: the same attention kernel as in the run
+            hidden = lm.get_decoder()(
+                input_ids=ids, attention_mask=mask.long(), use_cache=False
+            ).last_hidden_state
+        return saved.num_bytes, hidden.numel() * hidden.element_size()
+
+    @staticmethod
+    def _count_cache(lm: Any, compute: torch.dtype, layers: int) -> int:
+        """Bytes of a token in the cache."""
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        cache = lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+        floats: int = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        return floats * compute.itemsize * (layers + 1) // layers  # one is copied
 
 
 def _pretend_adapters(lm: Any, rank: int) -> None:

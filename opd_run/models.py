@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opd_run import ranks
 from opd_run.compat import Facts
+from opd_run.console import RunError
 
 
 class CausalLM(torch.nn.Module):
@@ -29,6 +30,8 @@ class CausalLM(torch.nn.Module):
         compute_dtype: autocast type; float32 means no autocast.
         facts: what is known of all models of the run together.
         engine: what samples in its stead (`vllm_sampler`), or None.
+        export_dtype: type of the weights in an export; None: as they are.
+        refusal: why it cannot be sampled from (`selfcheck`), or nothing.
     """
 
     def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype, facts: Facts) -> None:
@@ -36,6 +39,8 @@ class CausalLM(torch.nn.Module):
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
         self.facts = facts
         self.engine: Any = None
+        self.refusal = ""
+        self.export_dtype: torch.dtype | None = None
         self._copy: Callable[[], Tensor | None] = lambda: None
 
     @property
@@ -74,7 +79,13 @@ class CausalLM(torch.nn.Module):
         return contextlib.nullcontext()
 
     def new_cache(self, dtype: torch.dtype) -> DynamicCache:
-        """An empty key/value cache that keeps keys and values in `dtype`."""
+        """An empty key/value cache that keeps keys and values in `dtype`.
+
+        Raises:
+            RunError: with this model, a cache gives other numbers than a plain forward pass.
+        """
+        if self.refusal:
+            raise RunError(self.refusal)
         return _TypedCache(dtype, config=self.lm.config)
 
     def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
@@ -132,6 +143,17 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
             keys, values = keys.to(self._dtype), values.to(self._dtype)
         return super().update(keys, values, *args, **kwargs)
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, of linear-attention layers too, whose states `transformers`
+        leaves as they are."""
+        for layer in self.layers:
+            if hasattr(layer, "batch_select_indices"):
+                layer.batch_select_indices(indices)
+            for name in ("conv_states", "recurrent_states"):
+                states = getattr(layer, name, None) or {}
+                for each, state in states.items():
+                    states[each] = state if state is None else state[indices]
+
 
 @torch.no_grad()
 def head_is_product(model: Any, valid_vocab: int) -> bool:
@@ -164,3 +186,29 @@ def num_parameters(config: Any, **trust: bool) -> int:
     with torch.device("meta"):
         lm = transformers.AutoModelForCausalLM.from_config(config, **trust)
     return sum(weight.numel() for weight in lm.parameters())
+
+
+def longrope_boundary(config: Any) -> int:
+    """Where a model with LongRoPE changes from its short to its long factors, in tokens; else 0."""
+    law = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    is_longrope = law.get("rope_type") == "longrope"
+    return int(law["original_max_position_embeddings"]) if is_longrope else 0
+
+
+def pin_longrope(lm: Any, longest: int) -> bool:
+    """One set of factors for the whole run, if a sequence of `longest` tokens needs the long ones.
+
+    By itself, a model with LongRoPE takes the factors of the longest row of a batch for all of its
+    rows, and goes on from a cache of keys with others. The configuration stays as it is.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    boundary = longrope_boundary(lm.config)
+    if not boundary or longest <= boundary:
+        return False
+    for module in lm.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            factors = ROPE_INIT_FUNCTIONS["longrope"]
+            long, _ = factors(module.config, module.inv_freq.device, seq_len=boundary + 1)
+            module.original_inv_freq = long
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from opd_run import compat, offload, ranks, served_teacher, vllm_sampler
 from opd_run.adapters import WithoutAdapter, add_adapters
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
-from opd_run.models import CausalLM, head_is_product, num_parameters
+from opd_run.files import TINY
+from opd_run.models import CausalLM, head_is_product, num_parameters, pin_longrope
+
+MERGE_FIRST = "it has an adapter_config.json: merge the adapter into its model first"
 
 
 def prepare(
@@ -50,6 +54,8 @@ def prepare(
     trust = {"trust_remote_code": args.trust_remote_code}
     tokenizers, configs, generation_configs = {}, {}, {}
     for name, path in paths.items():
+        if (Path(path) / "adapter_config.json").exists():
+            raise RunError(f"--{name.split('/')[0]} {path}: {MERGE_FIRST}", 2)
         try:
             configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
             tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
@@ -84,6 +90,10 @@ def prepare(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
         )
     say(*report.lines())
+    if args.chat_template and not report.errors:
+        _say_idle_arguments(tokenizers, args, render)
+    if report.errors and paths.get("teacher") == str(TINY / "teacher"):
+        report.errors.insert(0, "no --teacher given: the tiny one goes with the tiny student only")
     if report.errors:
         raise RunError("; ".join(report.errors))
     tokenizer = tokenizers["student"]
@@ -91,6 +101,20 @@ def prepare(
         teacher = next(name for name in tokenizers if name.startswith("teacher"))
         tokenizer.chat_template = tokenizers[teacher].chat_template
     return tokenizer, report.all_facts()
+
+
+def _say_idle_arguments(
+    tokenizers: dict[str, Any], args: argparse.Namespace, render: Callable[..., str]
+) -> None:
+    """Say which of `--chat-template-args` the template does not know."""
+    name = next(name for name in tokenizers if name.startswith(args.chat_template_from))
+    tokenizer = tokenizers[name]
+    for key in args.chat_template_args if tokenizer.chat_template is not None else ():
+        fewer = {k: v for k, v in args.chat_template_args.items() if k != key}
+        without = argparse.Namespace(**vars(args) | {"chat_template_args": fewer})
+        texts = [render(tokenizer, "What is 12 + 34?", each) for each in (args, without)]
+        if texts[0] == texts[1]:
+            say(f"! --chat-template-args: {key!r} changes nothing in the template of the {name}")
 
 
 def load_lm(
@@ -108,7 +132,7 @@ def load_lm(
     Args:
         frozen: it takes no gradient.
         weights_dtype: type of the weights.  compute_dtype: autocast type; float32: no autocast.
-        configure: changes the configuration before the model is made.
+        configure: changes the student's configuration before the model is made.
         adapted_layers: with `--lora-rank` the names of the layers that get an adapter, from the
             loaded model; the rest of the student is then frozen.
 
@@ -120,7 +144,9 @@ def load_lm(
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **trust)
-        configure(config)
+        source_dtype = config.dtype or torch.float32
+        if not frozen:
+            configure(config)
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -133,9 +159,16 @@ def load_lm(
         raise
     except Exception as error:  # broken files raise whatever their reader does
         raise RunError(f"model {path} cannot be loaded: {one_line(error)}") from error
+    if getattr(lm, "_hf_peft_config_loaded", False):
+        raise RunError(f"model {path}: {MERGE_FIRST}")
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise RunError(
             f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
+        )
+    longest = args.max_prompt_tokens + args.max_completion_tokens
+    if pin_longrope(lm, longest):
+        say(
+            f"! {path}: LongRoPE: its long factors for all sequences, since {longest} tokens can be"
         )
     sharded = args.shard == "fsdp" and (not frozen or args.shard_frozen)
     offloaded = frozen and args.teacher_offload
@@ -153,6 +186,8 @@ def load_lm(
     if offloaded:
         return offload.Offloaded(lm, plain, compute_dtype, facts, args.teacher_device).eval()
     model = CausalLM(lm, plain, compute_dtype, facts).eval()
+    if args.export_dtype == "source" and not frozen:
+        model.export_dtype = source_dtype
     if sharded:
         ranks.shard(model, args)
     return model

@@ -18,7 +18,7 @@ LAYERS = [
     ["adapters", "offload"],
     ["vllm_sampler", "served_teacher"],
     ["setup", "memory"],
-    ["diagnose", "retry"],
+    ["diagnose", "retry", "selfcheck"],
     ["run", "flags"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}

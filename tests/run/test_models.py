@@ -1,0 +1,435 @@
+"""Any model type trains rightly, or is refused in one line: self-check, caches, noise, adapters,
+tokens and positions. `modelzoo` makes the models; its whole table is docs/models.md."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import modelzoo
+import opd
+import pytest
+import tinylm
+import torch
+import transformers
+
+from opd_run import compat, memory, models, selfcheck, setup
+from opd_run.console import RunError
+
+REFUSED = {
+    "phimoe": "noise in train mode",
+    "mamba": "does not go on from the cache",
+    "mamba2": "does not go on from the cache",
+    "falcon_mamba": "does not go on from the cache",
+    "zamba2": "does not go on from the cache",
+    "recurrent_gemma": "does not go on from the cache",
+    "minimax": "cannot be sampled from",
+    "rwkv": "reads padding as text",
+    "xlstm": "reads padding as text",
+}
+WITHOUT_LINEAR = ["gpt2", "gpt_bigcode", "falcon"]
+
+
+def each_type(names=tuple(modelzoo.TYPES)):
+    return [
+        pytest.param(name, marks=() if name in modelzoo.QUICK else pytest.mark.slow)
+        for name in names
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`made(name)`: the folder of a model of that type."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    def path(name: str) -> str:
+        place = folder / name.replace(" ", "_")
+        return str(place) if place.exists() else modelzoo.save(place, name)
+
+    return path
+
+
+# ------------------------------------------------------------------------------------- every type
+@pytest.mark.parametrize("name", each_type())
+def test_sampler_trainer_and_gradient_are_the_models_own_or_it_is_refused(made, name):
+    if name in REFUSED:
+        with pytest.raises(RunError, match=REFUSED[name]) as error:
+            modelzoo.parity(made(name))
+        assert "\n" not in str(error.value) and modelzoo.TYPES[name][0] in str(error.value)
+    else:
+        assert max(modelzoo.parity(made(name)).values()) < 1e-4
+
+
+@pytest.mark.parametrize("name", each_type([n for n in modelzoo.TYPES if n not in REFUSED]))
+def test_lora_export_is_the_student_in_memory(made, tmp_path, name):
+    """Issue: with dense or shared experts, exports held `experts.base_layer` and no experts."""
+    if modelzoo.TYPES[name][0] in WITHOUT_LINEAR:
+        with pytest.raises(RunError, match=r"has no torch.nn.Linear but its head"):
+            modelzoo.round_trip(made(name), tmp_path / "model", "--lora-rank", "4")
+    else:
+        off = modelzoo.round_trip(made(name), tmp_path / "model", "--lora-rank", "4")
+        assert off < 1e-3
+
+
+# ------------------------------------------------------------------------------------- self-check
+def checked(path, *flags: str, teacher: str | None = None, **changes):
+    argv = modelzoo.flags(path, *flags)
+    argv[3] = teacher or path
+    args = opd.parse_args(argv)
+    every, tokenizer = tinylm.load(opd, args)
+    prompts = [opd.Prompt(tuple(tokenizer.encode(t)), t, "", "", {}) for t in modelzoo.PROMPTS]
+    functions = {"sample": opd.sample, "token_logp": opd.token_logp} | changes
+    paths = opd.model_paths(args)
+    selfcheck.check_models(every, paths, prompts, args, opd.Rollout, **functions)
+    return every, prompts, args
+
+
+def test_it_says_what_agreed_and_for_how_long(made, capsys):
+    checked(made("qwen3"))
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("check:"))
+    assert "student" in line and "teacher" in line and line.endswith(" s")
+
+
+@pytest.mark.parametrize("broken", ["sample", "token_logp"])
+def test_it_uses_the_functions_of_the_file(made, broken):
+    """A shift of 0.01 nats in either is seen."""
+
+    def sample(*args, **how):
+        rollout = opd.sample(*args, **how)
+        rollout.behaviour_logp += 0.01 * rollout.completion_mask
+        return rollout
+
+    def token_logp(model, rollout, args):
+        return opd.token_logp(model, rollout, args) - 0.01 * (len(rollout.prompts) > 1)
+
+    with pytest.raises(RunError, match=r"off by 0\.01 nats"):
+        checked(made("qwen3"), **{broken: {"sample": sample, "token_logp": token_logp}[broken]})
+
+
+def test_numbers_that_are_none_are_refused(made):
+    def token_logp(model, rollout, args):
+        return opd.token_logp(model, rollout, args) * (
+            1 if len(rollout.prompts) == 1 else torch.nan
+        )
+
+    with pytest.raises(RunError, match="off by inf nats"):
+        checked(made("qwen3"), token_logp=token_logp)
+
+
+def test_it_leaves_the_models_as_they_were(made):
+    every, _, _ = checked(made("qwen3"))
+    student = every["student"]
+    assert not student.training and student.facts.eos_ids == {"student": (1,), "teacher": (1,)}
+
+
+@pytest.mark.parametrize("off", [0.02, 0.3])
+def test_weights_in_bfloat16_may_be_rounded(made, off):
+    """0.1 nats in the mean, where float32 weights have to agree to 0.001 on every token."""
+
+    def token_logp(model, rollout, args):
+        return opd.token_logp(model, rollout, args) - off * (len(rollout.prompts) > 1)
+
+    flags = ["--dtype", "bfloat16", "--lora-rank", "4"]
+    if off < 0.1:
+        checked(made("qwen3"), *flags, token_logp=token_logp)
+    else:
+        with pytest.raises(RunError, match=r"left-padded [^\n]*at most 0\.1"):
+            checked(made("qwen3"), *flags, token_logp=token_logp)
+
+
+def test_a_frozen_model_without_a_cache_scores_but_does_not_sample(made):
+    """Mamba as a teacher: opd never samples from it; sg_opd and tropd are refused when they do."""
+    every, prompts, args = checked(made("qwen3"), teacher=made("mamba"))
+    rollout = modelzoo.sampled(every["student"], prompts, args)
+    assert opd.token_logp(every["teacher"], rollout, args).isfinite().all()
+    with pytest.raises(RunError, match=r"teacher .*mamba.*cannot be sampled from"):
+        modelzoo.sampled(every["teacher"], prompts, args)
+    with pytest.raises(RunError, match="cannot be sampled from"):
+        checked(made("qwen3"), "--eval-teacher", teacher=made("mamba"))
+
+
+def test_main_refuses_before_training_and_can_be_told_not_to_look(made, tmp_path, capsys):
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    more = ["--prompts", prompts, "--run-dir", f"{tmp_path}/run", "--steps", "0", "--eval-every"]
+    argv = modelzoo.flags(made("rwkv"), *more, "0")
+    with pytest.raises(SystemExit) as error:
+        opd.main(argv)
+    assert error.value.code == 1 and "reads padding as text" in capsys.readouterr().err
+    opd.main([*argv, "--no-check-models", "--overwrite"])
+    opd.main([*argv, "--dry-run"])
+    with pytest.raises(SystemExit):
+        opd.main([*argv, "--dry-run", "--check-models"])
+
+
+# ------------------------------------------------------------------------- noise, caches, LongRoPE
+def test_noise_is_off_at_every_depth():
+    config = transformers.AutoConfig.for_model("gemma3", text_config={"attention_dropout": 0.1})
+    opd.without_noise(config)
+    assert config.get_text_config().attention_dropout == 0.0
+    config = transformers.AutoConfig.for_model("mixtral", router_jitter_noise=0.1)
+    opd.without_noise(config)
+    assert config.router_jitter_noise == 0.0
+    config = transformers.AutoConfig.for_model("phimoe")  # eval mode reads it too: not only noise
+    opd.without_noise(config)
+    assert config.router_jitter_noise == 0.01
+
+
+def test_without_it_the_noise_is_seen(made, monkeypatch):
+    monkeypatch.setattr(opd, "without_noise", lambda config: None)
+    with pytest.raises(RunError, match="noise in train mode"):
+        checked(made("mixtral with jitter"))
+
+
+def test_frozen_models_keep_their_configuration(made):
+    every, _, _ = checked(made("qwen3"), teacher=made("mixtral with jitter"))
+    assert every["teacher"].lm.config.router_jitter_noise == 0.1
+
+
+def test_states_of_linear_attention_are_selected(made, monkeypatch):
+    name = "batch_select_indices"
+    plain = models.DynamicCache.batch_select_indices
+    monkeypatch.setattr(models._TypedCache, name, plain)
+    with pytest.raises(RunError, match=name):
+        checked(made("qwen3_next"))
+
+
+def test_longrope_has_one_set_of_factors_for_all_sequences(made, monkeypatch, capsys):
+    """A rollout's log-probs do not depend on how long its neighbours are."""
+    every, prompts, args = checked(made("phi3 LongRoPE"), "--max-prompt-tokens", "24")
+    assert "its long factors for all sequences, since 48 tokens can be" in capsys.readouterr().out
+    rollout = modelzoo.sampled(every["student"], prompts, args)
+    assert rollout.attention_mask.sum(1).max() > 32 > rollout.attention_mask.sum(1).min()
+    monkeypatch.setattr(setup, "pin_longrope", lambda lm, longest: False)
+    with pytest.raises(RunError, match="off by"):
+        checked(made("phi3 LongRoPE"), "--max-prompt-tokens", "24")
+
+
+def test_longrope_that_no_sequence_crosses_is_left_alone(made):
+    flags = ["--max-prompt-tokens", "20", "--max-completion-tokens", "12"]
+    every, _, _ = checked(made("phi3 LongRoPE"), *flags)
+    rope = every["student"].lm.model.rotary_emb
+    assert torch.equal(rope.original_inv_freq, rope.inv_freq)
+    want = transformers.AutoModelForCausalLM.from_pretrained(made("phi3 LongRoPE"))
+    assert torch.equal(rope.original_inv_freq, want.model.rotary_emb.original_inv_freq)
+
+
+# --------------------------------------------------------------------------------------- adapters
+@pytest.mark.parametrize(
+    ("name", "share", "left"),
+    [("qwen3", "100", ""), ("mixtral with jitter", "", "experts.down_proj"),
+     ("deepseek_v3", "", "experts.gate_up_proj")],
+)  # fmt: skip
+def test_the_share_under_adapters_is_said(made, capsys, name, share, left):
+    modelzoo.loaded(made(name), "--lora-rank", "4")
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("adapters:"))
+    assert f"{share} % of the weights of the blocks" in line and left in line
+    assert ("; none on" in line) == bool(left)
+
+
+def test_the_adapter_is_saved_too_and_peft_reads_it(made, tmp_path):
+    import peft
+
+    modelzoo.round_trip(made("qwen3"), tmp_path / "model", "--lora-rank", "4")
+    base = transformers.AutoModelForCausalLM.from_pretrained(made("qwen3"), dtype=torch.float32)
+    ids = torch.arange(4, 20)[None]
+    start = base(ids).logits
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(ids).logits
+    assert torch.allclose(found, want, atol=1e-4) and not torch.allclose(start, want, atol=1e-1)
+
+
+def test_no_adapter_folder_where_peft_would_read_another(made, tmp_path, capsys):
+    modelzoo.round_trip(made("deepseek_v3"), tmp_path / "model", "--lora-rank", "4")
+    assert "! no adapter/: of deepseek_v3" in capsys.readouterr().out
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_export_with_names_of_adapters_is_refused(made, tmp_path, monkeypatch):
+    from opd_run import adapters
+
+    student, tokenizer, _, _ = modelzoo.loaded(made("qwen3"), "--lora-rank", "4")
+    monkeypatch.setattr(adapters, "merged", lambda lm, weights: weights.items())
+    with pytest.raises(RunError, match=r"export of qwen3: .* is no weight of its own"):
+        adapters.export(student, tokenizer, tmp_path / "model")
+
+
+def test_an_export_that_misses_weights_is_refused(made, tmp_path, monkeypatch):
+    from opd_run import adapters
+
+    student, tokenizer, _, _ = modelzoo.loaded(made("qwen3"), "--lora-rank", "4")
+    plain = adapters.merged
+    monkeypatch.setattr(
+        adapters, "merged", lambda lm, w: [x for x in plain(lm, w) if "up_proj" not in x[0]]
+    )
+    with pytest.raises(RunError, match="2 missing_keys when"):
+        adapters.export(student, tokenizer, tmp_path / "model")
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_folder_with_an_adapter_is_refused(tmp_path, who):
+    path = tinylm.save_model(tmp_path / "both", 0)
+    (tmp_path / "both/adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    args = opd.parse_args([f"--{who}", path])
+    with pytest.raises(RunError, match=f"--{who} .*merge the adapter into its model first"):
+        setup.prepare(opd.model_paths(args), args, opd.render)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
+def test_an_export_has_the_type_of_the_source(tmp_path, more):
+    path = tinylm.save_model(tmp_path / "half", 0)
+    half = transformers.AutoModelForCausalLM.from_pretrained(path).to(torch.bfloat16)
+    half.save_pretrained(path)
+    for flag, dtype in (("source", torch.bfloat16), ("float32", torch.float32)):
+        student, tokenizer, _, _ = modelzoo.loaded(path, "--export-dtype", flag, *more)
+        from opd_run import adapters
+
+        folder = tmp_path / flag
+        adapters.export(student, tokenizer, folder)
+        assert {weight.dtype for weight in modelzoo.read(folder).values()} == {dtype}
+        assert modelzoo.file_names(folder) == modelzoo.file_names(Path(path))
+        back = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert back.dtype == dtype
+        assert torch.equal(back.lm_head.weight.float(), half.lm_head.weight.float())
+
+
+# --------------------------------------------------------------------- tokens, prompts, positions
+def test_eos_of_the_whole_configuration_comes_first():
+    config = transformers.AutoConfig.for_model("gemma3", eos_token_id=[2, 5])
+    tokenizer = tinylm.tokenizer()
+    tokenizer.eos_token = None
+    assert compat.eos_ids(tokenizer, config, transformers.GenerationConfig()) == {2, 5}
+    config = transformers.AutoConfig.for_model("gemma3", text_config={"eos_token_id": 7})
+    config.eos_token_id = None
+    assert compat.eos_ids(tokenizer, config, transformers.GenerationConfig()) == {7}
+
+
+@pytest.mark.parametrize(
+    ("law", "want"),
+    [
+        (None, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "linear", "factor": 2.0}, 1024),
+        ({"rope_type": "dynamic", "factor": 2.0}, 1024),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512,
+          "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 512),
+    ],
+)  # fmt: skip
+def test_positions_are_those_that_the_scaling_gives(law, want):
+    sizes = modelzoo.BASE | ({"rope_scaling": law} if law else {})
+    config = transformers.AutoConfig.for_model("qwen2", **sizes)
+    assert compat.num_positions(config) == want
+
+
+def prompt(*ids: int, text: str = "") -> opd.Prompt:
+    return opd.Prompt(ids, text, "", "", {})
+
+
+def test_tokens_without_a_row_are_refused_and_untrained_rows_are_said(capsys):
+    words = [*tinylm.WORDS, "<|task|>"]
+    tokenizer = tinylm.tokenizer(words)
+    sizes = {"student": 47, "teacher": 46}
+    facts = compat.Facts(46, {}, 99, sizes, sizes)
+    with pytest.raises(RunError, match=r"2 prompts hold <\|task\|> 46, for which the teacher"):
+        compat.check_prompts([prompt(46), prompt(3), prompt(1, 46)], tokenizer, facts)
+    facts = compat.Facts(46, {}, 99, {"student": 64, "teacher": 64}, sizes)
+    compat.check_prompts([prompt(46), prompt(3)], tokenizer, facts)
+    out = capsys.readouterr().out
+    assert "! 1 prompts hold <|task|> 46, which the teacher's tokenizer has not" in out
+    compat.check_prompts([prompt(3)], tokenizer, facts)
+    assert not capsys.readouterr().out
+
+
+def test_special_tokens_in_the_text_of_prompts_are_counted(capsys):
+    facts = compat.Facts(46, {}, 99)
+    texts = ("1+2<end>=", "plain", "<pad>")
+    compat.check_prompts([prompt(3, text=t) for t in texts], tinylm.tokenizer(), facts)
+    assert "! 2 prompts have special tokens in their text" in capsys.readouterr().out
+
+
+def test_without_a_template_no_second_bos_and_no_eos_at_the_end():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tinylm.tokenizer()
+    tokenizer.bos_token = "<user>"
+    ends = [("<user>", 2), ("<end>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<user> $A <end>", special_tokens=ends
+    )
+    seven = tokenizer.convert_tokens_to_ids("7")
+    assert tokenizer.encode("<user>7") == [2, 2, seven, 1]
+    assert compat.prompt_ids(tokenizer, "<user>7", False) == [2, seven]
+    assert compat.prompt_ids(tokenizer, "7", False) == [2, seven]
+    assert compat.prompt_ids(tokenizer, "<user>7", True) == [2, seven]
+
+
+def pair(**templates: str):
+    tokenizers = {name: tinylm.tokenizer() for name in ("student", "teacher")}
+    for name, template in templates.items():
+        tokenizers[name].chat_template = template
+    configs = {name: transformers.Qwen3Config(vocab_size=46) for name in tokenizers}
+    generation = {name: transformers.GenerationConfig(eos_token_id=1) for name in tokenizers}
+    return compat.check_pair(
+        tokenizers, configs, generation, partial(opd.render, args=opd.parse_args([]))
+    )
+
+
+def test_a_template_that_is_not_used_may_raise():
+    raising = "{{ raise_exception('a system message is needed') }}"
+    report = pair(teacher=raising)
+    assert not report.errors and any("teacher does not render" in fact for fact in report.facts)
+    (error,) = pair(student=raising).errors
+    assert "chat template of student" in error and "a system message is needed" in error
+
+
+def test_a_template_without_the_question_or_with_a_date_is_said():
+    parts = "{% for m in messages %}{% if m.content is not string %}{{ m.content }}{% endif %}"
+    warnings = pair(student=f"x{parts}{{% endfor %}}").warnings
+    assert any("the question is not in" in warning for warning in warnings)
+    dated = "{{ strftime_now('%d %b %Y') }}" + tinylm.TEMPLATE
+    assert any("today's date" in warning for warning in pair(student=dated).warnings)
+    assert not any("date" in warning for warning in pair().warnings)
+
+
+def test_a_template_argument_that_does_nothing_is_said(tmp_path, capsys):
+    tinylm.save_family(tmp_path)
+    paths = ["--student", f"{tmp_path}/student", "--teacher", f"{tmp_path}/teacher"]
+    argument = json.dumps({"enable_thinkng": False, "add_generation_prompt": False})
+    args = opd.parse_args([*paths, "--chat-template-args", argument])
+    setup.prepare(opd.model_paths(args), args, opd.render)
+    lines = [x for x in capsys.readouterr().out.splitlines() if "changes nothing" in x]
+    assert len(lines) == 1 and "'enable_thinkng'" in lines[0]
+
+
+def test_a_student_alone_is_told_that_no_teacher_was_given(tmp_path):
+    args = opd.parse_args(["--student", tinylm.save_model(tmp_path / "s", 0)])
+    with pytest.raises(RunError, match=r"^no --teacher given"):
+        setup.prepare(opd.model_paths(args), args, opd.render)
+
+
+# ---------------------------------------------------------------------------------------- dry run
+@pytest.mark.parametrize("name", each_type(["gpt_oss", "deepseek_v3", "gemma3", "qwen3_next",
+                                            "mamba", "llama4_text", "gemma3n_text"]))  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"], ["--dtype", "bfloat16"]])
+def test_dry_run_counts_what_can_be_counted(made, tmp_path, capsys, name, more):
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    argv = modelzoo.flags(made(name), "--prompts", prompts, *more, "--dry-run")
+    opd.main(argv)
+    out = capsys.readouterr().out
+    for text in ("memory: student weights", "memory: peak, calculated", "budget:", "disk: a check"):
+        assert text in out
+
+
+@pytest.mark.parametrize("more", [[], ["--export-dtype", "float32"], ["--lora-rank", "4"]])
+def test_the_disk_line_is_what_a_checkpoint_takes(tmp_path, more):
+    path = tinylm.save_model(tmp_path / "s", 0, hidden_size=192, intermediate_size=256)
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    run = ["--prompts", prompts, "--run-dir", f"{tmp_path}/run", "--steps", "0", "--eval-every"]
+    argv = modelzoo.flags(path, *run, "0", *more)
+    args = opd.parse_args(argv)
+    opd.main(argv)
+    student = memory._counted(opd.model_paths(args), 12, args)[1]
+    (step,) = (tmp_path / "run/checkpoints").iterdir()
+    size = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+    assert student.checkpoint_bytes == pytest.approx(size, rel=0.1)
