@@ -170,11 +170,12 @@ def field_of(row: Any, path: str | None) -> Any:
 
 
 def value_of(row: Row, path: str) -> Any:
-    """What stands at a dotted path; None where nothing does."""
+    """What stands at a dotted path; None where nothing does, or the NaN of a table's empty cell."""
     try:
-        return field_of(row, path)
+        value = field_of(row, path)
     except KeyError:
         return None
+    return None if isinstance(value, float) and value != value else value
 
 
 def messages_of(
@@ -433,7 +434,7 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
         raise RunError(f"data set folder {spec}: {one_line(error)}") from error
     if isinstance(found, dict):
         name, part, end = split.partition("[")
-        if name not in found and len(found) == 1 and spec == str(path):
+        if name not in found and len(found) == 1 and ":" not in spec.removeprefix(str(path)):
             name = next(iter(found))
         if name not in found:
             raise RunError(f"data set folder {spec}: no split {name!r}: it has {sorted(found)}")
