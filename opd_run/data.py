@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -170,11 +171,12 @@ def field_of(row: Any, path: str | None) -> Any:
 
 
 def value_of(row: Row, path: str) -> Any:
-    """What stands at a dotted path; None where nothing does."""
+    """What stands at a dotted path; None where nothing does, or the NaN of a table's empty cell."""
     try:
-        return field_of(row, path)
+        value = field_of(row, path)
     except KeyError:
         return None
+    return None if isinstance(value, float) and value != value else value
 
 
 def messages_of(
@@ -411,9 +413,16 @@ def _data_package(module: str, spec: str) -> Any:
         raise RunError(f"data {spec} needs datasets: pip install datasets") from error
 
 
+def _datasets(spec: str) -> Any:
+    """The package, quiet: what it has to say comes as an error, in one line."""
+    found = _data_package("datasets", spec)
+    found.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    return found
+
+
 def _read_hub(spec: str, *names: str, split: str) -> list[Row]:
-    datasets = _data_package("datasets", spec)
-    datasets.disable_progress_bars()
+    datasets = _datasets(spec)
     try:
         return [dict(row) for row in datasets.load_dataset(*names, split=split)]
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -422,8 +431,7 @@ def _read_hub(spec: str, *names: str, split: str) -> list[Row]:
 
 def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
     """What `save_to_disk` wrote, or a folder of data files; `split` where there are several."""
-    datasets = _data_package("datasets", spec)
-    datasets.disable_progress_bars()
+    datasets = _datasets(spec)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(str(path))
@@ -433,7 +441,7 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
         raise RunError(f"data set folder {spec}: {one_line(error)}") from error
     if isinstance(found, dict):
         name, part, end = split.partition("[")
-        if name not in found and len(found) == 1 and spec == str(path):
+        if name not in found and len(found) == 1 and ":" not in spec.removeprefix(str(path)):
             name = next(iter(found))
         if name not in found:
             raise RunError(f"data set folder {spec}: no split {name!r}: it has {sorted(found)}")

@@ -8,6 +8,7 @@ are handed over by name: `read_tokens`, `loss_law`, `teacher_of`, `score`, `toke
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -141,7 +142,7 @@ def samples(rollout: Any, tokenizer: Any, num: int = 4) -> list[dict[str, Any]]:
         rows.append(
             {
                 "prompt": prompt.text,
-                "answer": prompt.answer,
+                "answer": json.loads(json.dumps(prompt.answer, default=str)),
                 "domain": prompt.domain,
                 "completion": tokenizer.decode(ids),
                 "verdict": float(rollout.verdict[row]),

@@ -227,8 +227,6 @@ class Verifier:
         Raises:
             RunError: an answer is neither text nor a number (for the verifiers that come with us).
         """
-        if ranks.rank():
-            return
         self._try_out("prompts", prompts, tokenizer)
         for name, test in tests.items():
             self._try_out(f"test prompts {name}".strip(), test, tokenizer)
@@ -245,6 +243,8 @@ class Verifier:
                         f"{source}: --verifier {self.spec}: right answer: {error} (--answer-field; "
                         f"the row has {sorted(prompt.row)})"
                     ) from None
+        if ranks.rank():
+            return
         tried, items = [], []
         for prompt in prompts[:NUM_TRIED]:
             text = _as_text(prompt.answer, self.spec)

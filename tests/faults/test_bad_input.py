@@ -147,12 +147,12 @@ CASES = [
     flag("--teacher-rollouts", "none.jsonl", "no file none.jsonl", method="tropd"),
     # ------------------------------------------------------------------------------------ files
     file("prompts: no such file", {"--prompts": "{DIR}/none.jsonl"}, "no file", "none.jsonl"),
-    file("prompts: a folder", {"--prompts": "{DIR}"}, "no file", ".jsonl"),
+    file("prompts: a folder", {"--prompts": "{DIR}/hollow"}, "data set folder"),
     file("prompts: an empty file", {"--prompts": "{DIR}/empty.jsonl"}, "no prompt to use"),
     file("prompts: cut short", {"--prompts": "{DIR}/broken.jsonl"}, "broken.jsonl:2", "JSON"),
     file("prompts: a list", {"--prompts": "{DIR}/list.jsonl"}, "list.jsonl:1", "JSON object"),
     file("prompts: not UTF-8", {"--prompts": "{DIR}/bytes.jsonl"}, "UTF-8", "byte 12"),
-    file("prompts: other fields", {"--prompts": "{DIR}/fields.jsonl"}, "'prompt'", "['question']"),
+    file("prompts: other fields", {"--prompts": "{DIR}/fields.jsonl"}, "'prompt'", "['asked']"),
     file("prompts: a number", {"--prompts": "{DIR}/number.jsonl"}, "expected text", "got 7"),
     file("prompts: null", {"--prompts": "{DIR}/null.jsonl"}, "expected text", "got None"),
     file("prompts: an empty text", {"--prompts": "{DIR}/void.jsonl"}, "expected text", "got ''"),
@@ -233,7 +233,7 @@ def world(tmp_path_factory):
     tinylm.save_prompts(folder / "good.jsonl")
     rows = {
         "empty": b"\n", "broken": b'{"prompt": "a"}\n{"prompt": \n', "list": b"[1]\n",
-        "bytes": b'{"prompt": "\xff"}\n', "fields": b'{"question": "1+1="}\n',
+        "bytes": b'{"prompt": "\xff"}\n', "fields": b'{"asked": "1+1="}\n',
         "number": b'{"prompt": 7}\n', "null": b'{"prompt": null}\n', "void": b'{"prompt": ""}\n',
         "surrogate": b'{"prompt": "\\ud800"}\n', "deep": b"[" * 100_000 + b"\n",
         "digits": b'{"prompt": "1", "n": ' + b"1" * 5000 + b"}\n",

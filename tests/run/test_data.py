@@ -211,6 +211,19 @@ def test_the_field_of_the_first_row_is_said_and_later_rows_must_have_it(tmp_path
         load(path, arguments())
 
 
+def test_empty_cells_and_dates_of_a_table(tmp_path):
+    """NaN is no right answer, and a date as an answer can be logged."""
+    pandas = pytest.importorskip("pandas", reason="extra: data")
+    frame = pandas.DataFrame({"prompt": ["1", "2"], "answer": [3.0, float("nan")]})
+    frame["day"] = pandas.Timestamp("2026-01-02")
+    frame.to_parquet(tmp_path / "t.parquet")
+    found = load(str(tmp_path / "t.parquet"), arguments())
+    assert [each.answer for each in found] == [3.0, None]
+    dated = load(str(tmp_path / "t.parquet"), arguments("--answer-field", "day"))
+    with pytest.raises(TypeError, match="got datetime"):
+        verdicts.right_answers(dated[0].answer)
+
+
 # ----------------------------------------------------------------------------------- the formats
 ROWS = [{"prompt": '1,2\n"3"', "answer": "079"}, {"prompt": "2", "answer": "NA"}]
 
@@ -274,6 +287,9 @@ def test_a_folder_with_several_splits(tmp_path):
     assert len({len(data.read_rows(folder, 0, split)) for split in ("train", "test")}) == 1
     assert data.read_rows(folder, 0)[0]["answer"] == "18"
     assert data.read_rows(folder, 0, "test") == data.read_rows(f"{folder}:test", 0)
+    (tmp_path / "train.jsonl").unlink()  # one split is the one, unless another is named
+    assert data.read_rows(f"{folder}/", 0)[0]["answer"] == 18
+    shutil.copy(CASES / "ok.jsonl", tmp_path / "train.jsonl")
     with pytest.raises(console.RunError, match=r"no split 'dev': it has \['test', 'train'\]"):
         data.read_rows(f"{folder}:dev", 0)
 

@@ -266,7 +266,7 @@ def test_bad_input_costs_one_line_and_writes_nothing(folder, capsys, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    (tmp_path / "fields.jsonl").write_text('{"text": "1+1="}\n')
+    (tmp_path / "fields.jsonl").write_text('{"asked": "1+1="}\n')
     (tmp_path / "number.jsonl").write_text('{"prompt": 7}\n')
     (tmp_path / "hollow").mkdir()
     cases = {
@@ -280,7 +280,7 @@ def test_bad_input_costs_one_line_and_writes_nothing(folder, capsys, tmp_path):
         ("--prompts", str(tmp_path / "broken.jsonl")): (1, "broken.jsonl:2", "not JSON"),
         ("--prompts", str(tmp_path / "list.jsonl")): (1, "list.jsonl:1", "JSON object"),
         ("--prompts", str(tmp_path / "bytes.jsonl")): (1, "UTF-8", "byte 12"),
-        ("--prompts", str(tmp_path / "fields.jsonl")): (1, "row 1", "'prompt'", "['text']"),
+        ("--prompts", str(tmp_path / "fields.jsonl")): (1, "row 1", "'prompt'", "['asked']"),
         ("--prompts", str(tmp_path / "number.jsonl")): (1, "expected text", "got 7"),
         ("--max-prompt-tokens", "2"): (1, "all 12 are longer"),
         ("--max-completion-tokens", "250"): (1, "beyond the models' 256 positions"),
