@@ -784,7 +784,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory.say(paths, prompts, args)
         return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
-    run, verifier = Run(args, facts, __file__), Verifier(function, args.verifier_timeout_s)
+    run = Run(args, facts, __file__, {"prompts": prompts, "test prompts": test})
+    verifier = Verifier(function, args.verifier_timeout_s)
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = make_optimizer(student, args)
     if run.resume_from:
@@ -832,7 +833,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             alone = diagnose.offending(student, batch, tokenizer, args, **ours)
             run.bad_step(step + 1, metrics, state["num_bad_steps"], alone, save)
             state["num_bad_steps"] += 1
-    verifier.close()
     run.finish()
 
 

@@ -7,6 +7,7 @@ verify. When the run ends, however it ends, the helper sees its socket close and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -239,6 +240,11 @@ class Verifier:
         """End the child process, whatever it does."""
         self._end_child()
         self._end_helper()
+
+    def __del__(self) -> None:
+        """With the last reference; where even that is not reached, the helper sees the run end."""
+        with contextlib.suppress(AttributeError, OSError):  # never started, or closed already
+            self.close()
 
 
 class Named:
