@@ -452,10 +452,13 @@ class Run:
             ranks.together(failed)
             ranks.first(files.seal, folder, target)
         except Exception as error:
+            why = one_line(error)
             if ranks.rank() == 0:
+                if shutil.disk_usage(self.checkpoints).free < 2**20:  # writers say what they like
+                    why = f"No space left on device: {why}"
                 shutil.rmtree(folder, ignore_errors=True)
             refused = RunError(
-                f"checkpoint at step {step} could not be written: {one_line(error)}; "
+                f"checkpoint at step {step} could not be written: {why}; "
                 f"last good checkpoint: {self.newest_checkpoint()}"
             )
             refused.said = getattr(error, "said", False)
