@@ -483,9 +483,7 @@ def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     args, tokenizer, models, prompts = load_ours(folder, case, "reverse")
-    rollout, _ = opd.collect(
-        models, tokenizer, Unverified(), prompts[: case.rollouts], args, 0
-    )
+    rollout, _ = opd.collect(models, tokenizer, Unverified(), prompts[: case.rollouts], args, 0)
     for row in range(case.rollouts):  # completions of different lengths
         rollout.completion_mask[row, case.completion - 7 * row :] = False
     rollout.completion_ids[~rollout.completion_mask] = 0

@@ -686,7 +686,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_models(models, paths, prompts or held_out, args, Rollout, sample, token_logp)
     if args.dry_run:
         return
-    run = Run(args, facts, __file__)
+    run = Run(args, facts, __file__, {"prompts": prompts, "test prompts": held_out})
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = None if args.eval_only else make_optimizer(student, args)
     if run.resume_from:
@@ -731,7 +731,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             alone = diagnose.offending(student, batch, tokenizer, args, **functions)
             run.bad_step(step + 1, metrics, state["num_bad_steps"], alone, save)
             state["num_bad_steps"] += 1
-    verifier.close()
     run.finish()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -193,13 +194,20 @@ class Run:
             `stop_on_alarm` are used here.
         facts: what is known of all models, for `args.json`.
         script: the method file, copied into the folder: the file is the experiment.
+        prompts: lists of prompts by what they are for; a later `--resume` says if they differ.
 
     Raises:
         RunError: `check_folder` has an objection; another process runs in the folder; or `--resume`
             finds no complete checkpoint.
     """
 
-    def __init__(self, args: argparse.Namespace, facts: Facts, script: str) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        facts: Facts,
+        script: str,
+        prompts: dict[str, Sequence[Any]] | None = None,
+    ) -> None:
         self.path = Path(args.run_dir)
         self.keep, self.steps, self.eval_only = args.keep_checkpoints, args.steps, args.eval_only
         self.stop_signal = 0
@@ -210,6 +218,10 @@ class Run:
         self._step, self._save, self._undone = 0, self.newest_checkpoint, False
         self._record = {"args": vars(args), "facts": asdict(facts), "argv": sys.argv}
         self._script, self._text = Path(script), Path(script).read_bytes()
+        self._record["hashes"] = {
+            "script": f"{self._script.name} {_hash(self._text)}",
+            **{name: _hash_of_prompts(each) for name, each in (prompts or {}).items()},
+        }
         self.resume_from = ranks.first(self._open, args)
         self._ours = {self.resume_from}  # the checkpoints that count; others are leftovers
         retry.start()
@@ -461,10 +473,13 @@ class Run:
             ranks.together(failed)
             ranks.first(files.seal, folder, target)
         except Exception as error:
+            why = one_line(error)
             if ranks.rank() == 0:
+                if shutil.disk_usage(self.checkpoints).free < 2**20:  # writers say what they like
+                    why = f"No space left on device: {why}"
                 shutil.rmtree(folder, ignore_errors=True)
             refused = RunError(
-                f"checkpoint at step {step} could not be written: {one_line(error)}; "
+                f"checkpoint at step {step} could not be written: {why}; "
                 f"last good checkpoint: {self.newest_checkpoint()}"
             )
             refused.said = getattr(error, "said", False)
@@ -503,6 +518,8 @@ class Run:
                 f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
             ) from error
         self.rewind(state["step"])
+        if state["step"] > self.steps:
+            say(f"! the checkpoint is of step {state['step']}, beyond --steps {self.steps}")
         ranks.first(self._write_record, self.resume_from)
         return state
 
@@ -597,17 +614,42 @@ class Run:
         say(f"run folder: {self.path}")
 
     def _changed_flags(self, args: argparse.Namespace) -> list[str]:
+        """A line for each thing that is not as it was when the run was last started."""
         try:
-            old = json.loads((self.path / "args.json").read_text())["args"]
-        except (OSError, ValueError, KeyError) as error:
+            old = json.loads((self.path / "args.json").read_bytes())
+            flags, environ, hashes = old["args"], old["environment"], old.get("hashes", {})
+            new = json.loads(json.dumps(self._record, default=str))
+            harmless = {"resume", "overwrite", "run_dir", "debug", "report_to"}
+            changed = {
+                f"--{key.replace('_', '-')}": (flags.get(key), value)
+                for key, value in new["args"].items()
+                if key not in harmless
+            }
+            for key in ("python", "torch", "transformers", "commit", "device", "num_devices"):
+                changed[key] = environ.get(key), new["environment"][key]
+            lines = [
+                f"! {name} was {was!r} and is now {now!r}"
+                for name, (was, now) in changed.items()
+                if was != now
+            ]
+            for name, now in new["hashes"].items():
+                if hashes.get(name, now) != now:
+                    lines.append(f"! the {name} was {hashes[name]} and is now {now} (name, sha256)")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             return [f"! {self.path / 'args.json'} cannot be read: {one_line(error, 80)}"]
-        new = json.loads(json.dumps(vars(args), default=str))
-        harmless = {"resume", "overwrite", "run_dir", "debug", "report_to"}
-        return [
-            f"! --{key.replace('_', '-')} was {old.get(key)!r} and is now {new[key]!r}"
-            for key in new
-            if key not in harmless and old.get(key) != new[key]
-        ]
+        return lines
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _hash_of_prompts(prompts: Sequence[Any]) -> str:
+    """Of the ids (which have the template in them, and the date that it may write) and answers."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.ids, prompt.answer, prompt.domain]).encode())
+    return f"{len(prompts)} {digest.hexdigest()[:16]}"
 
 
 def check_folder(args: argparse.Namespace) -> None:

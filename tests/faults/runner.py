@@ -337,8 +337,8 @@ class Faults:
 
     def inside(self) -> None:
         """Two full disks; runs in the namespace of `unshare -rm`."""
-        files = [path for path in (self.whole("opd") / "checkpoints/step_6").rglob("*")]
-        size = sum(path.stat().st_size for path in files if path.is_file())
+        found = (self.whole("opd") / "checkpoints/step_6").rglob("*")
+        size = sum(path.stat().st_size for path in found if path.is_file())
 
         def mount(run: str, num_bytes: int) -> Path:
             path = self.folder / run

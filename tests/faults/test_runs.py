@@ -460,6 +460,25 @@ def test_sigterm_does_not_wait_for_the_step(folder, whole, where, monkeypatch, c
 
 
 # ---------------------------------------------------------------------------------------- unclear
+def test_resume_says_what_is_not_as_it_was(folder, copy, tmp_path, capsys):
+    opd.main(flags(folder, copy.name, "--resume"))
+    assert " was " not in capsys.readouterr().out  # nothing has changed
+    record = json.loads((copy / "args.json").read_text())
+    record["environment"] |= {"torch": "1.0", "num_devices": 8}
+    record["hashes"]["script"] = "exopd.py 0123456789abcdef"
+    (copy / "args.json").write_text(json.dumps(record))
+    argv = flags(folder, copy.name, "--resume", "--steps", "1")
+    text = Path(argv[argv.index("--prompts") + 1]).read_text()
+    (tmp_path / "edited.jsonl").write_text(text.replace('"answer": "', '"answer": "1', 1))
+    argv[argv.index("--prompts") + 1] = str(tmp_path / "edited.jsonl")
+    opd.main(argv)
+    output = capsys.readouterr().out
+    told = ["torch was '1.0'", "num_devices was 8", "the script was exopd.py 0123456789abcdef"]
+    told += ["the prompts was ", "--prompts was", "is of step 2, beyond --steps 1"]
+    for words in told:
+        assert words in output, words
+
+
 @pytest.mark.parametrize(
     "flag", ["--verifier-timeout-s", "--teacher-timeout-s", "--rank-timeout-s"]
 )
