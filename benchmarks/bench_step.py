@@ -492,7 +492,8 @@ def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
     labels = ids.clone()
     labels[:, : rollout.prompt_ids.shape[1]] = -100
-    labels[~rollout.attention_mask] = -100
+    attention_mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)
+    labels[~attention_mask] = -100
     gkd, chunked = (load_trl(folder, case, who, "jsd") for who in TRAINERS)
     exact = [load_double(folder / name) for name in ("student", "teacher")]
 
@@ -518,7 +519,7 @@ def compare(pipe: Any, folder: Path, case: argparse.Namespace) -> None:
                 gkd.model,
                 lambda: gkd.compute_loss(
                     gkd.model,
-                    {"input_ids": ids, "attention_mask": rollout.attention_mask.long(),
+                    {"input_ids": ids, "attention_mask": attention_mask.long(),
                      "labels": labels},
                 ),
             ),
@@ -566,7 +567,8 @@ def plain_divergence(models: list[Any], rollout: Any, args: argparse.Namespace) 
     """The full divergence, summed over trained tokens, as its definition says."""
     import torch
 
-    width, mask = rollout.prompt_ids.shape[1], rollout.attention_mask
+    width = rollout.prompt_ids.shape[1]
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)
     inputs = {
         "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], 1),
         "attention_mask": mask.long(),

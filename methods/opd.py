@@ -56,11 +56,8 @@ Sampling = tuple[float, float, int]  # temperature (0: greedy), top-p, top-k (0:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """All flags; everything that is wrong with them is reported in one message."""
-    raw, types = argparse.RawDescriptionHelpFormatter, ["auto", "float32", "bfloat16"]
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description=__doc__, formatter_class=raw
-    )
-    flags.add_run_flags(parser, Path(__file__).stem)  # those that cannot change a number
+    parser = flags.new_parser(__doc__, Path(__file__).stem)  # with those that change no number
+    types = ["auto", "float32", "bfloat16"]
     add = partial(flags.flag, parser.add_argument_group("data"))
     add("--seed", 0, "seed of data order and sampling", "[0,inf)")
     add("--prompts", str(TINY / "prompts/train.jsonl"), "file, folder or hub name: docs/data.md")
@@ -234,10 +231,6 @@ class Rollout:
     extra: dict[str, Tensor] = field(default_factory=dict)  # what a method drew, [B] or [B, T] each
 
     @property
-    def attention_mask(self) -> Tensor:  # [B, P+T]
-        return torch.cat([self.prompt_mask, self.completion_mask], 1)
-
-    @property
     def trained_mask(self) -> Tensor:  # [B, T], N tokens; no others are scored
         return self.response_mask | self.prefix_mask
 
@@ -251,7 +244,8 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
     What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
     a sum [] stays as it is.
     """
-    attention_mask, mask = rollout.attention_mask.to(model.device), rollout.trained_mask
+    mask, device = rollout.trained_mask, model.device
+    attention_mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1).to(device)
 
     def scattered(values: Tensor) -> Tensor:
         if values.dim() == 0:
@@ -261,8 +255,8 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
 
     outputs = model(
         read,
-        F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(model.device),  # t - 1 predicts t
-        input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(model.device),
+        F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(device),  # t - 1 predicts t
+        input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(device),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
@@ -330,9 +324,6 @@ def uniforms(num_rollouts: int, stream: str, step: int, args: Args) -> Tensor:
     return torch.from_numpy(generator.random(shape, dtype=np.float32))
 
 
-CANDIDATES = 1024  # with --top-p, all tokens are sorted only where these hold less of the mass
-
-
 def draw(
     logits: Tensor, uniform: Tensor, sampling: Sampling, law: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,7 +333,7 @@ def draw(
     if temperature == 0.0:  # greedy
         temperature, top_k = 1.0, 1
     if top_k or top_p < 1.0:
-        size = min(top_k or CANDIDATES, logits.shape[1])
+        size = min(top_k or 1024, logits.shape[1])  # all are sorted only where that is too few
         top = opd_ops.topk_logp(logits, None, size, temperature=temperature)
         ids, probs = top.ids, top.logp.exp()
         if not top_k and (top.tail_logp.exp() > 1.0 - top_p).any():
@@ -463,8 +454,7 @@ def decode(
 
 # ==== 4. The method ===============================================================================
 
-MUST_BE_FINITE = ("log_ratio", "policy_log_ratio")
-"""Of what `token_loss` logs: a step is skipped if one of these is not finite at a trained token."""
+MUST_BE_FINITE = ("log_ratio", "policy_log_ratio")  # of what `token_loss` logs, else no step
 
 
 def add_method_args(parser: argparse.ArgumentParser) -> None:
@@ -680,8 +670,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_prompts(prompts + held_out, tokenizer, facts)
     if args.dry_run:
         memory.say(paths, prompts or held_out, args)
-    if args.dry_run and not args.check_models:
-        return
+        paths = paths if args.check_models else {}
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
     check_models(models, paths, prompts or held_out, args, Rollout, sample, token_logp)
     if args.dry_run:
@@ -714,12 +703,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.diagnostic_tokens:
             with run.phase("diagnose"):
                 seed = seed_of("diagnostics", step, args)
-                few = diagnose.thin(rollout, args.diagnostic_tokens, seed)
-                few = retry.micro_batches(few, args)
                 functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
-                metrics |= diagnose.exact_divergences(models, few, args, **functions)
                 functions |= {"score": score, "token_loss": token_loss}
-                run.trace(step + 1, diagnose.traces(models, rollout, tokenizer, args, **functions))
+                few = partial(retry.micro_batches, args=args)
+                found = diagnose.of_step(models, rollout, tokenizer, args, seed, few, **functions)
+                metrics |= found[0]
+                run.trace(step + 1, found[1])
         with run.phase("student"):
             for _ in range(args.updates_per_rollout):
                 metrics |= train_step(student, optimizer, batch, args, step)

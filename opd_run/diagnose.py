@@ -203,6 +203,25 @@ def exact_divergences(
     return metrics | token_metrics(_gathered(tokens))
 
 
+def of_step(
+    models: dict[str, Any],
+    rollout: Any,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    seed: Sequence[int],
+    micro_batches: Callable[[Any], Iterable[Any]],
+    *,
+    score: Callable[..., Any],
+    token_loss: Callable[..., Any],
+    **functions: Any,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """`exact_divergences` at `--diagnostic-tokens` tokens that `seed` chooses, and `traces`."""
+    few = thin(rollout, args.diagnostic_tokens, seed)
+    metrics = exact_divergences(models, micro_batches(few), args, **functions)
+    functions |= {"score": score, "token_loss": token_loss}
+    return metrics, traces(models, rollout, tokenizer, args, **functions)
+
+
 def _gathered(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The parts of all ranks, put together by name."""
     every = ranks.gather([{key: part[key].cpu() for key in part} for part in parts])

@@ -31,12 +31,19 @@ def flag(group: Any, name: str, default: Any, text: str, bounds: str = "", **kwa
     ).bounds = bounds
 
 
-def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    """Flags that cannot change a number, but for rounding: where results go, and on what it runs.
+def new_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser with the flags that cannot change a number, but for rounding: where results go, and
+    on what it runs.
 
     Args:
+        description: the docstring of the method file.
         name: of the method; the run folder is `runs/NAME/default`.
     """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = partial(flag, parser.add_argument_group("run"))
     add("--run-dir", f"runs/{name}/default", "folder for logs and checkpoints")
     add("--resume", False, "continue from the newest complete checkpoint in --run-dir")
@@ -71,6 +78,7 @@ def add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     add("--verifier-workers", 0, "processes that judge answers; 0: min(4, CPU cores)", "[0,inf)")
     add("--teacher-timeout-s", 600.0, "stop when --teacher-url is silent so long", "(0,1e6]")
     add("--trust-remote-code", False, "run Python code that comes with a model; read it first")
+    return parser
 
 
 def parse(

@@ -79,7 +79,10 @@ def fit_memory(
             why = one_line(error, 120)
         # Here the failed attempt is gone, with the tensors that its traceback held.
         torch.cuda.empty_cache()
-        sizes = [len(each.prompts) * each.attention_mask.shape[1] for each, _ in batch]
+        sizes = [
+            len(each.prompts) * (each.prompt_ids.shape[1] + each.completion_ids.shape[1])
+            for each, _ in batch
+        ]
         _most_tokens = max(1, min(micro_batch_tokens(args), max(sizes)) // 2)
         batch[:] = [
             piece

@@ -697,7 +697,7 @@ def is_run(path: Path) -> bool:
         record = json.loads((path / "args.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and {"args", "facts", "environment"} <= record.keys()
+    return isinstance(record, dict) and {"args", "environment"} <= record.keys()
 
 
 def _remove_run(path: Path, script: str) -> None:

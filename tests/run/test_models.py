@@ -199,7 +199,8 @@ def test_longrope_has_one_set_of_factors_for_all_sequences(made, monkeypatch, ca
     every, prompts, args = checked(made("phi3 LongRoPE"), "--max-prompt-tokens", "24")
     assert "its long factors for all sequences, since 48 tokens can be" in capsys.readouterr().out
     rollout = modelzoo.sampled(every["student"], prompts, args)
-    assert rollout.attention_mask.sum(1).max() > 32 > rollout.attention_mask.sum(1).min()
+    lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)
+    assert lengths.max() > 32 > lengths.min()
     monkeypatch.setattr(setup, "pin_longrope", lambda lm, longest: False)
     with pytest.raises(RunError, match="off by"):
         checked(made("phi3 LongRoPE"), "--max-prompt-tokens", "24")
