@@ -127,7 +127,11 @@ def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
     if ranks.rank() != 0:
         return
     plain = merged(lm, weights) if _adapted(lm) else weights.items()
-    found = {name: _as(weight, model.export_dtype) for name, weight in plain}
+    exact = [each for kind in ("", "_strict") for each in _kept_in_float32(lm, kind)]
+    found = {
+        name: weight if any(e in name for e in exact) else _as(weight, model.export_dtype)
+        for name, weight in plain
+    }
     if strange := [name for name in found if ".base_layer." in name or ".lora_" in name]:
         raise RunError(f"export of {lm.config.model_type}: {strange[0]} is no weight of its own")
     lm.save_pretrained(folder, state_dict=found)
@@ -139,6 +143,11 @@ def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
     if _adapted(lm):
         _check_whole(lm, folder)
         _save_adapter(lm, weights, folder.parent / "adapter")
+
+
+def _kept_in_float32(lm: Any, kind: str) -> Sequence[str]:
+    """Parts of names of weights that `transformers` keeps in float32, such as a router's biases."""
+    return getattr(lm, f"_keep_in_fp32_modules{kind}", None) or ()
 
 
 def _as(weight: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -120,6 +120,8 @@ def _check(
         raise RunError(f"{who}: a padded batch cannot be read: {text}") from error
     finally:
         model.eval()
+    if not alone[mask.to(alone.device)].isfinite().all():
+        raise RunError(f"{who}: log-probs of a plain forward pass are not finite: damaged weights?")
     padded = off(batch, alone)
     if not padded <= limit:
         raise RunError(

@@ -217,7 +217,7 @@ CASES = [
     model("student: weights cut short", {"--student": "{DIR}/short"}, "short"),
     model("student: weights in a pickle", {"--student": "{DIR}/pickled"}, "pickled"),
     model("student: half of the weights", {"--student": "{DIR}/half"}, "half", "are missing"),
-    model("student: NaN weights", {"--student": "{DIR}/nan"}, "step 1", "loss nan"),
+    model("student: NaN weights", {"--student": "{DIR}/nan"}, "student", "not finite"),
     model("student: its own code", {"--student": "{DIR}/remote"}, "trust_remote_code", "--student"),
     model("teacher: other token ids", {"--teacher": "{DIR}/permuted"}, "tokenizers", "id 4"),
     model("reference: no folder", {"--reference": "{DIR}/none"}, "--reference", method="exopd"),

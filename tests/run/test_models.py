@@ -294,6 +294,17 @@ def test_an_export_has_the_type_of_the_source(tmp_path, more):
         assert torch.equal(back.lm_head.weight.float(), half.lm_head.weight.float())
 
 
+def test_an_export_keeps_what_transformers_keeps_in_float32(made, tmp_path):
+    from opd_run import adapters
+
+    student, tokenizer, _, _ = modelzoo.loaded(made("deepseek_v3"))
+    student.export_dtype = torch.bfloat16
+    adapters.export(student, tokenizer, tmp_path / "model")
+    kinds = {name: weight.dtype for name, weight in modelzoo.read(tmp_path / "model").items()}
+    exact = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert exact == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+
+
 # --------------------------------------------------------------------- tokens, prompts, positions
 def test_eos_of_the_whole_configuration_comes_first():
     config = transformers.AutoConfig.for_model("gemma3", eos_token_id=[2, 5])
