@@ -55,6 +55,7 @@ from opd_run.selfcheck import check_models
 from opd_run.verifier import Verifier
 
 Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
+Batch = list[tuple["Rollout", dict[str, Any]]]  # micro-batches, with what `score` says of them
 Sampling = tuple[float, float, int]  # temperature (0: greedy), top-p, top-k (0: all tokens)
 
 # ==== 1. Arguments ================================================================================
@@ -191,10 +192,8 @@ def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
     frozen = name != "student"
     dtype = getattr(torch, args.teacher_dtype if frozen else args.dtype)
     weights = dtype if frozen or args.lora_rank else torch.float32  # trained weights are float32
-    autocast = torch.float32 if frozen else dtype  # float32 means no autocast
-    return setup.load_lm(
-        path, frozen, weights, autocast, without_noise, adapted_layers, facts, args
-    )
+    compute = torch.float32 if frozen else dtype  # of autocast; float32: none
+    return setup.load_lm(path, frozen, weights, compute, without_noise, adapted_layers, facts, args)
 
 
 def without_noise(config: Any) -> None:
@@ -239,9 +238,6 @@ class Rollout:
     @property
     def trained_mask(self) -> Tensor:  # [B, T], N tokens; no others are scored
         return self.response_mask | self.prefix_mask
-
-
-Batch = list[tuple[Rollout, dict[str, Any]]]  # micro-batches, with what `score` says of them
 
 
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
@@ -384,8 +380,7 @@ def sample(
     """One completion per prompt; `uniform` [B, T] are its random numbers, one per sampled token.
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
-    `prefixes` are tokens that a completion starts with; they are not sampled, and not part of the
-    response. Each process samples its share of the rollouts, and gets those of all.
+    `prefixes` are tokens that a completion starts with: not sampled, and not part of the response.
     """
     (num, width), device = uniform.shape, model.device
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
@@ -418,8 +413,7 @@ def decode(
 ) -> None:
     """Go on with the rollouts `rows` of `out`, by a key/value cache, until all of them end.
 
-    The model works on `rows` [n] together. Those that have ended are not written any more, and are
-    taken out of the cache when they are a tenth of it.
+    The model works on `rows` [n] together; those that have ended are taken out once in a while.
     """
     width, device, law = uniform.shape[1], uniform.device, loss_law(model, args)
     stop = torch.tensor(stop_ids(model.facts), device=device)
@@ -744,8 +738,7 @@ def train_step(
 def evaluate(
     models: Models, tokenizer: Any, verifier: Verifier, args: Args, name: str, prompts: list[Prompt]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """avg@n, pass@k, lengths; of the student also the exact reverse KL on the first sample of each
-    prompt, and a few of these samples token by token."""
+    """avg@n, pass@k, lengths; of the student also, on one sample of each prompt, the reverse KL."""
     asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
     sampling = args.eval_temperature, args.eval_top_p, 0
