@@ -23,7 +23,7 @@ REFUSED = {
     "mamba2": "does not go on from the cache",
     "falcon_mamba": "does not go on from the cache",
     "zamba2": "does not go on from the cache",
-    "recurrent_gemma": "does not go on from the cache",
+    "recurrent_gemma": "reads padding as text",
     "minimax": "cannot be sampled from",
     "rwkv": "reads padding as text",
     "xlstm": "reads padding as text",
