@@ -92,3 +92,53 @@ def test_the_packages_of_users_are_imported_where_they_are_used(path):
     rooms = {module.split(".")[0] for module in imports(plain)}
     needed = {"torch", "transformers", "numpy", "tqdm", "safetensors", "opd_ops", "opd_run"}
     assert rooms <= needed | set(sys.stdlib_module_names)
+
+
+# What a method file may call of `opd_run`: plumbing, whose docstring may say that it changes no
+# number. What is added here has to be read with that question.
+PLUMBING = {
+    "compat": {"Facts", "check_prompts", "prompt_ids"},
+    "console": {"RunError"},
+    "data": {
+        *("Prompt", "Source", "check_prompts", "completions_of", "load", "messages_of", "plain"),
+        *("say_overlap", "source_of", "test_sets", "user_text", "value_of"),
+    },
+    "diagnose": {
+        *("exact_divergences", "num_not_finite", "of_step", "offending", "pass_metrics"),
+        *("places", "rollout_metrics", "samples", "token_metrics", "traces"),
+    },
+    "files": {"TINY"},
+    "flags": {"flag", "new_parser", "parse"},
+    "memory": {"say"},
+    "models": {"CausalLM"},
+    "ranks": {
+        *("cat", "share", "start", "sum_gradients", "total", "unsharded", "whole"),
+    },
+    "retry": {"fit_memory", "in_chunks", "micro_batches"},
+    "rollouts": {
+        *("begun", "blank", "by_teacher", "clear", "gather", "join", "left_padded"),
+        *("right_padded", "select", "shaped"),
+    },
+    "run": {"Run", "command", "load_checkpoint", "save_checkpoint", "say_plan"},
+    "selfcheck": {"check_models"},
+    "setup": {"load_lm", "load_models", "prepare", "token_ids", "zero_moments"},
+    "verifier": {"Verifier"},
+    "vllm_sampler": {"fill"},
+}
+
+
+def test_what_the_method_files_call_is_on_the_list():
+    used: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "methods").glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        modules = {a.name for node in imported if node.module == "opd_run" for a in node.names}
+        for node in imported:
+            room, _, module = (node.module or "").partition(".")
+            if room == "opd_run" and module:
+                used.setdefault(module, set()).update(alias.name for alias in node.names)
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id in modules:
+                    used.setdefault(node.value.id, set()).add(node.attr)
+    assert used == PLUMBING
