@@ -50,7 +50,6 @@ from tqdm import tqdm
 import opd_ops
 from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, vllm_sampler
 from opd_run.compat import Facts, check_prompts, prompt_ids
-from opd_run.console import RunError
 from opd_run.data import Prompt
 from opd_run.files import TINY
 from opd_run.models import CausalLM
@@ -727,15 +726,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     tests = {name: load_prompts(spec, *how, test=name) for name, spec in sets.items()}
     held_out = [prompt for test in tests.values() for prompt in test]
     data.say_overlap(prompts, held_out)
-    if errors := check_method_data(tokenizer, prompts + held_out, facts, args):
-        raise RunError("; ".join(errors), code=2)
+    flags.refuse(check_method_data(tokenizer, prompts + held_out, facts, args))
     verifier = Verifier(args.verifier, args.verifier_timeout_s, args.verifier_workers)
     verifier.try_out(prompts, tests, tokenizer)
     say_plan(args)
     check_prompts(prompts + held_out, tokenizer, facts)
     if args.dry_run:
         memory.say(paths, prompts or held_out, args)
-        paths = paths if args.check_models else {}
+        if not args.check_models:
+            return
     models = setup.load_models(partial(load, facts=facts, args=args), paths, args, facts)
     check_models(models, paths, prompts or held_out, args, Rollout, sample, token_logp)
     if args.dry_run:

@@ -93,14 +93,14 @@ def parse(
             `check(args)`, in one message.
     """
 
-    def refuse(message: str) -> None:
+    def refuse_usage(message: str) -> None:
         names = [name for action in parser._actions for name in action.option_strings]
         for unknown in re.findall(r"--[a-zA-Z0-9-]+", message if "unrecognized" in message else ""):
             if near := difflib.get_close_matches(unknown, names, 1):
                 message += f" (did you mean {near[0]}?)"
         raise RunError(f"{message} (--help lists all flags)", code=2)
 
-    parser.error, parser.allow_abbrev = refuse, False  # type: ignore[assignment,method-assign]
+    parser.error, parser.allow_abbrev = refuse_usage, False  # type: ignore[assignment,method-assign]
     args = parser.parse_args(argv)
     errors = []
     for action in parser._actions:
@@ -120,10 +120,19 @@ def parse(
                       "model/ of a checkpoint")  # fmt: skip
     for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, check):
         errors += check_some(args)
-    if errors:
-        raise RunError("; ".join(errors), code=2)
+    refuse(errors)
     _resolve(args)
     return args
+
+
+def refuse(errors: Sequence[str]) -> None:
+    """Nothing, if there are no errors.
+
+    Raises:
+        RunError: exit code 2; all of them in one message.
+    """
+    if errors:
+        raise RunError("; ".join(errors), code=2)
 
 
 def _resolve(args: argparse.Namespace) -> None:

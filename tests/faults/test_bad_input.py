@@ -88,7 +88,7 @@ CASES = [
     flag("--eval-temperature", "-1", "[0,inf)", "got -1"),
     flag("--eval-top-p", "0", "(0,1]", "got 0"),
     flag("--diagnostic-tokens", "-1", "[0,inf)", "got -1"),
-    flag("--verifier-timeout-s", "0", "(0,inf)", "got 0"),
+    flag("--verifier-timeout-s", "0", "(0,1e6]", "got 0"),
     flag("--dtype", "fp8", "'bfloat16'", "'fp8'"),
     flag("--report-to", "email", "'tensorboard'", "'email'"),
     flag("--chat-template-from", "nobody", "'teacher'", "'nobody'"),

@@ -258,15 +258,15 @@ def test_infinite_divergence_does_not_spread():
 
 
 HIDDEN, HEAD = torch.randn(5, 8), torch.randn(11, 8)
-IDS, OTHER = torch.arange(5), torch.randn(5, 8)
+TOKENS, OTHER = torch.arange(5), torch.randn(5, 8)
 FORWARD = {
-    "token_logp": lambda h, w: opd_ops.token_logp(h, w, IDS).logp,
+    "token_logp": lambda h, w: opd_ops.token_logp(h, w, TOKENS).logp,
     "topk_logp": lambda h, w: opd_ops.topk_logp(h, w, 3).logp,
-    "gather_logp": lambda h, w: opd_ops.gather_logp(h, w, IDS[:, None]).logp,
+    "gather_logp": lambda h, w: opd_ops.gather_logp(h, w, TOKENS[:, None]).logp,
     "support_kl": lambda h, w: (
-        opd_ops.support_kl(h, w, IDS[:, None], -torch.ones(5, 1), renormalise=False).loss
+        opd_ops.support_kl(h, w, TOKENS[:, None], -torch.ones(5, 1), renormalise=False).loss
     ),
-    "gated_kl": lambda h, w: opd_ops.gated_kl(h, w, IDS, convex, [torch.zeros(5)]).loss,
+    "gated_kl": lambda h, w: opd_ops.gated_kl(h, w, TOKENS, convex, [torch.zeros(5)]).loss,
     "full_kl": lambda h, w: opd_ops.full_kl(h, w, OTHER, HEAD).loss,
 }
 

@@ -28,7 +28,7 @@ REFUSED = {
     "rwkv": "reads padding as text",
     "xlstm": "reads padding as text",
 }
-WITHOUT_LINEAR = ["gpt2", "gpt_bigcode", "falcon"]
+WITHOUT_LINEAR = ["gpt2", "falcon"]
 
 
 def each_type(names=tuple(modelzoo.TYPES)):

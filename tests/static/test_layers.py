@@ -98,7 +98,6 @@ def test_the_packages_of_users_are_imported_where_they_are_used(path):
 # number. What is added here has to be read with that question.
 PLUMBING = {
     "compat": {"Facts", "check_prompts", "prompt_ids"},
-    "console": {"RunError"},
     "data": {
         *("Prompt", "Source", "check_prompts", "completions_of", "load", "messages_of", "plain"),
         *("say_overlap", "source_of", "test_sets", "user_text", "value_of"),
@@ -108,7 +107,7 @@ PLUMBING = {
         *("places", "rollout_metrics", "samples", "token_metrics", "traces"),
     },
     "files": {"TINY"},
-    "flags": {"flag", "new_parser", "parse"},
+    "flags": {"flag", "new_parser", "parse", "refuse"},
     "memory": {"say"},
     "models": {"CausalLM"},
     "ranks": {
