@@ -49,8 +49,8 @@ def prepare(
             raise RunError(f"{flag} {device!r}: {one_line(error)}", 2) from None
     if args.teacher_offload and args.teacher_device == "cpu":
         raise RunError("--teacher-offload: frozen models are in CPU memory already", 2)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)  # what timings and memory figures speak of
+    if (device := torch.device(args.device)).type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what timings and memory figures speak of
     trust = {"trust_remote_code": args.trust_remote_code}
     tokenizers, configs, generation_configs = {}, {}, {}
     for name, path in paths.items():
