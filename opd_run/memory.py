@@ -20,7 +20,6 @@ from opd_run.console import one_line
 from opd_run.console import say as say_lines
 from opd_run.models import num_parameters
 
-WORKSPACE = 256 * 2**20  # default of the ops with a head
 LOGITS = 4  # copies of [rows, V] float32 that one step of the sampler holds
 
 
@@ -81,7 +80,8 @@ def _counted(
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
-    found["student: loss"] = min(WORKSPACE, logits) + 4 * text.vocab_size * text.hidden_size
+    workspace = 2**28 if args.device == "cpu" else 2**30  # of the ops with a head, by default
+    found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     return found, student
 
 
