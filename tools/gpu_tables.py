@@ -137,7 +137,7 @@ def steps() -> str:
     """Whole steps, and samplers."""
     found = rows.newest(measured("steps"), ["stage", "implementation", "rollouts"])
     lines = []
-    cases = [("step", who, "64") for who in TRAINERS]
+    cases = [("step", who, "256") for who in TRAINERS]
     cases += [("sample", who, rollouts) for rollouts in ("64", "256") for who in SAMPLERS]
     for case in cases:
         row = found.get(case)
@@ -175,5 +175,5 @@ def in_short() -> str:
         text = NOT_MEASURED
         if row is not None:
             text = row["failed"] or f"{float(row['total_s']):.1f} s, {int(row['peak_mib']):,} MiB"
-        lines.append([f"a step of 64 rollouts of 512 tokens, `{who}`", text])
+        lines.append([f"a step of 256 rollouts of 128 tokens, `{who}`", text])
     return str(markdown(["on a GPU", "found"], lines))
