@@ -579,8 +579,8 @@ def make_optimizer(student: CausalLM, args: Args) -> torch.optim.Optimizer:
         {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas = (0.9, args.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, args.lr, betas, weight_decay=args.weight_decay)
+    how = {"weight_decay": args.weight_decay, "fused": args.device.startswith("cuda")}
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, args.adam_beta2), **how)
     setup.zero_moments(optimizer)  # now, so that a checkpoint before the first step is exact
     return optimizer
 
@@ -620,6 +620,7 @@ def train_step(
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
+    student.zero_grad()  # no memory for gradients while rollouts are made
     done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
     return metrics | done | {"bad_step": float(not good)}
 
