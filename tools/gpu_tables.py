@@ -47,8 +47,9 @@ def tables() -> dict[str, str]:
 
 
 def stages() -> str:
-    """The newest run of each stage."""
-    found = rows.newest(measured("stages"), ["stage"])
+    """The newest run of each stage, but where it was skipped."""
+    ran = [row for row in measured("stages") if not row["result"].startswith("skipped")]
+    found = rows.newest(ran, ["stage"])
     names = ["facts", "build", "correct", "train", "head", "rows", "step", "sample"]
     lines = []
     for name in names:
@@ -62,12 +63,14 @@ def stages() -> str:
 
 
 def checks() -> str:
-    """What was measured or proved once."""
-    found = rows.newest(measured("checks"), ["stage", "name"])
+    """What was measured or proved once, by the newest run of each stage."""
+    everything = measured("checks")
+    newest = {row["stage"]: (row["commit"], row["command"]) for row in everything}
+    found = [row for row in everything if newest[row["stage"]] == (row["commit"], row["command"])]
     lines = [
-        [stage, name, f"{row['value']} {row['unit']}".strip(), row["expected"] or "-",
+        [row["stage"], row["name"], f"{row['value']} {row['unit']}".strip(), row["expected"] or "-",
          "yes" if row["ok"] == "True" else "**no**"]
-        for (stage, name), row in found.items()
+        for row in found
     ]  # fmt: skip
     return str(markdown(["stage", "what", "found", "expected", "as it should be"], lines))
 
