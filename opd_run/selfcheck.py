@@ -211,7 +211,7 @@ def _rows(
         size = max(size, boundary - NUM_TOKENS // 2)
     long = (ids * (size // len(ids) + 1))[:size]
     short = long[-max(1, min(size, 24) // 3) :]
-    rows = [replace(prompts[0], ids=each) for each in (short, short, long, long)]
+    rows = [replace(prompts[0], ids=each, views={}) for each in (short, short, long, long)]
     return rows, [(), (), (), long[: NUM_TOKENS // 2]]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from opd_run import compat, offload, ranks, served_teacher, vllm_sampler
+from opd_run import compat, offload, ranks, served_teacher, views, vllm_sampler
 from opd_run.adapters import WithoutAdapter, add_adapters
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
-from opd_run.models import CausalLM, head_is_product, num_parameters, pin_longrope
+from opd_run.models import CausalLM, ReadAs, head_is_product, num_parameters, pin_longrope
 
 MERGE_FIRST = "it has an adapter_config.json: merge the adapter into its model first"
 
@@ -202,20 +202,31 @@ def load_models(
     """All models by name: frozen ones with one path are shared.
 
     With `--lora-rank`, a frozen model with the student's path is the student without its adapters.
+    `--teacher live` is the student itself, `--teacher ema:DECAY` its average, which begins as the
+    student, with adapters of its own.
 
     Args:
         load: `load(name, path)` loads one of them.
     """
     models: dict[str, Any] = {}
     for name, path in served_teacher.local(paths, args).items():
-        twin = next((n for n in models if n != "student" and paths[n] == path), None)
+        role = name.partition("/")[0]
+        twin = next((n for n in models if n != "student" and paths[n] == paths[name]), None)
         if twin:
-            models[name] = models[twin]
+            same = models[twin].role == role
+            models[name] = models[twin] if same else ReadAs(models[twin], role)
+            continue
+        if name == "teacher" and views.decay_of(args):
+            models[name] = load("student", path).requires_grad_(False)
+            models["student"].average = (models[name],)
         elif name != "student" and args.lora_rank and path == paths["student"]:
             models[name] = WithoutAdapter(models["student"])
             say(f"{name}: the student without its adapters; no second copy")
         else:
             models[name] = load(name, path)
+        models[name].role = role
+    if paths.get("teacher") == "live":
+        models["teacher"] = ReadAs(models["student"], "teacher")
     if args.teacher_url:
         import transformers
 
@@ -223,6 +234,7 @@ def load_models(
             paths["student"], trust_remote_code=args.trust_remote_code
         )
         models["teacher"] = served_teacher.RemoteTeacher(tokenizer, facts, args)
+        models["teacher"].role = "teacher"
     if args.sampler == "vllm":
         models["student"].engine = vllm_sampler.VllmSampler(paths["student"], facts, args)
     return models
