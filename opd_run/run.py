@@ -445,17 +445,16 @@ class Run:
             found |= row if row and row["step"] == step else {}
         for name, test in tests.items():
             key = "/".join([*([name] if name else []), f"avg@{self.eval_samples}"])
-            shares = [found.get(f"eval/{who}/{key}") for who in ("teacher", "student")]
-            if not test or not all(isinstance(each, float) for each in shares):
-                continue
-            one, two = map(float, shares)
+            one, two = (found.get(f"eval/{who}/{key}") for who in ("teacher", "student"))
+            if not test or not isinstance(one, float) or not isinstance(two, float):
+                continue  # NaN is written as text
             gap, error = one - two, math.sqrt((one * (1 - one) + two * (1 - two)) / len(test))
             text = (
                 f"gap: {name or 'test'}: teacher {one:.3f}, student {two:.3f}: {gap:+.3f} "
                 f"(standard error at most {error:.3f})"
             )
             little = "; there is little to learn: gains are about proportional to the gap"
-            say(f"! {text}{little}" if gap < error else text)
+            say(f"! {text}{little}" if gap <= error else text)
 
     def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
