@@ -499,9 +499,7 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     add = partial(flags.flag, group)
     add("--reward-scale", 1.25, "lambda of Eq. (2); 1: the teacher, above 1: beyond it", "(0,inf)")
     add("--reference", None, "what the teacher is extrapolated from, Eq. (5) [the initial student]")
-    add(
-        "--reference-prompt", None, "what it reads, in the form of --teacher-prompt [the student's]"
-    )
+    add("--reference-prompt", None, "what it reads, as in --teacher-prompt [the student's prompt]")
     alias = {"dest": "domain_field", "default": argparse.SUPPRESS}
     group.add_argument("--teacher-field", help="another name of --domain-field", **alias)
 

@@ -507,9 +507,7 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     targets, controls = ["scalar", "reference"], ["none", "random", "inverse"]
     add("--gate-target", "scalar", "what the gate multiplies: Eq. (2) or (6)", choices=targets)
     add("--reference", None, "model of Eq. (6) that stays frozen [the initial student]")
-    add(
-        "--reference-prompt", None, "what it reads, in the form of --teacher-prompt [the student's]"
-    )
+    add("--reference-prompt", None, "what it reads, as in --teacher-prompt [the student's prompt]")
     kinds, losses = ["raw", "group"], ["nll", "gated"]
     add("--verdict", "raw", "right or wrong, or above or below its prompt's mean", choices=kinds)
     add("--gate-control", "none", "shuffle the gates, or swap E and I", choices=controls)
