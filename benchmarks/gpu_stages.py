@@ -501,8 +501,8 @@ def backward(hidden: Any, weight: Any, loss: Call) -> Call:
     """Forward and backward of a sum."""
 
     def call() -> None:
-        hidden.grad = weight.grad = None
         loss().sum().backward()
+        hidden.grad = weight.grad = None  # no part of what was there before the next call
 
     return call
 
@@ -533,7 +533,7 @@ def head_cases(task: Task, hidden: Any, weight: Any, teacher: Any, ids: Any, val
 
     calls = {
         "opd_ops": lambda: our_jsd(hidden, weight, teacher, valid),
-        "torch": lambda: torch_jsd(logits(), logits(*teacher)),
+        "torch": lambda: bench_ops.torch_jsd(logits(), logits(*teacher)),
     }
     if not no_liger:
         jsd = bench_ops.liger("LigerFusedLinearJSD")
@@ -544,24 +544,9 @@ def head_cases(task: Task, hidden: Any, weight: Any, teacher: Any, ids: Any, val
     teacher_logp = torch.randn(ids.shape[0], 32, device=ids.device).log_softmax(-1)
     calls = {
         "opd_ops": lambda: our_support_kl(hidden, weight, support, teacher_logp, valid),
-        "torch": lambda: torch_support_kl(logits(), support, teacher_logp),
+        "torch": lambda: bench_ops.torch_support_kl(logits(), support, teacher_logp),
     }
     yield "support_kl", 32, calls
-
-
-def torch_jsd(student: Any, teacher: Any) -> Any:
-    """[N]: the definition, in float32."""
-    import torch
-
-    one, two = (z.float().log_softmax(-1) for z in (student, teacher))
-    middle = torch.logaddexp(one, two) - math.log(2)
-    return 0.5 * ((one.exp() * (one - middle)).sum(-1) + (two.exp() * (two - middle)).sum(-1))
-
-
-def torch_support_kl(logits: Any, ids: Any, teacher_logp: Any) -> Any:
-    """[N]: the reverse KL of the distributions on K tokens."""
-    student = logits.gather(1, ids).float().log_softmax(-1)
-    return (student.exp() * (student - teacher_logp)).sum(-1)
 
 
 def rows_stage(task: Task) -> None:
@@ -576,8 +561,8 @@ def rows_stage(task: Task) -> None:
     passes = [(kind, wanted, False) for kind in (torch.bfloat16, torch.float32)]
     passes += [(torch.bfloat16, ("token_logp", "topk_logp"), True)]
     for kind, ops, compiled in passes:
-        args = argparse.Namespace(device=task.device, ops=[], k=[32], width=0, heads=False,
-                                  compile=compiled, reference=False)  # fmt: skip
+        args = argparse.Namespace(device=task.device, ops=[], k=[32], width=0, logits=True,
+                                  heads=False, compile=compiled, reference=False)  # fmt: skip
         memory: dict[str, Call] = {}
         for op, direction, k, _, floor, calls, z in bench_ops.cases(args, n, vocab, kind):
             if op == "memory":
