@@ -739,7 +739,7 @@ def move_average(models: Models, decay: float) -> None:
 
 def evaluate(
     models: Models, tokenizer: Any, verifier: Verifier, args: Args, name: str, prompts: list[Prompt]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:  # metrics, and rows by log file
     """avg@n, pass@k, lengths; of the student also, on one sample of each prompt, the reverse KL."""
     asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
@@ -748,14 +748,14 @@ def evaluate(
     verify(rollout, tokenizer, verifier)
     metrics = diagnose.rollout_metrics(rollout)
     metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
-    traces = []
+    logs = {"evaluations.jsonl": diagnose.of_prompts(rollout, tokenizer, args.eval_samples)}
     if name == "student":
         first = rollouts.select(rollout, torch.arange(0, len(asked), args.eval_samples))
         functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
         few = retry.micro_batches(first, args)
         metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **functions)
-        traces = diagnose.traces(models, first, tokenizer, args, **functions)
-    return metrics, traces
+        logs["tokens.jsonl"] = diagnose.traces(models, first, tokenizer, args, **functions)
+    return metrics, logs
 
 
 # ==== 6. Main loop ================================================================================

@@ -130,7 +130,7 @@ def check_prompts(prompts: Sequence[Any], tokenizer: Any, facts: Facts) -> None:
 def prompt_ids(tokenizer: Any, text: str, templated: bool) -> list[int]:
     """Token ids of a prompt. A chat template has its own BOS; without one the tokenizer adds it,
     not a second time where the text begins with it, and no EOS, after which nothing would come."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated, verbose=False)
     if templated:
         return ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

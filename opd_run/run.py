@@ -49,7 +49,9 @@ from opd_run.console import RunError, ServerLost, one_line, optional, say, say_e
 from opd_run.files import append_row, each_metrics, write_atomically
 from opd_run.retry import OutOfMemory, is_out_of_memory
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "offending.jsonl")
+LOGS = (
+    *("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "evaluations.jsonl", "offending.jsonl"),
+)
 UNDONE = ("generate", "teacher", "diagnose", "eval")
 """Phases whose work can be thrown away: the weights in them are those of the step boundary."""
 _held: list[Any] = []  # open lock files of runs that have not ended
@@ -192,7 +194,7 @@ def environment() -> dict[str, Any]:
 
 class Run:
     """The run folder: `args.json`, `metrics.jsonl`, `samples.jsonl`, `tokens.jsonl`,
-    `checkpoints/`, the script.
+    `evaluations.jsonl`, `checkpoints/`, the script.
 
     Args:
         args: the parsed flags; `run_dir`, `resume`, `overwrite`, `keep_checkpoints`, `report_to`,
@@ -376,20 +378,15 @@ class Run:
                 f"{self.newest_checkpoint()}"
             ) from error
 
-    def log(
-        self, step: int, metrics: dict[str, float], tokens: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view,
-        and `tokens` to `tokens.jsonl`.
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view.
 
         An alarm that goes off for the first time is said, and is a key of the row.
         """
         fired = self.alarms.check(metrics)
         metrics = metrics | {f"alarm/{alarm.name}": 1.0 for alarm, _ in fired}
         row = {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
-        with self._writing("metrics.jsonl"):
-            append_row(self.path / "metrics.jsonl", {"step": step} | row)
-        self.trace(step, tokens)
+        self._append("metrics.jsonl", step, [row])
         self._show(step, metrics)
         for alarm, found in fired:
             say(f"! alarm {alarm.name} at step {step}: {found}. {alarm.cause} Try: {alarm.advice}")
@@ -414,27 +411,29 @@ class Run:
         metrics["peak_memory_mib"] = peak_memory_mib()
         say(step_line(step, self.steps, metrics))
         self.log(step, metrics)
-        with self._writing("samples.jsonl"):
-            for sample in samples:
-                append_row(self.path / "samples.jsonl", {"step": step} | sample)
+        self._append("samples.jsonl", step, samples)
 
     def evaluate(
         self,
         step: int,
         names: Sequence[str],
         tests: dict[str, Any],
-        evaluate: Callable[[str, Any], tuple[dict[str, float], list[dict[str, Any]]]],
+        evaluate: Callable[[str, Any], tuple[dict[str, float], dict[str, list[dict[str, Any]]]]],
     ) -> None:
         """Log `evaluate(name, test)` of each model and test set, where a resumed run has not yet.
 
-        The keys are `eval/MODEL/KEY`, of a test set with a name `eval/MODEL/TEST/KEY`.
+        It returns metrics, whose keys become `eval/MODEL/KEY`, of a test set with a name
+        `eval/MODEL/TEST/KEY`, and rows of other log files, by the file's name.
         """
         for name, (each, test) in itertools.product(names, tests.items()):
             prefix = f"eval/{name}/{each}/" if each else f"eval/{name}/"
             if not self.has(step, f"{prefix}length_mean"):
                 with self.phase("eval"):
-                    metrics, traces = evaluate(name, test)
-                self.log(step, {prefix + key: value for key, value in metrics.items()}, traces)
+                    metrics, logs = evaluate(name, test)
+                self.log(step, {prefix + key: value for key, value in metrics.items()})
+                for file, rows in logs.items():
+                    whose = {"model": name, "test": each}
+                    self._append(file, step, [whose | row for row in rows])
         if set(names) == {"teacher", "student"}:
             ranks.first(self._say_gap, step, tests)
 
@@ -458,9 +457,12 @@ class Run:
 
     def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
-        with self._writing("tokens.jsonl"):
+        self._append("tokens.jsonl", step, rows)
+
+    def _append(self, name: str, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        with self._writing(name):
             for row in rows:
-                append_row(self.path / "tokens.jsonl", {"step": step} | row)
+                append_row(self.path / name, {"step": step} | row)
 
     def has(self, step: int, key: str) -> bool:
         """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""

@@ -103,7 +103,14 @@ PLUMBING = {
         *("say_overlap", "source_of", "test_sets", "user_text", "value_of"),
     },
     "diagnose": {
-        *("exact_divergences", "num_not_finite", "of_step", "offending", "pass_metrics"),
+        *(
+            "exact_divergences",
+            "num_not_finite",
+            "of_prompts",
+            "of_step",
+            "offending",
+            "pass_metrics",
+        ),
         *("places", "rollout_metrics", "samples", "token_metrics", "traces"),
     },
     "files": {"TINY"},
