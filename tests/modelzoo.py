@@ -170,6 +170,10 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": ("granitemoehybrid", BASE | MAMBA | {
         "layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1,
         "shared_intermediate_size": 24, "mamba_expand": 2}),
+    "nemotron_h": ("nemotron_h", HEADS | {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+        "chunk_size": 8}),
     "falcon_h1": ("falcon_h1", HEADS | MAMBA | {"mamba_d_ssm": 64}),
     "zamba2": ("zamba2", IDS | {
         "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48,
