@@ -89,6 +89,8 @@ def prepare(
                 f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
                 f"{config.model_type}: {one_line(error, 100)}"
             ) from error
+        except ImportError as error:  # of attention kernels that its configuration asks for
+            raise RunError(f"--{name.split('/')[0]} {paths[name]}: {one_line(error)}") from error
         report.facts.append(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
         )
@@ -172,6 +174,7 @@ def load_lm(
             config=config,
             dtype=weights_dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
             **trust,
         )
@@ -184,6 +187,11 @@ def load_lm(
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise RunError(
             f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
+        )
+    for name, *shapes in sorted(found["mismatched_keys"]):
+        raise RunError(
+            f"model {path}: {name} is {list(shapes[0])} in its files and {list(shapes[1])} by its "
+            "configuration"
         )
     if not frozen:
         _say_left_out(path, lm)

@@ -391,6 +391,16 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_read(tmp_path,
         setup.prepare(opd.model_paths(args), args, opd.render)
 
 
+def test_weights_of_another_shape_than_the_configuration_has_are_refused(tmp_path):
+    path = tinylm.save_model(tmp_path / "m", 0)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+    with pytest.raises(
+        RunError, match=r"embed_tokens.weight is \[46, 32\] in .* and \[60, 32\] by"
+    ):
+        modelzoo.loaded(path)
+
+
 def test_weights_that_are_not_trained_are_said(made, tmp_path, capsys):
     """Of a vision tower, of more layers than the configuration has; nothing of a whole model."""
     for name in ("qwen3", "deepseek_v3"):
