@@ -702,8 +702,8 @@ def test_rotation_in_bfloat16_is_no_worse_at_the_end_of_a_long_completion(tmp_pa
     student, _, args, prompts = modelzoo.loaded(path, "--dtype", "bfloat16")
     draws = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
     rollout = selfcheck._written(opd.Rollout, prompts[:2], draws, student)
-    half = opd.token_logp(student, rollout, args)
-    student.compute_dtype = torch.float32
-    off = (half - opd.token_logp(student, rollout, args)).abs().detach()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        off = (opd.token_logp(student, rollout, args) - modelzoo.truth(plain, rollout)).abs()
     first, *_, last = (each.mean() for each in off.chunk(4, 1))
     assert 0 < last < 2 * first
