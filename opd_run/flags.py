@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from opd_run import ranks, served_teacher, vllm_sampler
+from opd_run import ranks, served_teacher, views, vllm_sampler
 from opd_run.console import RunError
 
 
@@ -53,8 +53,13 @@ def new_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     kinds = ["source", "float32"]
     add("--export-dtype", "source", "type of the weights in model/ of a checkpoint; trainer/ keeps "
         "float32", choices=kinds)  # fmt: skip
-    views = ["none", "tensorboard", "wandb", "trackio"]
-    add("--report-to", "none", "send metrics to this live view too", choices=views)
+    services = ["none", "tensorboard", "wandb", "trackio"]
+    add("--report-to", "none", "send metrics to this live view too", choices=services)
+    add("--eval-every", 50, "evaluate every so many steps, and at both ends; 0: never", "[0,inf)")
+    add("--eval-teacher", False, "evaluate the teacher too, once, and say the gap to the student")
+    add("--domain-field", "domain", "field that names a prompt's group; evaluation shows each")
+    add("--diagnostic-tokens", 512, "measure exact KLs on so many tokens a step; 0: off", "[0,inf)")
+    add("--max-bad-steps", 0, "skip so many steps with a NaN or infinity, then stop", "[0,inf)")
     add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md lists them)")
     add("--eval-only", False, "evaluate the student on the test prompts; train and save nothing")
     add("--dry-run", False, "print flags, model checks and a memory estimate, then exit")
@@ -107,18 +112,19 @@ def parse(
         bounds, value = getattr(action, "bounds", ""), getattr(args, action.dest, None)
         if bounds and value is not None and not _inside(value, bounds):
             errors.append(f"{action.option_strings[0]} must be in {bounds}, got {value}")
-    try:
-        args.chat_template_args = json.loads(args.chat_template_args)
-        if not isinstance(args.chat_template_args, dict):
-            raise ValueError("expected an object")
-    except (ValueError, RecursionError) as error:
-        errors.append(f"--chat-template-args must be a JSON object: {error}")
+    for name in ("chat_template_args", "teacher_template_args"):
+        try:
+            setattr(args, name, json.loads(getattr(args, name)))
+            if not isinstance(getattr(args, name), dict):
+                raise ValueError("expected an object")
+        except (ValueError, RecursionError) as error:
+            errors.append(f"--{name.replace('_', '-')} must be a JSON object: {error}")
     if args.resume and args.overwrite:
         errors.append("--resume and --overwrite exclude each other")
     if args.eval_only and (args.resume or not args.eval_every):
         errors.append("--eval-only: leave --resume and --eval-every 0 out; --student takes the "
                       "model/ of a checkpoint")  # fmt: skip
-    for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, check):
+    for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, views.check, check):
         errors += check_some(args)
     refuse(errors)
     _resolve(args)

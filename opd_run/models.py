@@ -32,6 +32,8 @@ class CausalLM(torch.nn.Module):
         engine: what samples in its stead (`vllm_sampler`), or None.
         export_dtype: type of the weights in an export; None: as they are.
         refusal: why it cannot be sampled from (`selfcheck`), or nothing.
+        role: `student`, `teacher` or `reference`: whose prompt it reads (`Prompt.views`).
+        average: of the student with `--teacher ema:DECAY`, its average: saved with it.
     """
 
     def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype, facts: Facts) -> None:
@@ -39,7 +41,8 @@ class CausalLM(torch.nn.Module):
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
         self.facts = facts
         self.engine: Any = None
-        self.refusal = ""
+        self.refusal, self.role = "", "student"
+        self.average: tuple[CausalLM, ...] = ()  # no submodule
         self.export_dtype: torch.dtype | None = None
         self._copy: Callable[[], Tensor | None] = lambda: None
 
@@ -96,6 +99,20 @@ class CausalLM(torch.nn.Module):
             else:
                 hidden = self.lm(**inputs, logits_to_keep=int(where is None)).logits
             return read(hidden[:, -1] if where is None else hidden[where], self.head)
+
+
+class ReadAs:
+    """A model in another role: the same weights, which read the prompt of that role."""
+
+    def __init__(self, model: Any, role: str) -> None:
+        self.model, self.role = model, role
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the model."""
+        return self.model(*args, **kwargs)
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]

@@ -33,7 +33,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 import opd_ops
 from opd_run import files, ranks, retry
@@ -210,6 +215,7 @@ class Run:
     ) -> None:
         self.path = Path(args.run_dir)
         self.keep, self.steps, self.eval_only = args.keep_checkpoints, args.steps, args.eval_only
+        self.eval_samples = args.eval_samples
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
         self.checkpoints = self.path / "checkpoints"
@@ -429,6 +435,26 @@ class Run:
                 with self.phase("eval"):
                     metrics, traces = evaluate(name, test)
                 self.log(step, {prefix + key: value for key, value in metrics.items()}, traces)
+        if set(names) == {"teacher", "student"}:
+            ranks.first(self._say_gap, step, tests)
+
+    def _say_gap(self, step: int, tests: dict[str, Any]) -> None:
+        """What the student can gain from the teacher, each under its own prompt."""
+        found: dict[str, Any] = {}
+        for _, row in files.rows_from_end(self.path / "metrics.jsonl"):
+            found |= row if row and row["step"] == step else {}
+        for name, test in tests.items():
+            key = "/".join([*([name] if name else []), f"avg@{self.eval_samples}"])
+            one, two = (found.get(f"eval/{who}/{key}") for who in ("teacher", "student"))
+            if not test or not isinstance(one, float) or not isinstance(two, float):
+                continue  # NaN is written as text
+            gap, error = one - two, math.sqrt((one * (1 - one) + two * (1 - two)) / len(test))
+            text = (
+                f"gap: {name or 'test'}: teacher {one:.3f}, student {two:.3f}: {gap:+.3f} "
+                f"(standard error at most {error:.3f})"
+            )
+            little = "; there is little to learn: gains are about proportional to the gap"
+            say(f"! {text}{little}" if gap <= error else text)
 
     def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
@@ -648,7 +674,8 @@ def _hash_of_prompts(prompts: Sequence[Any]) -> str:
     """Of the ids (which have the template in them, and the date that it may write) and answers."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.ids, prompt.answer, prompt.domain]).encode())
+        what = [prompt.ids, prompt.answer, prompt.domain, *([prompt.views] if prompt.views else [])]
+        digest.update(json.dumps(what).encode())
     return f"{len(prompts)} {digest.hexdigest()[:16]}"
 
 
@@ -831,8 +858,14 @@ def save_checkpoint(
     export(student, tokenizer, folder / "model")
     weights, moments = get_state_dict(student, optimizer)
     state_dict_saver.save(
-        {"student": weights, "optimizer": moments} | state, checkpoint_id=folder / "trainer"
+        {"student": weights, "optimizer": moments} | _average(student) | state,
+        checkpoint_id=folder / "trainer",
     )
+
+
+def _average(student: Any) -> dict[str, Any]:
+    """The weights of `--teacher ema:DECAY`; nothing without it."""
+    return {"average": get_model_state_dict(student.average[0])} if student.average else {}
 
 
 def _not_finite(student: Any) -> list[str]:
@@ -907,11 +940,13 @@ def load_checkpoint(
         {key: group[key] for key in group if key != "params"} for group in optimizer.param_groups
     ]
     weights, moments = get_state_dict(student, optimizer)
-    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | state
+    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | _average(student) | state
     state_dict_loader.load(saved, storage_reader=_Reader(folder / "trainer"), planner=_Planner())
     set_state_dict(
         student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
     )
+    for each in student.average:
+        set_model_state_dict(each, saved["average"])
     for group, given in zip(optimizer.param_groups, flags):
         group.update(given)
     return {key: saved[key] for key in state}

@@ -226,7 +226,7 @@ def _rows(
         size = max(size, boundary - width // 2)
     long = (ids * (size // len(ids) + 1))[:size]
     short = long[-min([max(1, min(size, 24) // 3), *(len(prompt.ids) for prompt in prompts)]) :]
-    rows = [replace(prompts[0], ids=each) for each in (short, short, long, long)]
+    rows = [replace(prompts[0], ids=each, views={}) for each in (short, short, long, long)]
     return rows, [(), (), (), long[: width // 2]]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from opd_run import compat, offload, ranks, served_teacher, vllm_sampler
+from opd_run import compat, offload, ranks, served_teacher, views, vllm_sampler
 from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in_files
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
-from opd_run.models import CausalLM, head_is_product, num_parameters, pin_longrope
+from opd_run.models import CausalLM, ReadAs, head_is_product, num_parameters, pin_longrope
 
 MERGE_FIRST = "it has an adapter_config.json: merge the adapter into its model first"
 
@@ -250,20 +250,31 @@ def load_models(
     """All models by name: frozen ones with one path are shared.
 
     With `--lora-rank`, a frozen model with the student's path is the student without its adapters.
+    `--teacher live` is the student itself, `--teacher ema:DECAY` its average, which begins as the
+    student, with adapters of its own.
 
     Args:
         load: `load(name, path)` loads one of them.
     """
     models: dict[str, Any] = {}
     for name, path in served_teacher.local(paths, args).items():
-        twin = next((n for n in models if n != "student" and paths[n] == path), None)
+        role = name.partition("/")[0]
+        twin = next((n for n in models if n != "student" and paths[n] == paths[name]), None)
         if twin:
-            models[name] = models[twin]
+            same = models[twin].role == role
+            models[name] = models[twin] if same else ReadAs(models[twin], role)
+            continue
+        if name == "teacher" and views.decay_of(args):
+            models[name] = load("student", path).requires_grad_(False)
+            models["student"].average = (models[name],)
         elif name != "student" and args.lora_rank and path == paths["student"]:
             models[name] = WithoutAdapter(models["student"])
             say(f"{name}: the student without its adapters; no second copy")
         else:
             models[name] = load(name, path)
+        models[name].role = role
+    if paths.get("teacher") == "live":
+        models["teacher"] = ReadAs(models["student"], "teacher")
     if args.teacher_url:
         import transformers
 
@@ -271,6 +282,7 @@ def load_models(
             paths["student"], trust_remote_code=args.trust_remote_code
         )
         models["teacher"] = served_teacher.RemoteTeacher(tokenizer, facts, args)
+        models["teacher"].role = "teacher"
     if args.sampler == "vllm":
         models["student"].engine = vllm_sampler.VllmSampler(paths["student"], facts, args)
     return models
@@ -291,11 +303,21 @@ def models_of(
 
 
 def zero_moments(optimizer: torch.optim.Optimizer) -> None:
-    """The state that AdamW has before its first step, in place."""
+    """The state that AdamW has before its first step, in place.
+
+    And what the fused kernel forgets, to count a change of the weights: engines look at that.
+    """
     for group in optimizer.param_groups:
         for weight in group["params"]:
             moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-            optimizer.state[weight] = {"step": torch.tensor(0.0)} | moments
+            step = torch.zeros((), device=weight.device if group.get("fused") else "cpu")
+            optimizer.state[weight] = {"step": step} | moments
+
+    def count(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(group["params"])
+
+    optimizer.register_step_post_hook(count)
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], flag: str) -> list[int]:

@@ -123,7 +123,7 @@ def memory(num_parameters: int, args: argparse.Namespace) -> int:
     return num_parameters * size + cache
 
 
-def fill(
+def fill_by_vllm(
     model: Any,
     out: Any,
     rows: Tensor,
@@ -144,7 +144,7 @@ def fill(
     most = (uniform.shape[1] - starts[rows]).tolist()
     temperature, top_p, top_k = sampling
     law = {"temperature": temperature, "top_p": top_p, "top_k": top_k or -1}
-    asked = [rollouts.begun(out, row) for row in rows.tolist()]
+    asked = [rollouts.begun(out, row, model.role) for row in rows.tolist()]
     found = model.engine.sample(model, asked, most, seeds, stop, args, law)
     plain = temperature == 1.0 and top_p == 1.0 and top_k == 0
     for row, (ids, logp) in zip(rows.tolist(), found):
