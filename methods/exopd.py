@@ -93,6 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher instead")
     add("--dtype", "auto", "type the student computes in; its weights stay float32", choices=types)
     add("--teacher-dtype", "auto", "type of the frozen models' weights and products", choices=types)
+    add("--allow-renamed-tokens", False, "special tokens may differ; they then leave the loss")
     add("--lora-rank", 0, "train adapters of this rank instead of all weights; 0: off", "[0,inf)")
     add("--lora-alpha", 32.0, "scale of the adapters, divided by --lora-rank", "(0,inf)")
     add = partial(flags.flag, parser.add_argument_group("rollout"))
@@ -106,8 +107,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = partial(flags.flag, parser.add_argument_group("optimisation"))
     add("--steps", 100, "training steps, a new batch of rollouts in each", "[0,inf)")
     add("--lr", 3e-4, "peak learning rate of AdamW", "[0,inf)")
-    shapes = ["constant", "linear", "cosine"]
-    add("--lr-schedule", "constant", "learning rate after the warm-up", choices=shapes)
+    add("--lr-schedule", "constant", "after warm-up", choices=["constant", "linear", "cosine"])
     add("--warmup-steps", 0, "steps of linear warm-up", "[0,inf)")
     add("--weight-decay", 0.0, "weight decay of AdamW, on matrices only", "[0,inf)")
     add("--adam-beta2", 0.95, "beta2 of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
@@ -176,12 +176,10 @@ def show_attempts(rollout: Rollout, tokenizer: Any, args: Args) -> list[Prompt]:
 def load_prompts(
     spec: str | None, seed: int, tokenizer: Any, facts: Facts, args: Args, test: str | None = None
 ) -> list[Prompt]:
-    """Those longer than --max-prompt-tokens are left out and counted. `test`: a test set's name."""
+    """Those that are too long are left out and counted. `test`: a test set's name."""
     source = data.source_of(spec, seed, args, test)
     every = data.load(source, partial(make_prompt, tokenizer=tokenizer, args=args))
-    kept = [prompt for prompt in every if len(prompt.ids) <= args.max_prompt_tokens]
-    data.check_prompts(source, kept, len(every) - len(kept), facts.num_positions, args)
-    return kept
+    return data.check_prompts(source, every, facts.num_positions, args)  # those that fit
 
 
 def prompts_of_step(prompts: list[Prompt], step: int, args: Args) -> list[Prompt]:
@@ -434,7 +432,9 @@ def sample(
             retry.in_chunks(work, partial(rollouts.clear, out), share, args)
     bar.close()
     out = rollouts.gather(out)
-    out.response_mask = out.completion_mask & ~out.prefix_mask
+    renamed = torch.tensor(model.facts.renamed_ids, device=device)
+    kept = out.completion_mask & ~torch.isin(out.completion_ids, renamed)
+    out.response_mask, out.prefix_mask = kept & ~out.prefix_mask, kept & out.prefix_mask
     return rollouts.select(out, torch.arange(num, device=device))
 
 

@@ -347,31 +347,33 @@ def fill(spec: str, row: Row, prompt: str | None = None) -> str:
 
 # ------------------------------------------------------------------------------ what is said of it
 def check_prompts(
-    source: Source, prompts: Sequence[Prompt], num_long: int, num_positions: float, args: Any
-) -> None:
-    """Say how many prompts of `source` are used, and refuse what cannot be.
+    source: Source, every: Sequence[Prompt], num_positions: float, args: Any
+) -> list[Prompt]:
+    """The prompts of at most `--max-prompt-tokens`, and of at most what `num_positions` leave
+    beside `--max-completion-tokens`; how many those are, and what is odd, is said.
 
     Args:
-        prompts: those that are used.
-        num_long: how many were left out as too long.
         num_positions: of the model that has the fewest.
 
     Raises:
-        RunError: there is no prompt, or the longest does not fit the models' positions.
+        RunError: there is none.
     """
     spec = source.spec
+    longest = min(args.max_prompt_tokens, num_positions - args.max_completion_tokens)
+    prompts = [prompt for prompt in every if len(prompt.ids) <= longest]
     if not spec:
-        return
-    if not prompts:
-        why = f"all {num_long} are longer than --max-prompt-tokens" if num_long else "it is empty"
-        raise RunError(f"{spec}: no prompt to use: {why}")
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if longest + args.max_completion_tokens > num_positions:
-        raise RunError(
-            f"{spec}: the longest prompt ({longest} tokens) + --max-completion-tokens "
-            f"{args.max_completion_tokens} is beyond the models' {num_positions} positions"
+        return prompts
+    num_long, limit = len(every) - len(prompts), f"--max-prompt-tokens {args.max_prompt_tokens}"
+    if longest < args.max_prompt_tokens:
+        limit = (
+            f"{max(0, longest)} tokens, which is what --max-completion-tokens "
+            f"{args.max_completion_tokens} leaves of the models' {num_positions} positions"
         )
-    say(f"data: {spec}: {len(prompts)} prompts; {num_long} left out as too long")
+    if not prompts:
+        why = f"all {num_long} are longer than {limit}" if num_long else "it is empty"
+        raise RunError(f"{spec}: no prompt to use: {why}")
+    why = f": longer than {limit}" if num_long else ""
+    say(f"data: {spec}: {len(prompts)} prompts; {num_long} left out as too long{why}")
     if source.num_cut:
         say(f"data: {spec}: a final assistant turn was cut off in {source.num_cut} rows")
     if source.num_without:
@@ -386,6 +388,7 @@ def check_prompts(
             f"(--answer-field; they have {sorted(unanswered[-1])}): their verdict is 0, "
             "unverified; a function of yours is asked all the same"
         )
+    return prompts
 
 
 def say_overlap(train: Sequence[Prompt], test: Sequence[Prompt]) -> None:

@@ -50,6 +50,7 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
     return {
         "num_rollouts": float(len(lengths)),
         "num_trained_tokens": float(rollout.trained_mask.sum()),
+        "num_untrained_tokens": float((rollout.completion_mask & ~rollout.trained_mask).sum()),
         "length_mean": float(lengths.float().mean()),
         "length_p95": percentile(lengths, 0.95),
         "eos_rate": float(rollout.ended.float().mean()),

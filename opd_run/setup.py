@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from opd_run import compat, offload, ranks, served_teacher, views, vllm_sampler
-from opd_run.adapters import WithoutAdapter, add_adapters
+from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in_files
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
@@ -63,6 +63,8 @@ def prepare(
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
             ) from error
+        if why := _unfit(name, configs[name]):
+            raise RunError(f"--{name.split('/')[0]} {path}: {why}")
         if set(tokenizers[name].get_vocab().values()) <= set(tokenizers[name].all_special_ids):
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no tokenizer: it has special tokens only"
@@ -77,6 +79,7 @@ def prepare(
         generation_configs,
         partial(render, args=args) if args.chat_template else None,
         args.chat_template_from,
+        args.allow_renamed_tokens,
     )
     for name, config in configs.items():
         try:
@@ -86,6 +89,8 @@ def prepare(
                 f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
                 f"{config.model_type}: {one_line(error, 100)}"
             ) from error
+        except ImportError as error:  # of attention kernels that its configuration asks for
+            raise RunError(f"--{name.split('/')[0]} {paths[name]}: {one_line(error)}") from error
         report.facts.append(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
         )
@@ -101,6 +106,22 @@ def prepare(
         teacher = next(name for name in tokenizers if name.startswith("teacher"))
         tokenizer.chat_template = tokenizers[teacher].chat_template
     return tokenizer, report.all_facts()
+
+
+def _unfit(name: str, config: Any) -> str:
+    """Why a model with this configuration cannot be distilled, or nothing."""
+    if config.is_encoder_decoder:
+        return (
+            f"expected a causal language model, got an encoder and a decoder ({config.model_type})"
+        )
+    how = getattr(config, "quantization_config", None) if name == "student" else None
+    if how:
+        how = how if isinstance(how, dict) else how.to_dict()
+        return (
+            f"its weights are quantised ({how.get('quant_method')}), which cannot be trained: take "
+            "the checkpoint without quantisation"
+        )
+    return ""
 
 
 def _say_idle_arguments(
@@ -145,6 +166,7 @@ def load_lm(
     try:
         config = transformers.AutoConfig.from_pretrained(path, **trust)
         source_dtype = config.dtype or torch.float32
+        config.return_dict = True  # a tuple has no names
         if not frozen:
             configure(config)
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -152,6 +174,7 @@ def load_lm(
             config=config,
             dtype=weights_dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
             **trust,
         )
@@ -165,6 +188,13 @@ def load_lm(
         raise RunError(
             f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
         )
+    for name, *shapes in sorted(found["mismatched_keys"]):
+        raise RunError(
+            f"model {path}: {name} is {list(shapes[0])} in its files and {list(shapes[1])} by its "
+            "configuration"
+        )
+    if not frozen:
+        _say_left_out(path, lm)
     longest = args.max_prompt_tokens + args.max_completion_tokens
     if pin_longrope(lm, longest):
         say(
@@ -174,7 +204,9 @@ def load_lm(
     offloaded = frozen and args.teacher_offload
     if not sharded and not offloaded:  # sharded it goes to the device in pieces
         lm = lm.to(args.teacher_device if frozen else args.device)
-    lm = lm.requires_grad_(not frozen).eval()
+    lm = lm.eval()
+    if frozen:  # of the student, what its own class leaves untrained stays so
+        lm.requires_grad_(False)
     if args.lora_rank and not frozen:
         add_adapters(lm, adapted_layers(lm), args.lora_rank, args.lora_alpha, args.seed)
     plain = head_is_product(lm, facts.valid_vocab)
@@ -191,6 +223,22 @@ def load_lm(
     if sharded:
         ranks.shard(model, args)
     return model
+
+
+def _say_left_out(path: str, lm: Any) -> None:
+    """Say which weights of a student's files are neither trained nor in its exports: of a vision
+    tower, of heads that predict several tokens, of more layers than the configuration has."""
+
+    def plain(name: str) -> str:
+        return name.removeprefix(f"{lm.base_model_prefix}.")
+
+    ours = as_saved(lm, ((name, weight.to("meta")) for name, weight in lm.state_dict().items()))
+    kept = {plain(name) for name, _ in ours}
+    if names := sorted(name for name in names_in_files(path) if plain(name) not in kept):
+        say(
+            f"! {path}: {len(names)} weights of its files have no place in {type(lm).__name__}, "
+            f"such as {names[0]}: they are not trained, and not in exports"
+        )
 
 
 def load_models(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_run import ranks, rollouts
-from opd_run.adapters import merged
+from opd_run.adapters import as_saved, merged
 from opd_run.compat import Facts
 from opd_run.console import optional
 
@@ -69,7 +69,7 @@ class VllmSampler:
         """Hand the weights over, if they have changed since the last time, one after the other."""
         version = sum(weight._version for weight in model.parameters())
         if version != self._version:
-            weights = merged(model.lm, model.lm.state_dict())
+            weights = as_saved(model.lm, merged(model.lm, model.lm.state_dict()))
             with torch.no_grad():
                 self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self._version = version

@@ -74,6 +74,22 @@ def test_long_prompts_are_counted_not_cut(tmp_path, capsys):
     assert "2 prompts; 1 left out as too long" in capsys.readouterr().out
 
 
+def test_prompts_beyond_the_positions_are_counted_not_the_end(tmp_path, capsys):
+    """One prompt too long for the models ended the run; all of them still do, in one line."""
+    path = write(tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "1" * 20}, {"prompt": "2"})
+    args, facts = arguments("--max-completion-tokens", "8"), compat.Facts(46, {}, 20)
+    found = opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
+    assert [prompt.text for prompt in found] == ["1", "2"]
+    assert (
+        "2 prompts; 1 left out as too long: longer than 12 tokens, which is what "
+        "--max-completion-tokens 8 leaves of the models' 20 positions" in capsys.readouterr().out
+    )
+    for positions in (9, 8, 3):
+        facts = compat.Facts(46, {}, positions)
+        with pytest.raises(console.RunError, match=r"all 3 are longer than [01] tokens, [^\n]*$"):
+            opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
+
+
 @given(st.binary(max_size=60))
 def test_reader_of_any_bytes_answers_or_refuses(tmp_path_factory, content):
     """Rows, or one RunError: never another exception."""
