@@ -359,8 +359,9 @@ def check_prompts(
         RunError: there is none.
     """
     spec = source.spec
-    longest = min(args.max_prompt_tokens, num_positions - args.max_completion_tokens)
-    prompts = [prompt for prompt in every if len(prompt.ids) <= longest]
+    fitting = num_positions - args.max_completion_tokens  # of each model's own prompt
+    longest = min(args.max_prompt_tokens, fitting)
+    prompts = [each for each in every if len(each.ids) <= longest and each.longest <= fitting]
     if not spec:
         return prompts
     num_long, limit = len(every) - len(prompts), f"--max-prompt-tokens {args.max_prompt_tokens}"
