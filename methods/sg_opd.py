@@ -127,7 +127,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-top-p", 1.0, "top-p of evaluation", "(0,1]")
     add_method_args(parser)
     args = flags.parse(parser, argv, check_method_args)
-    args.teacher = args.teacher or [str(TINY / "teacher")]
+    args.teacher = [str(TINY / "teacher")] if args.teacher is None else args.teacher
     if args.test_prompts is None and args.prompts == str(TINY / "prompts/train.jsonl"):
         args.test_prompts = [str(TINY / "prompts/test.jsonl")]
     return args
