@@ -779,13 +779,16 @@ def say_plan(args: argparse.Namespace) -> None:
         live_view(args.report_to)
     else:
         say(*(f"  --{key.replace('_', '-')} {value}" for key, value in vars(args).items()))
-    rollouts = args.prompts_per_step * args.rollouts_per_prompt
-    budget = rollouts * args.max_completion_tokens
-    say(
-        ops_line(opd_ops.info(), "cuda" if args.device.startswith("cuda") else "cpu"),
-        f"budget: {args.steps} steps x {rollouts} rollouts x at most {args.max_completion_tokens} "
-        f"tokens = {budget / 1e6:.3g} M tokens a step, {args.steps * budget / 1e6:.3g} M in all",
+    say(ops_line(opd_ops.info(), "cuda" if args.device.startswith("cuda") else "cpu"))
+    rollouts, most = args.prompts_per_step * args.rollouts_per_prompt, args.max_completion_tokens
+    budget = (
+        f"{args.steps} steps x {rollouts} rollouts x at most {most} tokens = "
+        f"{rollouts * most / 1e6:.3g} M tokens a step, {args.steps * rollouts * most / 1e6:.3g} M "
+        "in all"
     )
+    if args.eval_only:
+        budget = f"each test prompt x {args.eval_samples} samples x at most {most} tokens"
+    say(f"budget: {budget}")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -89,6 +89,20 @@ def test_what_the_flags_change(folder):
     assert always < memory.peak(plain) < sum(plain.values())
 
 
+def test_evaluation_alone_trains_and_saves_nothing(folder, capsys):
+    args = arguments(folder, "--eval-only", "--test-prompts", str(folder / "prompts.jsonl"))
+    found = memory.estimate(opd.model_paths(args), 12, args)
+    assert {name.partition(":")[0] for name in found} == {
+        "student weights", "teacher weights", "generate",
+    }  # fmt: skip
+    trained = arguments(folder)
+    of_training = memory.estimate(opd.model_paths(trained), 12, trained)
+    assert found["generate: cache"] == 2 * of_training["generate: cache"]  # 256 rows, not 128
+    memory.say(opd.model_paths(args), [SimpleNamespace(ids=(1, 2))], args)
+    said = capsys.readouterr().out
+    assert "peak, calculated" in said and "checkpoint" not in said
+
+
 def test_the_cache_is_what_the_sampler_holds(folder):
     args = arguments(folder)
     found = memory.estimate(opd.model_paths(args), 12, args)["generate: cache"]
