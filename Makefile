@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-browser test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-step toy clean
+.PHONY: help install demo report test test-fast test-engines test-browser test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[plot,math,tasks,data,test]'
 	@touch $(STAMP)
 
-demo: install     ## distil the embedded tiny pair on this CPU (about four minutes)
+demo: install     ## distil the embedded tiny pair on this CPU (minutes)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python methods/opd.py --run-dir runs/demo --overwrite \
 	    --steps 80 --eval-every 40 --eval-teacher --lr 1e-3 --lr-schedule linear --warmup-steps 5
 	$(BIN)/python tools/report.py runs/demo --out runs/demo/report.html
@@ -36,11 +36,15 @@ RUNS ?= runs/demo
 report: install   ## one page of RUNS="runs/a runs/b" into runs/report.html
 	$(BIN)/python tools/report.py $(RUNS) --out runs/report.html
 
-test: install     ## all tests but those that need a GPU, an engine or a browser; fails without compiled ops
-	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+# Processes of one thread; one that has nothing left to do takes tests from another.
+PYTEST = OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) \
+    --dist worksteal $(TESTS)
+
+test: install     ## all tests but those for a GPU, an engine or a browser; TESTS=tests/run/test_run.py: one file
+	$(PYTEST)
 
 test-fast: install  ## without the slow ones
-	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-faults: install  ## kill -9, signals, damaged checkpoints, full disks; rewrites its table
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runner.py --write docs/reproducing.md
@@ -100,6 +104,11 @@ toy: install      ## the bias-variance study
 
 bench: install    ## the ops against plain PyTorch
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/bench_ops.py
+
+bench-short: install  ## the ops as methods call them: the table in README.md, in five minutes
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/bench_ops.py --no-logits \
+	    --ops gated_kl support_kl full_kl token_logp topk_logp
+	$(BIN)/python tools/render_docs.py
 
 $(TRL)/installed: constraints.txt
 	$(PYTHON) -m venv $(TRL)

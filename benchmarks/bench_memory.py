@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-from rows import RESULTS, append, environment  # noqa: E402
+from rows import RESULTS, append, environment, resident, restart_peak  # noqa: E402
 
 COLUMNS = (
     "shape,calculated_mib,measured_mib,calculated_over_measured,components_mib,device,torch,date"
@@ -80,21 +80,15 @@ def measure(name: str, folder: Path) -> None:
     load, start = setup.load_models, []
 
     def marked(*args):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        start.append(status("VmRSS"))
+        restart_peak()
+        start.append(resident("VmRSS"))
         return load(*args)
 
     setup.load_models = marked
     Run.save = lambda *args: None  # a checkpoint is no part of the formula
     opd.main(argv)
     components = " ".join(f"{key}={size // 2**20}" for key, size in found.items())
-    print("RESULT", memory.peak(found), status("VmHWM") - start[0], components)
-
-
-def status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+    print("RESULT", memory.peak(found), resident("VmHWM") - start[0], components)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     python benchmarks/bench_ops.py                      the goals: 256 x 151,936, float32
     python benchmarks/bench_ops.py --rows 64 1024 --vocab 32000 50257 --dtype bfloat16 --k 8 128
     python benchmarks/bench_ops.py --ops gated --no-heads
+    make bench-short                                    the rows of the README's table
     python benchmarks/bench_ops.py --allocator reuse    buffers recycled: fairest to the baselines
     python benchmarks/bench_ops.py --device cuda        8,192 x 151,936, bfloat16, width 4,096
 
@@ -11,17 +12,20 @@ measurements of the memory itself: a read (torch.sum over the same tensor) and a
 and writes in place (torch.neg_). `x_floor` is the best time over the time that the case's
 unavoidable traffic takes at these speeds; `speedup` is over the first implementation of the case.
 On a machine that does other work, wall-clock times of several threads measure its scheduler: there,
-`--threads 1 --clock cpu` compares, and the load is recorded in each row. On a CUDA device, times
-are those of events in the stream, `peak_mib` is what a call allocates at most beyond what was
-there, and Liger-Kernel takes part if it is installed. Rows are appended to
+`--threads 1 --clock cpu` compares, and the load is recorded in each row. `peak_mib` is what a call
+takes at most beyond what was there before it: inputs do not count, gradients do. On a CPU that is
+the rise of the process' resident memory, on Linux. On a CUDA device, times are those of events in
+the stream, and Liger-Kernel takes part if it is installed. Rows are appended to
 benchmarks/results/ops.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import importlib
+import math
 import os
 import sys
 import time
@@ -99,6 +103,19 @@ def torch_token_logp(logits: Tensor, ids: Tensor) -> Tensor:
     return torch_gather_logp(logits, ids[:, None])[0][:, 0]
 
 
+def torch_support_kl(logits: Tensor, ids: Tensor, teacher_logp: Tensor) -> Tensor:
+    """[N]: reverse KL on K tokens, the student's law scaled to sum to 1 there."""
+    student = logits.gather(1, ids).float().log_softmax(-1)
+    return (student.exp() * (student - teacher_logp)).sum(-1)
+
+
+def torch_jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    """[N]: the Jensen-Shannon divergence of two laws, by its definition, in float32."""
+    one, two = (z.float().log_softmax(-1) for z in (student, teacher))
+    middle = torch.logaddexp(one, two) - math.log(2)
+    return 0.5 * ((one.exp() * (one - middle)).sum(-1) + (two.exp() * (two - middle)).sum(-1))
+
+
 def liger(name: str) -> Any:
     """A class of Liger-Kernel, made without arguments, or None where it is not installed."""
     try:
@@ -119,15 +136,21 @@ def cases(args: argparse.Namespace, rows: int, vocab: int, dtype: torch.dtype) -
     on = args.device
     generator = torch.Generator(on).manual_seed(0)
     z = (2 * torch.randn(rows, vocab, generator=generator, device=on)).to(dtype)
+    if args.logits:
+        yield from logits_cases(args, z, generator)
+    if dtype == torch.float16 and on == "cpu":
+        return  # its matrix products have no fast path there
+    if args.heads:
+        yield from linear_cases(args, z, generator)
+
+
+def logits_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
+    """The memory itself, and the ops on logits."""
     scratch = z.clone()
     words = z.view(-1).view(torch.float32)  # flat: a row of odd length is no whole number of them
     yield "memory", "read", 0, 0, (1, 0), {"torch.sum": lambda: words.sum()}, z
     yield "memory", "read+write", 0, 0, (0, 1), {"torch.neg_": lambda: scratch.neg_()}, z
     yield from row_cases(args, z, scratch, generator)
-    if dtype == torch.float16 and on == "cpu":
-        return  # its matrix products have no fast path there
-    if args.heads:
-        yield from linear_cases(args, z, generator)
 
 
 def row_cases(args: argparse.Namespace, z: Tensor, scratch: Tensor, generator: Any) -> Any:
@@ -306,8 +329,8 @@ def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
         """Forward and backward of a sum."""
 
         def run() -> None:
-            hidden.grad = head.grad = None
             loss().sum().backward()
+            hidden.grad = head.grad = None  # no part of what was there before the next call
 
         return run
 
@@ -325,9 +348,7 @@ def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
                     lambda i=support, t=logp: opd_ops.support_kl(hidden, head, i, t).loss
                 ),
                 "torch head + gather": step(
-                    lambda i=support, t=logp: (
-                        reference.support_kl(F.linear(hidden, head), None, i, t).loss
-                    )
+                    lambda i=support, t=logp: torch_support_kl(F.linear(hidden, head), i, t)
                 ),
             },
             z,
@@ -361,6 +382,13 @@ def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
         )
 
     calls = {
+        "opd_ops": lambda: opd_ops.token_logp(*frozen, ids),
+        "torch head + log_softmax": lambda: torch_token_logp(F.linear(*frozen), ids),
+        "the product alone": lambda: F.linear(*frozen),
+    }
+    yield "token_logp", "forward", 0, width, None, calls, z
+
+    calls = {
         "opd_ops": step(lambda: opd_ops.token_logp(hidden, head, ids).logp),
         "torch head + log_softmax": step(lambda: torch_token_logp(F.linear(hidden, head), ids)),
         "the three products alone": step(lambda: F.linear(hidden, head)),
@@ -389,10 +417,8 @@ def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
     jsd = {"divergence": "jsd", "beta": 0.5}
     calls = {"opd_ops": step(lambda: opd_ops.full_kl(hidden, head, *frozen, **jsd).loss)}
     if on == "cpu":  # on CUDA at 8,192 rows it does not fit
-        calls["torch heads + full_kl"] = step(
-            lambda: (
-                reference.full_kl(F.linear(hidden, head), None, F.linear(*frozen), None, **jsd).loss
-            )
+        calls["torch heads + jsd"] = step(
+            lambda: torch_jsd(F.linear(hidden, head), F.linear(*frozen))
         )
     fused_jsd = liger("LigerFusedLinearJSD") if on == "cuda" else None
     if fused_jsd is not None:
@@ -427,9 +453,15 @@ def measure(calls: dict[str, Call], args: argparse.Namespace) -> dict[str, list[
 
 
 def peak_mib(call: Call, device: str) -> str:
-    """What a call allocates at most, on CUDA."""
+    """What a call takes at most beyond what was there; "" on a CPU without /proc (no Linux)."""
     if device != "cuda":
-        return ""
+        if not Path("/proc/self/clear_refs").exists():
+            return ""
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before, and kept, would not be counted
+        results.restart_peak()
+        before = results.resident("VmRSS")
+        call()
+        return f"{(results.resident('VmHWM') - before) / 2**20:.0f}"
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -449,6 +481,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--ops", nargs="+", default=[], help="only ops whose name starts so")
+    parser.add_argument("--logits", action=argparse.BooleanOptionalAction, default=True,
+                        help="the ops on logits, and the speed of the memory")  # fmt: skip
     parser.add_argument("--heads", action=argparse.BooleanOptionalAction, default=True,
                         help="the ops on hidden states and a head too")  # fmt: skip
     parser.add_argument("--allocator", choices=list(ALLOCATORS), default="default")
@@ -540,7 +574,7 @@ def bench(
             print(
                 f"{op:18s} {direction:17s} k={k or '-':<4} {name:28s} best {row['best_ms']:>9} ms "
                 f"median {row['median_ms']:>9} ms  x floor {row['x_floor'] or '-':>6} "
-                f" ours x {row['speedup']}",
+                f" ours x {row['speedup']}  peak {row['peak_mib'] or '-'} MiB",
                 flush=True,
             )
     return table
@@ -576,7 +610,7 @@ SHOWN = {  # op, direction, K, our implementation: what it is called
 }
 EAGER = (
     *("torch", "torch head + gather", "torch head + log_softmax", "torch head + topk"),
-    *("torch head + gate", "torch heads + full_kl", "reference"),
+    *("torch head + gate", "torch heads + jsd", "torch heads + full_kl", "reference"),
 )
 
 

@@ -41,7 +41,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-from rows import RESULTS, append, environment, read  # noqa: E402
+from rows import RESULTS, append, environment, read, resident, restart_peak  # noqa: E402
 
 PROMPT, ANSWER = 32, 8  # tokens of a prompt, and of the answer that the data set has for it
 LR, BETA2 = 1e-5, 0.95
@@ -252,7 +252,7 @@ class Clock:
 
         self.pipe, self.cuda = pipe, torch.cuda if device == "cuda" else None
         self.phases: dict[str, float] = {}
-        self.start, self.base = 0.0, memory("VmRSS")
+        self.start, self.base = 0.0, resident("VmRSS")
 
     def now(self) -> float:
         """After what the GPU still has to do."""
@@ -267,7 +267,7 @@ class Clock:
         if self.cuda:
             self.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            restart_peak()
         self.start = self.now()
 
     @contextmanager
@@ -280,19 +280,13 @@ class Clock:
     def end(self, num_tokens: int, divided_by: int) -> None:
         """Report the step."""
         total = self.now() - self.start
-        peak = self.cuda.max_memory_allocated() if self.cuda else memory("VmHWM") - self.base
+        peak = self.cuda.max_memory_allocated() if self.cuda else resident("VmHWM") - self.base
         student = total - self.phases["generate"] - self.phases["teacher"]
         self.pipe.send(
             {f"{name}_s": value for name, value in self.phases.items()}
             | {"student_s": student, "total_s": total, "peak_mib": peak / 2**20}
             | {"num_tokens": num_tokens, "divided_by": divided_by}
         )
-
-
-def memory(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 # ==== the steps ====
@@ -387,7 +381,7 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if case.device == "cpu":
-        limit = memory("VmData") + int(case.memory_limit_gib * 2**30)
+        limit = resident("VmData") + int(case.memory_limit_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     clock = Clock(pipe, case.device)
     try:

@@ -47,13 +47,13 @@ class Stage(NamedTuple):
 
 STAGES = {
     "facts": Stage("card, driver, versions; speed of a copy and of a product", 10, 15),
-    "build": Stage("the extension for this card, in place", 30, 60),
-    "correct": Stage("the tests marked gpu; compute-sanitizer on each kernel", 70, 40),
-    "train": Stage("every method; one update of each against the CPU's values", 40, 70),
-    "head": Stage("losses from hidden states", 40, 10),
-    "rows": Stage("ops on logits", 40, 25),
-    "step": Stage("whole training steps", 60, 20),
-    "sample": Stage("samplers", 20, 15),
+    "build": Stage("the extension for this card, in place", 25, 60),
+    "correct": Stage("the tests marked gpu; compute-sanitizer on each kernel", 40, 40),
+    "train": Stage("every method; one update of each against the CPU's values", 45, 70),
+    "head": Stage("losses from hidden states", 35, 10),
+    "rows": Stage("ops on logits", 45, 25),
+    "step": Stage("whole training steps", 75, 20),
+    "sample": Stage("samplers", 25, 15),
 }
 COMMON = "device,driver,num_threads,load,torch,cuda,transformers,trl,commit,dirty,date,command"
 TABLES = {  # of the files gpu_NAME.csv; the same on a GPU and in the rehearsal
@@ -166,7 +166,8 @@ def run_stages(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any
             log.write(done.stderr)
             raise SystemExit(done.stderr.strip().splitlines()[-1])
         common = json.loads(done.stdout.splitlines()[-1])
-        common["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
+        words = ["DIR" if Path(word).resolve() == args.out else word for word in sys.argv[1:]]
+        common["command"] = " ".join(["python benchmarks/gpu.py", *words])
         print(f"{common['device']}, torch {common['torch']}, commit {common['commit']}"
               f"{' with changes' * common['dirty']}: {time.monotonic() - began:.1f} s to look",
               flush=True)  # fmt: skip
@@ -236,7 +237,9 @@ def main() -> int:
     parser.add_argument(
         "--commit", help="git describe --always --dirty --abbrev=40; where there is no .git"
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help="names with commas between them")
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help="names with commas between them, in order"
+    )
     parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="keep its rows, run nothing")
     args = parser.parse_args()
@@ -247,7 +250,7 @@ def main() -> int:
     if unknown := sorted(set(names) - set(STAGES)):
         parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(unknown)}")
     args.out = args.out.resolve()
-    finished = run_stages(args, [name for name in STAGES if name in names])
+    finished = run_stages(args, names)
     text = table_of(finished)
     with (args.out / "gpu.log").open("a") as log:
         print(text, file=log)

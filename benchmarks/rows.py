@@ -76,6 +76,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def restart_peak() -> None:
+    """The peak of this process' resident memory starts anew, on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(key: str) -> int:
+    """`VmRSS`, `VmHWM` (the peak) or another line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
 def driver() -> str:
     """The version of the NVIDIA driver."""
     if shutil.which("nvidia-smi"):

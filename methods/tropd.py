@@ -31,7 +31,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import opd_ops
-from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, vllm_sampler
+from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, views
 from opd_run.compat import Facts, check_prompts, prompt_ids
 from opd_run.data import Prompt
 from opd_run.files import TINY
@@ -53,10 +53,12 @@ from opd_run.rollouts import shaped
 from opd_run.run import Run, command, load_checkpoint, save_checkpoint, say_plan
 from opd_run.selfcheck import check_models
 from opd_run.verifier import Verifier
+from opd_run.vllm_sampler import fill_by_vllm
 
 Args, Models = argparse.Namespace, dict[str, CausalLM]  # models by name: student, teacher, ...
 Batch = list[tuple["Rollout", dict[str, Any]]]  # micro-batches, with what `score` says of them
 Sampling = tuple[float, float, int]  # temperature (0: greedy), top-p, top-k (0: all tokens)
+Row, Ids = dict[str, Any], tuple[int, ...]
 
 # ==== 1. Arguments ================================================================================
 
@@ -76,19 +78,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--test-answer-field", None, "the same of a test set, where it differs", **many)
     add("--system", None, "put this system message before each prompt")
     add("--prompt-template", None, "the user's message, with {field} of the row; @FILE reads it")
-    add("--domain-field", "domain", "field that names a prompt's group; evaluation shows each")
     add("--chat-template", True, "render prompts with the tokenizer's chat template, if any")
     add("--chat-template-from", "student", "whose chat template", choices=["student", "teacher"])
     add("--chat-template-args", "{}", 'its arguments, such as {"enable_thinking": false}')
+    add("--teacher-prompt", None, "the teacher reads this in place of the user's last message: a "
+        "template with {field}, module:function or file.py:function: docs/recipes.md")  # fmt: skip
+    add("--teacher-system", None, "the teacher's system message")
+    add("--teacher-template-args", "{}", "more of --chat-template-args, for the teacher's prompt")
     add("--verifier", "exact", "exact, math, reasoning_gym:TASK, module:function, file.py:function")
     add("--verifier-timeout-s", 10.0, "a check that takes longer counts as no verdict", "(0,1e6]")
     add("--max-prompt-tokens", 1024, "longer prompts are left out, and counted", "[1,inf)")
     add = partial(flags.flag, parser.add_argument_group("models"))
     add("--student", str(TINY / "student"), "folder or hub name of the model to train")
-    add("--teacher", None, "folder or hub name of the teacher [the tiny one]", action="append")
+    add("--teacher", None, "folder or hub name [the tiny one]; live: the student itself; ema:0.99: "
+        "its average", action="append")  # fmt: skip
     add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher instead")
     add("--dtype", "auto", "type the student computes in; its weights stay float32", choices=types)
     add("--teacher-dtype", "auto", "type of the frozen models' weights and products", choices=types)
+    add("--allow-renamed-tokens", False, "special tokens may differ; they then leave the loss")
     add("--lora-rank", 0, "train adapters of this rank instead of all weights; 0: off", "[0,inf)")
     add("--lora-alpha", 32.0, "scale of the adapters, divided by --lora-rank", "(0,inf)")
     add = partial(flags.flag, parser.add_argument_group("rollout"))
@@ -102,8 +109,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = partial(flags.flag, parser.add_argument_group("optimisation"))
     add("--steps", 100, "training steps, a new batch of rollouts in each", "[0,inf)")
     add("--lr", 3e-4, "peak learning rate of AdamW", "[0,inf)")
-    shapes = ["constant", "linear", "cosine"]
-    add("--lr-schedule", "constant", "learning rate after the warm-up", choices=shapes)
+    add("--lr-schedule", "constant", "after warm-up", choices=["constant", "linear", "cosine"])
     add("--warmup-steps", 0, "steps of linear warm-up", "[0,inf)")
     add("--weight-decay", 0.0, "weight decay of AdamW, on matrices only", "[0,inf)")
     add("--adam-beta2", 0.95, "beta2 of AdamW (beta1 is 0.9, epsilon 1e-8)", "[0,1)")
@@ -111,14 +117,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--updates-per-rollout", 1, "optimizer steps on each batch of rollouts", "[1,inf)")
     add("--importance-cap", 5.0, "largest importance weight of a token, w in Eq. (3)", "[1,inf]")
     add("--loss-temperature", 1.0, "divide all models' logits by this in the loss", "(0,inf)")
-    add("--max-bad-steps", 0, "skip so many steps with a NaN or infinity, then stop", "[0,inf)")
     add = partial(flags.flag, parser.add_argument_group("evaluation"))
-    add("--eval-every", 50, "evaluate every so many steps, and at both ends; 0: never", "[0,inf)")
     add("--eval-samples", 8, "completions sampled for each test prompt", "[1,inf)")
     add("--eval-temperature", 1.0, "sampling temperature of evaluation; 0: greedy", "[0,inf)")
     add("--eval-top-p", 1.0, "top-p of evaluation", "(0,1]")
-    add("--eval-teacher", False, "evaluate the teacher too, once")
-    add("--diagnostic-tokens", 512, "measure exact KLs on so many tokens a step; 0: off", "[0,inf)")
     add_method_args(parser)
     args = flags.parse(parser, argv, check_method_args)
     args.teacher = args.teacher or [str(TINY / "teacher")]
@@ -130,35 +132,56 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 # ==== 2. Data and verifier ========================================================================
 
 
-def render(tokenizer: Any, said: str | list[Any], args: Args, tools: Any = None) -> str:
+def render(tokenizer: Any, said: str | list[Any], args: Args, **more: Any) -> str:
     """Text of the user, or messages, in the tokenizer's chat format, up to the answer's start."""
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
-    options = {"tokenize": False, "add_generation_prompt": True} | args.chat_template_args
-    options |= {"tools": tools} if tools else {}
+    options = {"tokenize": False, "add_generation_prompt": True} | args.chat_template_args | more
     return str(tokenizer.apply_chat_template(messages, **options))
 
 
-def make_prompt(row: dict[str, Any], source: data.Source, tokenizer: Any, args: Args) -> Prompt:
+def to_ids(messages: list[Any], row: Row, tokenizer: Any, args: Args, **more: Any) -> Ids:
+    """Messages as token ids, in the chat format, if there is one."""
+    templated = args.chat_template and tokenizer.chat_template is not None
+    more |= {"tools": row["tools"]} if row.get("tools") else {}
+    text = render(tokenizer, messages, args, **more) if templated else data.plain(messages)
+    return tuple(prompt_ids(tokenizer, text, templated))
+
+
+def make_prompt(row: Row, source: data.Source, tokenizer: Any, args: Args) -> Prompt:
     """FORK: how a row of the data set becomes a prompt."""
     messages = data.messages_of(row, source, args.prompt_template, args.system)
-    templated = args.chat_template and tokenizer.chat_template is not None
-    tools = row.get("tools")
-    rendered = render(tokenizer, messages, args, tools) if templated else data.plain(messages)
-    ids = prompt_ids(tokenizer, rendered, templated)
     answer, domain = (data.value_of(row, each) for each in (source.answer_field, args.domain_field))
+    ids, text = to_ids(messages, row, tokenizer, args), data.user_text(messages)
     domain = "" if domain is None else str(domain)
-    return Prompt(tuple(ids), data.user_text(messages), answer, domain, row)
+    return seen(Prompt(ids, text, answer, domain, row, messages), tokenizer, args, source=source)
+
+
+def seen(
+    prompt: Prompt, tokenizer: Any, args: Args, attempts: Any = ([], [], None), source: Any = None
+) -> Prompt:
+    """The prompt with what others read in its place (--teacher-prompt), where that is another."""
+    read = {}
+    for view in views.of(args):
+        messages = view.messages(prompt, attempts, source)
+        ids = to_ids(messages, prompt.row, tokenizer, args, **view.template_args)
+        read |= {view.role: ids} if ids != prompt.ids else {}
+    return replace(prompt, views=read)
+
+
+def show_attempts(rollout: Rollout, tokenizer: Any, args: Args) -> list[Prompt]:
+    """The prompts; functions in --teacher-prompt are asked again, with the group's attempts."""
+    texts, verdicts = texts_of(rollout, tokenizer), rollout.verdict.tolist()
+    attempts = views.attempts(rollout.prompts, texts, verdicts)
+    return [seen(prompt, tokenizer, args, each) for prompt, each in zip(rollout.prompts, attempts)]
 
 
 def load_prompts(
     spec: str | None, seed: int, tokenizer: Any, facts: Facts, args: Args, test: str | None = None
 ) -> list[Prompt]:
-    """Those longer than --max-prompt-tokens are left out and counted. `test`: a test set's name."""
+    """Those that are too long are left out and counted. `test`: a test set's name."""
     source = data.source_of(spec, seed, args, test)
     every = data.load(source, partial(make_prompt, tokenizer=tokenizer, args=args))
-    kept = [prompt for prompt in every if len(prompt.ids) <= args.max_prompt_tokens]
-    data.check_prompts(source, kept, len(every) - len(kept), facts.num_positions, args)
-    return kept
+    return data.check_prompts(source, every, facts.num_positions, args)  # those that fit
 
 
 def prompts_of_step(prompts: list[Prompt], step: int, args: Args) -> list[Prompt]:
@@ -171,11 +194,15 @@ def prompts_of_step(prompts: list[Prompt], step: int, args: Args) -> list[Prompt
     return [prompts[order[at // len(prompts)][at % len(prompts)]] for at in positions]
 
 
+def texts_of(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """The completions as text, without special tokens."""
+    kept = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    return list(tokenizer.batch_decode(kept, skip_special_tokens=True))
+
+
 def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier) -> None:
     """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
-    kept = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    of_row = zip(texts, rollout.prompts, rollout.ended.tolist())
+    of_row = zip(texts_of(rollout, tokenizer), rollout.prompts, rollout.ended.tolist())
     items = [(text, prompt.answer, prompt.row, ended) for text, prompt, ended in of_row]
     verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
     # A completion that was cut is wrong, unless the verifier is told (a parameter `ended`).
@@ -240,6 +267,14 @@ class Rollout:
         return self.response_mask | self.prefix_mask
 
 
+def prompt_of(model: CausalLM, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """What a model reads before the completion, ids and mask [B, P]; a teacher may have its own."""
+    if not any(model.role in prompt.views for prompt in rollout.prompts):
+        return rollout.prompt_ids, rollout.prompt_mask
+    read = [prompt.read_by(model.role) for prompt in rollout.prompts]
+    return rollouts.left_padded(read, rollout.prompt_ids.device)
+
+
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
     """Run a model over the rollouts: `read(hidden, head)` at the N positions before trained tokens.
 
@@ -247,7 +282,8 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
     a sum [] stays as it is.
     """
     mask, device = rollout.trained_mask, model.device
-    attention_mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1).to(device)
+    prompt_ids, prompt_mask = prompt_of(model, rollout)
+    attention_mask = torch.cat([prompt_mask, rollout.completion_mask], 1).to(device)
 
     def scattered(values: Tensor) -> Tensor:
         if values.dim() == 0:
@@ -257,8 +293,8 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
 
     outputs = model(
         read,
-        F.pad(mask, (rollout.prompt_ids.shape[1] - 1, 1)).to(device),  # t - 1 predicts t
-        input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).to(device),
+        F.pad(mask, (prompt_ids.shape[1] - 1, 1)).to(device),  # t - 1 predicts t
+        input_ids=torch.cat([prompt_ids, rollout.completion_ids], 1).to(device),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
@@ -391,14 +427,16 @@ def sample(
     bar = tqdm(total=len(share), unit="rollout", desc="sample", leave=False, disable=None)
     model.eval()
     if model.engine:
-        vllm_sampler.fill(model, out, share, uniform, stop_ids(model.facts), args, sampling)
+        fill_by_vllm(model, out, share, uniform, stop_ids(model.facts), args, sampling)
     else:
         with ranks.unsharded(model), model.autocast():  # for all tokens: weights are cast once
             work = partial(decode, model, out, uniform, sampling, args, bar)
             retry.in_chunks(work, partial(rollouts.clear, out), share, args)
     bar.close()
     out = rollouts.gather(out)
-    out.response_mask = out.completion_mask & ~out.prefix_mask
+    renamed = torch.tensor(model.facts.renamed_ids, device=device)
+    kept = out.completion_mask & ~torch.isin(out.completion_ids, renamed)
+    out.response_mask, out.prefix_mask = kept & ~out.prefix_mask, kept & out.prefix_mask
     return rollouts.select(out, torch.arange(num, device=device))
 
 
@@ -418,7 +456,7 @@ def decode(
     width, device, law = uniform.shape[1], uniform.device, loss_law(model, args)
     stop = torch.tensor(stop_ids(model.facts), device=device)
     cache = model.new_cache(model.compute_dtype)  # keys and values in the compute type
-    begun = [rollouts.begun(out, row) for row in rows.tolist()]
+    begun = [rollouts.begun(out, row, model.role) for row in rows.tolist()]
     distinct = list(dict.fromkeys(begun))  # equal prompts are read once, then copied
     copies = torch.tensor([distinct.index(each) for each in begun], device=device)
     ids, seen = rollouts.left_padded(distinct, device)
@@ -666,8 +704,8 @@ def make_optimizer(student: CausalLM, args: Args) -> torch.optim.Optimizer:
         {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas = (0.9, args.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, args.lr, betas, weight_decay=args.weight_decay)
+    how = {"weight_decay": args.weight_decay, "fused": args.device.startswith("cuda")}
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, args.adam_beta2), **how)
     setup.zero_moments(optimizer)  # now, so that a checkpoint before the first step is exact
     return optimizer
 
@@ -707,13 +745,21 @@ def train_step(
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
+    student.zero_grad()  # no memory for gradients while rollouts are made
     done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
     return metrics | done | {"bad_step": float(not good)}
 
 
+@torch.no_grad()
+def move_average(models: Models, decay: float) -> None:
+    """--teacher ema:DECAY: teacher = DECAY teacher + (1 - DECAY) student, in float32."""
+    for old, new in zip(models["teacher"].parameters(), models["student"].parameters()):
+        old.lerp_(new, 1.0 - decay)
+
+
 def evaluate(
     models: Models, tokenizer: Any, verifier: Verifier, args: Args, name: str, prompts: list[Prompt]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:  # metrics, and rows by log file
     """avg@n, pass@k, lengths; of the student also, on one sample of each prompt, the reverse KL."""
     asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
@@ -722,14 +768,14 @@ def evaluate(
     verify(rollout, tokenizer, verifier)
     metrics = diagnose.rollout_metrics(rollout)
     metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
-    traces = []
+    logs = {"evaluations.jsonl": diagnose.of_prompts(rollout, tokenizer, args.eval_samples)}
     if name == "student":
         first = rollouts.select(rollout, torch.arange(0, len(asked), args.eval_samples))
         functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
         few = retry.micro_batches(first, args)
         metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **functions)
-        traces = diagnose.traces(models, first, tokenizer, args, **functions)
-    return metrics, traces
+        logs["tokens.jsonl"] = diagnose.traces(models, first, tokenizer, args, **functions)
+    return metrics, logs
 
 
 # ==== 6. Main loop ================================================================================
@@ -781,6 +827,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with run.phase("generate"):
             chosen = prompts_of_step(prompts, step, args)
             rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
+            if views.ask_for_attempts(args):
+                rollout.prompts = ranks.first(show_attempts, rollout, tokenizer, args)
+                metrics |= views.leave_out_long(rollout, facts.num_positions)
         with run.phase("teacher"):
             pieces = retry.micro_batches(rollout, args)
             batch = [(micro, score(models, micro, args)) for micro in pieces]
@@ -799,6 +848,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 metrics |= train_step(student, optimizer, batch, args, step)
                 if metrics["bad_step"]:
                     break
+                if decay := views.decay_of(args):
+                    move_average(models, decay)
         run.log_step(step + 1, metrics, diagnose.samples(rollout, tokenizer))
         if metrics["bad_step"]:
             functions = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}

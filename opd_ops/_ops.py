@@ -63,12 +63,11 @@ def _checked(
     head: Tensor | None,
     valid_vocab: int | None,
     temperature: float,
-    workspace_mib: float,
+    workspace_mib: float | None,
 ) -> tuple[int, float, float]:
     """Number of ids that count, temperature, workspace."""
     valid = reference._check_product(hidden, head, valid_vocab, temperature)
-    reference._check_workspace(workspace_mib)
-    return valid, float(temperature), float(workspace_mib)
+    return valid, float(temperature), reference._workspace(workspace_mib, hidden.device)
 
 
 @_op
@@ -80,7 +79,7 @@ def token_logp(
     with_entropy: bool = False,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> TokenLogp:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
     reference._check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, settings[0])
@@ -98,10 +97,10 @@ def topk_logp(
     token_ids: Tensor | None = None,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> TopK:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
-    valid, temperature, workspace_mib = settings
+    valid, temperature, num_mib = settings
     reference._check_k(k, valid)
     if token_ids is not None:
         reference._check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, valid)
@@ -113,7 +112,7 @@ def topk_logp(
             token_ids=token_ids,
             valid_vocab=valid,
             temperature=temperature,
-            workspace_mib=workspace_mib,
+            workspace_mib=num_mib,
         )
     hidden, arguments = hidden.detach(), (k, token_ids, valid, temperature)
     if head is None:
@@ -121,7 +120,7 @@ def topk_logp(
     else:
         dtype = _head.product_dtype(hidden)
         outputs = torch.ops.opd_ops.linear_topk_logp(
-            hidden, head.detach(), *arguments, dtype, workspace_mib
+            hidden, head.detach(), *arguments, dtype, num_mib
         )
     ids, logp, lse, tail_logp, found = outputs
     return TopK(ids, logp, lse, tail_logp, None if token_ids is None else found)
@@ -135,7 +134,7 @@ def gather_logp(
     *,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> GatherLogp:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
     reference._check_id_rows("ids", ids, hidden, settings[0])
@@ -160,7 +159,7 @@ def support_kl(
     support_mask: Tensor | None = None,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> SupportKL:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
     ids = reference._check_support(
@@ -222,7 +221,7 @@ def gated_kl(
     *,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> GatedKL:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
     reference._check_gated(token_ids, loss_of, values, hidden, settings[0])
@@ -253,7 +252,7 @@ def full_kl(
     beta: float = 0.5,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> FullKL:
     valid = reference._check_full(
         hidden,
@@ -266,7 +265,7 @@ def full_kl(
         valid_vocab,
         temperature,
     )
-    reference._check_workspace(workspace_mib)
+    num_mib = reference._workspace(workspace_mib, hidden.device)
     operands = (hidden, head, teacher_hidden, teacher_head, token_weight)
-    settings = (valid, float(temperature), divergence, float(beta), float(workspace_mib))
+    settings = (valid, float(temperature), divergence, float(beta), num_mib)
     return FullKL(*_head.full_loss(*operands, *settings))

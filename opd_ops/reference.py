@@ -195,9 +195,13 @@ def _check_product(
     return _check_vocab(valid_vocab, head.shape[0], temperature)
 
 
-def _check_workspace(workspace_mib: float) -> None:
+def _workspace(workspace_mib: float | None, device: torch.device) -> float:
+    """In MiB; None is 256 on a CPU and 1024 on a GPU, where products of few rows are slow."""
+    if workspace_mib is None:
+        return 256.0 if device.type == "cpu" else 1024.0
     if not workspace_mib > 0:
         raise ValueError(f"workspace_mib: expected a number > 0, got {workspace_mib!r}")
+    return float(workspace_mib)
 
 
 def _check_k(k: int, valid: int) -> None:
@@ -494,13 +498,12 @@ class _Product:
     def in_chunks(
         self,
         function: Callable[[slice], tuple[Tensor | None, ...]],
-        workspace_mib: float,
+        workspace_mib: float | None,
         bytes_per_row: int = 0,
     ) -> tuple[Any, ...]:
         """`function` on slices of rows that fit the workspace; computed again in backward."""
-        _check_workspace(workspace_mib)
-        num_rows = self.hidden.shape[0]
-        step = max(1, int(workspace_mib * 2**20) // (bytes_per_row or self.bytes_per_row()))
+        num_rows, num_mib = self.hidden.shape[0], _workspace(workspace_mib, self.hidden.device)
+        step = max(1, int(num_mib * 2**20) // (bytes_per_row or self.bytes_per_row()))
         if num_rows <= step:
             return function(slice(0, num_rows))
         pieces = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
@@ -526,7 +529,7 @@ def token_logp(
     with_entropy: bool = False,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> TokenLogp:
     """Log-prob of one token per row under the full softmax.
 
@@ -537,7 +540,8 @@ def token_logp(
         with_entropy: also return the entropy of each row.
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory besides the returned gradients.
+        workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
+            GPU 1024.
 
     Returns:
         logp [N] nats, <= 0; lse [N], the log of the sum of exp(logits / temperature); entropy [N]
@@ -587,7 +591,7 @@ def topk_logp(
     token_ids: Tensor | None = None,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> TopK:
     """The K likeliest tokens of each row with their log-probs under the full softmax.
 
@@ -598,7 +602,7 @@ def topk_logp(
         token_ids: [N] int64; also report the log-prob of this token.
         valid_vocab: ids from here on are padding and never selected.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory.
+        workspace_mib: bound on extra memory; None: 256, on a GPU 1024.
 
     Returns:
         ids [N, K] int64, likeliest first, ties by the lower id; logp [N, K] nats; lse [N];
@@ -648,7 +652,7 @@ def gather_logp(
     *,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> GatherLogp:
     """Log-probs of K tokens per row under the full softmax.
 
@@ -658,7 +662,8 @@ def gather_logp(
         ids: [N, K] int64 in [0, valid_vocab); may repeat.
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory besides the returned gradients.
+        workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
+            GPU 1024.
 
     Returns:
         logp [N, K] nats, lse [N].
@@ -696,7 +701,7 @@ def support_kl(
     support_mask: Tensor | None = None,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> SupportKL:
     """Divergence of student and teacher on K tokens per row, and its weighted sum as a loss.
 
@@ -720,7 +725,8 @@ def support_kl(
         support_mask: [N, K] bool; False entries do not exist, whatever id and log-prob they hold.
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the student's softmax is over logits / temperature.
-        workspace_mib: bound on extra memory besides the returned gradients.
+        workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
+            GPU 1024.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences
@@ -794,7 +800,7 @@ def gated_kl(
     *,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> GatedKL:
     """The loss of sampled tokens, in three matrix products.
 
@@ -819,7 +825,8 @@ def gated_kl(
         values: tensors [N, ...] on the device of `hidden`; constants.
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory besides the returned gradients.
+        workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
+            GPU 1024.
 
     Returns:
         loss [], the sum of all tokens' losses; student_logp [N] (or [N, M]) nats, detached;
@@ -870,7 +877,7 @@ def full_kl(
     beta: float = 0.5,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
 ) -> FullKL:
     """Exact divergence of student and teacher over the vocabulary, and its sum as a loss.
 
@@ -889,7 +896,8 @@ def full_kl(
         valid_vocab: ids from here on are padding of either vocabulary; V and V' may differ when it
             is given.
         temperature: > 0; divides the logits of both models.
-        workspace_mib: bound on extra memory besides the returned gradients.
+        workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
+            GPU 1024.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences

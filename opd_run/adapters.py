@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +69,24 @@ def add_adapters(lm: Any, layers: Sequence[str], rank: int, alpha: float, seed: 
 
 
 def _say_share(lm: Any) -> None:
-    """Say which part of the blocks' weights has an adapter, and what has none."""
+    """Say which of the blocks' layers have an adapter, which part of the weights that is, and which
+    stay as they are, such as experts that are one tensor and their router."""
     ends = [lm.get_input_embeddings(), lm.get_output_embeddings()]
     outside = {id(weight) for each in ends if each is not None for weight in each.parameters()}
     sizes = {True: 0, False: 0}
-    left = set()
+    names: dict[bool, set[str]] = {True: set(), False: set()}
     for name, weight in lm.named_parameters():
         if ".lora_" not in name and weight.dim() > 1 and id(weight) not in outside:
             adapted = ".base_layer." in name
             sizes[adapted] += weight.numel()
-            if not adapted:
-                left.add(".".join(name.split(".")[-2:]))
-    share = sizes[True] / sum(sizes.values())
+            parts = [each for each in name.split(".") if each not in ("base_layer", "weight")]
+            router = " (router)" if {"gate", "router"} & set(parts) else ""
+            names[adapted].add(".".join(parts[-2:]) + router)
+    on, frozen = (", ".join(sorted(names[adapted])) for adapted in (True, False))
+    share = f"{100 * sizes[True] / sum(sizes.values()):.0f} % of the weights of the blocks"
     say(
-        f"adapters: on {len(_adapted(lm))} linear layers, {100 * share:.0f} % of the weights of "
-        + ("the blocks" if not left else f"the blocks; none on {', '.join(sorted(left))}")
+        f"adapters: on {len(_adapted(lm))} linear layers ({on}), {share}"
+        + (f"; frozen, without adapters: {frozen}" if frozen else "")
     )
 
 
@@ -105,6 +111,30 @@ def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             down, up = (ranks.whole(weights[each]).float() for each in names)
             weight = (weight.float() + scale[layer] * (up @ down)).to(weight.dtype)
         yield name.replace(".base_layer.", "."), weight
+
+
+def as_saved(lm: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names of the checkpoint's files, as `save_pretrained` writes them: experts
+    that `transformers` has in one tensor are many there. One block at a time."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def block(named: tuple[str, Tensor]) -> str:
+        return "".join(re.findall(r"^.*?\.\d+\.", named[0]))
+
+    for _, some in itertools.groupby(weights, block):
+        yield from revert_weight_conversion(lm, dict(some)).items()
+
+
+def names_in_files(path: str) -> set[str]:
+    """Names of all weights in the safetensors of a folder or hub name."""
+    import safetensors
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        return set(json.loads(Path(index).read_text())["weight_map"])
+    with safetensors.safe_open(cached_file(path, SAFE_WEIGHTS_NAME), "pt") as file:
+        return set(file.keys())
 
 
 def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:

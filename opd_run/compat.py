@@ -55,6 +55,7 @@ class Facts:
         num_positions: longest sequence, in tokens, that every model has positions for.
         num_embeddings: of each model, how many ids it has rows for.
         num_tokens: of each model, how many ids its tokenizer has.
+        renamed_ids: special tokens that are others to some teacher (`--allow-renamed-tokens`).
     """
 
     valid_vocab: int
@@ -62,6 +63,7 @@ class Facts:
     num_positions: float
     num_embeddings: dict[str, int] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)
+    renamed_ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Report:
         num_positions: longest sequence that every model has positions for.
         eos_ids: of each model, the ids that it calls end of sequence.
         num_embeddings, num_tokens: of each model, rows of its embedding, ids of its tokenizer.
+        renamed_ids: special tokens with another name in some teacher's tokenizer.
         errors: reasons to refuse the pair.  warnings: what will probably hurt, with advice.
         facts: what was found, for the log.
     """
@@ -82,6 +85,7 @@ class Report:
     eos_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     num_embeddings: dict[str, int] = field(default_factory=dict)
     num_tokens: dict[str, int] = field(default_factory=dict)
+    renamed_ids: set[int] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
@@ -93,8 +97,8 @@ class Report:
 
     def all_facts(self) -> Facts:
         """What the run has to know."""
-        sizes = self.num_embeddings, self.num_tokens
-        return Facts(self.valid_vocab, self.eos_ids, self.num_positions, *sizes)
+        sizes, renamed = (self.num_embeddings, self.num_tokens), tuple(sorted(self.renamed_ids))
+        return Facts(self.valid_vocab, self.eos_ids, self.num_positions, *sizes, renamed)
 
 
 def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
@@ -116,7 +120,8 @@ def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
 def num_positions(config: Any) -> float:
     """The longest sequence that a model takes: of YaRN, linear and dynamic scaling the product of
     factor and original length, where `max_position_embeddings` was left at the latter."""
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = next(filter(None, (getattr(config, name, None) for name in names)), math.inf)
     law = getattr(config, "rope_parameters", None) or {}
     laws = [each for each in law.values() if isinstance(each, dict)] or [law]  # by kind of layer
     for each in laws:
@@ -152,6 +157,9 @@ def check_prompts(prompts: Sequence[Any], tokenizer: Any, facts: Facts) -> None:
                 f"which the {model}'s tokenizer has not: the {model} reads a row that was never "
                 "trained"
             )
+    renamed = set(facts.renamed_ids)
+    if num := sum(not renamed.isdisjoint(prompt.ids) for prompt in prompts):
+        say(f"! {num} prompts hold special tokens that mean others to a teacher, which reads those")
     special = {token for token in tokenizer.all_special_tokens if token.strip()}
     num = sum(any(token in prompt.text for token in special) for prompt in prompts)
     if num:
@@ -161,7 +169,7 @@ def check_prompts(prompts: Sequence[Any], tokenizer: Any, facts: Facts) -> None:
 def prompt_ids(tokenizer: Any, text: str, templated: bool) -> list[int]:
     """Token ids of a prompt. A chat template has its own BOS; without one the tokenizer adds it,
     not a second time where the text begins with it, and no EOS, after which nothing would come."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated, verbose=False)
     if templated:
         return ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -178,6 +186,7 @@ def check_pair(
     generation_configs: dict[str, Any],
     render: Callable[[Any, str], str] | None,
     template_from: str = "student",
+    allow_renamed: bool = False,
 ) -> Report:
     """Compare the student with every other model.
 
@@ -186,6 +195,7 @@ def check_pair(
         render: `render(tokenizer, text)` is a prompt in that tokenizer's chat format; None: prompts
             do not go through a template.
         template_from: whose template is used, `student` or `teacher`.
+        allow_renamed: ids may be unlike special tokens, which then are the report's `renamed_ids`.
     """
     report, sample_prompt = Report(), "What is 12 + 34?"
     tokenizer = tokenizers["student"]
@@ -216,7 +226,7 @@ def check_pair(
     }
     for model, other in tokenizers.items():
         if model != "student":
-            _compare(report, tokenizer, names, model, other, sample_prompt)
+            _compare(report, tokenizer, names, model, other, sample_prompt, allow_renamed)
             if render is not None:
                 _compare_templates(report, model, shown["student"], shown[model], template_from)
             if ends[model] != ends["student"]:
@@ -249,18 +259,34 @@ def _compare(
     model: str,
     other: Any,
     sample_prompt: str,
+    allow_renamed: bool,
 ) -> None:
     other_names = {index: token for token, index in other.get_vocab().items()}
     shared = min(report.valid_vocab, max(other_names) + 1)
     unlike = [i for i in range(shared) if names.get(i) != other_names.get(i)]
     if unlike:
-        first = unlike[0]
-        report.errors.append(
-            f"the tokenizers of student and {model} differ on {len(unlike)} of {shared} ids "
-            f"(id {first}: {names.get(first)!r} and {other_names.get(first)!r}); token-level "
-            "distillation needs one token-to-id map"
+        shown = ", ".join(f"{i}: {names.get(i)!r} and {other_names.get(i)!r}" for i in unlike[:3])
+        what = f"{len(unlike)} of {shared} ids (id {shown}{', ...' * (len(unlike) > 3)})"
+        added = tokenizer.added_tokens_decoder, other.added_tokens_decoder
+        special = all(
+            i in ours or i not in known
+            for i in unlike
+            for ours, known in zip(added, (names, other_names))
         )
-        return
+        if not (special and allow_renamed):
+            report.errors.append(
+                f"the tokenizers of student and {model} differ on {what}; token-level "
+                "distillation needs one token-to-id map"
+                + "; all of these are special tokens: --allow-renamed-tokens goes on, and leaves "
+                "positions with one of them out of the loss" * special
+            )
+            return
+        ends = set(report.eos_ids["student"]) & set(report.eos_ids[model])  # these mean the same
+        report.renamed_ids |= set(unlike) - ends
+        report.warnings.append(
+            f"student and {model} have other special tokens at {what}: positions where one of them "
+            "was sampled are left out of the loss, and counted in num_untrained_tokens"
+        )
     if shared < report.valid_vocab:
         report.warnings.append(
             f"the {model}'s tokenizer ends at id {shared - 1}, the student's goes on: later ids "

@@ -37,6 +37,10 @@ ROLES = {
 """What ShareGPT's `from` says, as a role."""
 
 
+class NoField(RunError):
+    """A template names a field that the row does not have."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of the data set, ready for the models; made in the method file.
@@ -45,6 +49,8 @@ class Prompt:
         ids: token ids, chat format included.  text: the user's last message.
         answer: what the verifier compares with, as it stands in the row; None if it has none.
         domain: metrics are split by it.  row: all that the data set says.
+        messages: what `ids` were made of.
+        views: token ids that the models of a role read in place of `ids`.
     """
 
     ids: tuple[int, ...]
@@ -52,6 +58,17 @@ class Prompt:
     answer: Any
     domain: str
     row: Row
+    messages: Sequence[dict[str, Any]] = ()
+    views: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def read_by(self, role: str) -> tuple[int, ...]:
+        """What the models of a role read."""
+        return self.views.get(role, self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of `ids` and `views`."""
+        return max(map(len, (self.ids, *self.views.values())))
 
 
 @dataclass
@@ -63,6 +80,7 @@ class Source:
         prompt_field: a dotted path; None: the first of `PROMPT_FIELDS` that the first row has.
         answer_field: a dotted path.  split: of a folder or hub name with several.
         num_cut: how many rows have lost a final assistant turn.
+        num_without: how many test rows lack a field of `--teacher-prompt`.
     """
 
     spec: str | None
@@ -71,6 +89,7 @@ class Source:
     answer_field: str
     split: str = "train"
     num_cut: int = field(default=0, init=False)
+    num_without: int = field(default=0, init=False)
 
 
 def test_sets(args: Any) -> dict[str, str]:
@@ -316,7 +335,7 @@ def fill(spec: str, row: Row, prompt: str | None = None) -> str:
         except KeyError:
             if not re.fullmatch(r"\w+(\.\w+)*", name):
                 return found[0]
-            raise RunError(
+            raise NoField(
                 f"template {spec!r:.80}: no field {name!r}; the row has {sorted(row)}; "
                 f"{{{{{name}}}}} is a literal {{{name}}}",
                 2,
@@ -330,33 +349,39 @@ def fill(spec: str, row: Row, prompt: str | None = None) -> str:
 
 # ------------------------------------------------------------------------------ what is said of it
 def check_prompts(
-    source: Source, prompts: Sequence[Prompt], num_long: int, num_positions: float, args: Any
-) -> None:
-    """Say how many prompts of `source` are used, and refuse what cannot be.
+    source: Source, every: Sequence[Prompt], num_positions: float, args: Any
+) -> list[Prompt]:
+    """The prompts of at most `--max-prompt-tokens`, and of at most what `num_positions` leave
+    beside `--max-completion-tokens`; how many those are, and what is odd, is said.
 
     Args:
-        prompts: those that are used.
-        num_long: how many were left out as too long.
         num_positions: of the model that has the fewest.
 
     Raises:
-        RunError: there is no prompt, or the longest does not fit the models' positions.
+        RunError: there is none.
     """
     spec = source.spec
+    fitting = num_positions - args.max_completion_tokens  # of each model's own prompt
+    longest = min(args.max_prompt_tokens, fitting)
+    prompts = [each for each in every if len(each.ids) <= longest and each.longest <= fitting]
     if not spec:
-        return
-    if not prompts:
-        why = f"all {num_long} are longer than --max-prompt-tokens" if num_long else "it is empty"
-        raise RunError(f"{spec}: no prompt to use: {why}")
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if longest + args.max_completion_tokens > num_positions:
-        raise RunError(
-            f"{spec}: the longest prompt ({longest} tokens) + --max-completion-tokens "
-            f"{args.max_completion_tokens} is beyond the models' {num_positions} positions"
+        return prompts
+    num_long, limit = len(every) - len(prompts), f"--max-prompt-tokens {args.max_prompt_tokens}"
+    if longest < args.max_prompt_tokens:
+        limit = (
+            f"{max(0, longest)} tokens, which is what --max-completion-tokens "
+            f"{args.max_completion_tokens} leaves of the models' {num_positions} positions"
         )
-    say(f"data: {spec}: {len(prompts)} prompts; {num_long} left out as too long")
+    if not prompts:
+        why = f"all {num_long} are longer than {limit}" if num_long else "it is empty"
+        raise RunError(f"{spec}: no prompt to use: {why}")
+    why = f": longer than {limit}" if num_long else ""
+    say(f"data: {spec}: {len(prompts)} prompts; {num_long} left out as too long{why}")
     if source.num_cut:
         say(f"data: {spec}: a final assistant turn was cut off in {source.num_cut} rows")
+    if source.num_without:
+        say(f"data: {spec}: {source.num_without} rows lack a field of --teacher-prompt or "
+            "--reference-prompt: the student's prompt is read")  # fmt: skip
     if twice := len(prompts) - len({prompt.ids for prompt in prompts}):
         say(f"data: {spec}: {twice} prompts are there more than once")
     unanswered = [each.row for each in prompts if each.answer is None or each.answer == ""]
@@ -366,6 +391,7 @@ def check_prompts(
             f"(--answer-field; they have {sorted(unanswered[-1])}): their verdict is 0, "
             "unverified; a function of yours is asked all the same"
         )
+    return prompts
 
 
 def say_overlap(train: Sequence[Prompt], test: Sequence[Prompt]) -> None:

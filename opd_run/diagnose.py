@@ -22,6 +22,7 @@ from opd_run import ranks, rollouts, served_teacher
 
 SUPPORT_SIZE = 5  # of the tokens of `tokens.jsonl`
 NUM_TRAINED, NUM_TESTED = 2, 8  # rollouts of a training step, and of an evaluation
+END = 1000  # characters of a completion in `evaluations.jsonl`
 
 
 def percentile(values: Tensor, share: float) -> float:
@@ -49,6 +50,7 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
     return {
         "num_rollouts": float(len(lengths)),
         "num_trained_tokens": float(rollout.trained_mask.sum()),
+        "num_untrained_tokens": float((rollout.completion_mask & ~rollout.trained_mask).sum()),
         "length_mean": float(lengths.float().mean()),
         "length_p95": percentile(lengths, 0.95),
         "eos_rate": float(rollout.ended.float().mean()),
@@ -152,6 +154,20 @@ def samples(rollout: Any, tokenizer: Any, num: int = 4) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def of_prompts(rollout: Any, tokenizer: Any, num: int) -> list[dict[str, Any]]:
+    """Rows of `evaluations.jsonl`: each prompt, of which `num` rollouts follow each other, with
+    their verdicts and lengths, and the end of what the first of them says."""
+    lengths = rollout.completion_mask.sum(1).view(-1, num).tolist()
+    verdicts = rollout.verdict.view(-1, num).int().tolist()
+    first = rollouts.select(rollout, torch.arange(0, len(rollout.prompts), num))
+    return [
+        {key: said[key] for key in ("prompt", "answer", "domain")}
+        | {"row": row, "verdicts": verdicts[row], "lengths": lengths[row]}
+        | {"completion_end": said["completion"][-END:]}
+        for row, said in enumerate(samples(first, tokenizer, len(lengths)))
+    ]
 
 
 @torch.no_grad()

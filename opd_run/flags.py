@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from opd_run import ranks, served_teacher, vllm_sampler
+from opd_run import ranks, served_teacher, views, vllm_sampler
 from opd_run.console import RunError, one_line, say
 
 OF_THE_MACHINE = {
@@ -26,9 +26,10 @@ OF_THE_MACHINE = {
 """Flags that may be left to the machine, and their value then."""
 OF_THE_COMMAND = ("resume", "overwrite", "run_dir", "dry_run", "debug")
 """Flags of one command, which `--resume RUN` does not take from the one before."""
-PATHS = ("student", "teacher", "reference", "prompts", "test_prompts", "prompt_template",
-         "verifier", "teacher_rollouts")  # fmt: skip
+PATHS = ("student", "teacher", "reference", "prompts", "test_prompts", "teacher_rollouts")
 """Flags whose value may name a file or a folder."""
+TEXTS = ("verifier", "prompt_template", "teacher_prompt", "reference_prompt")
+"""Flags whose value may be FILE.py:FUNCTION or @FILE, and is no path otherwise."""
 
 
 class Flags(argparse.Namespace):
@@ -75,8 +76,13 @@ def new_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     kinds = ["source", "float32"]
     add("--export-dtype", "source", "type of the weights in model/ of a checkpoint; trainer/ keeps "
         "float32", choices=kinds)  # fmt: skip
-    views = ["none", "tensorboard", "wandb", "trackio"]
-    add("--report-to", "none", "send metrics to this live view too", choices=views)
+    services = ["none", "tensorboard", "wandb", "trackio"]
+    add("--report-to", "none", "send metrics to this live view too", choices=services)
+    add("--eval-every", 50, "evaluate every so many steps, and at both ends; 0: never", "[0,inf)")
+    add("--eval-teacher", False, "evaluate the teacher too, once, and say the gap to the student")
+    add("--domain-field", "domain", "field that names a prompt's group; evaluation shows each")
+    add("--diagnostic-tokens", 512, "measure exact KLs on so many tokens a step; 0: off", "[0,inf)")
+    add("--max-bad-steps", 0, "skip so many steps with a NaN or infinity, then stop", "[0,inf)")
     add("--stop-on-alarm", False, "save and stop at the first alarm (docs/metrics.md lists them)")
     add("--eval-only", False, "evaluate the student on the test prompts; train and save nothing")
     add("--dry-run", False, "print flags, model checks and a memory estimate, then exit")
@@ -137,18 +143,19 @@ def parse(
         bounds, value = getattr(action, "bounds", ""), getattr(args, action.dest, None)
         if bounds and value is not None and not _inside(value, bounds):
             errors.append(f"{action.option_strings[0]} must be in {bounds}, got {value}")
-    try:
-        args.chat_template_args = json.loads(args.chat_template_args)
-        if not isinstance(args.chat_template_args, dict):
-            raise ValueError("expected an object")
-    except (ValueError, RecursionError) as error:
-        errors.append(f"--chat-template-args must be a JSON object: {error}")
+    for name in ("chat_template_args", "teacher_template_args"):
+        try:
+            setattr(args, name, json.loads(getattr(args, name)))
+            if not isinstance(getattr(args, name), dict):
+                raise ValueError("expected an object")
+        except (ValueError, RecursionError) as error:
+            errors.append(f"--{name.replace('_', '-')} must be a JSON object: {error}")
     if args.resume and args.overwrite:
         errors.append("--resume and --overwrite exclude each other")
     if args.eval_only and (args.resume or not args.eval_every):
         errors.append("--eval-only: leave --resume and --eval-every 0 out; --student takes the "
                       "model/ of a checkpoint")  # fmt: skip
-    for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, check):
+    for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, views.check, check):
         errors += check_some(args)
     refuse(errors)
     _resolve(args)
@@ -218,7 +225,7 @@ def _recorded(parser: argparse.ArgumentParser, run: Path, given: dict[str, Any])
                 argv.append(action.option_strings[0 if each else 1])
             else:
                 text = json.dumps(each) if isinstance(each, dict) else str(each)
-                text = _placed(name, text, folder) if name in PATHS else text
+                text = _placed(name, text, folder) if name in PATHS + TEXTS else text
                 argv.append(f"{action.option_strings[0]}={text}")
     say(f"resume: flags of {run / 'args.json'}, which were given in {folder}")
     if unknown:
@@ -231,10 +238,11 @@ def _placed(name: str, text: str, folder: Path) -> str:
     path, if it is there relative to `folder` and that is not the working directory."""
     kind = re.match(r"(@|[^/.:=\[\]]+=)?", text)
     head = kind[0] if kind else ""
-    pattern = r"(.+\.py)(:\w+)" if name == "verifier" else r"([^:]+)(:.+)?"
+    is_text = name in TEXTS and head != "@"
+    pattern = r"(.+\.py)(:\w+)" if is_text else r"([^:]+)(:.+)?"
     found = re.fullmatch(pattern, text.removeprefix(head), re.S)
-    no_path = text.startswith("reasoning_gym:") or (name == "prompt_template" and head != "@")
-    if folder == Path.cwd() or no_path or not found or not os.path.exists(folder / found[1]):
+    here = folder == Path.cwd() or text.startswith("reasoning_gym:")
+    if here or not found or not os.path.exists(folder / found[1]):
         return text
     return f"{head}{folder / found[1]}{found[2] or ''}"
 

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_run import ranks, served_teacher, vllm_sampler
+from opd_run import ranks, served_teacher, views, vllm_sampler
 from opd_run.console import one_line
 from opd_run.console import say as say_lines
 from opd_run.models import num_parameters
 
-WORKSPACE = 256 * 2**20  # default of the ops with a head
 LOGITS = 4  # copies of [rows, V] float32 that one step of the sampler holds
 
 
@@ -51,14 +50,15 @@ def _counted(
     student = _Shape(config, compute, rows, length, args)
     parts = ranks.world() if args.shard == "fsdp" else 1
     frozen = {path: name for name, path in reversed(paths.items()) if name != "student"}
-    if args.lora_rank:
+    average = views.decay_of(args) is not None  # counted in float32
+    if args.lora_rank and not average:
         frozen.pop(paths["student"], None)  # the student without its adapters
     found = {"student weights": student.weight_bytes // parts}
     sizes = {
         f"{name} weights": num_parameters(
             transformers.AutoConfig.from_pretrained(path, **trust), **trust
         )
-        * getattr(torch, args.teacher_dtype).itemsize
+        * (4 if average else getattr(torch, args.teacher_dtype).itemsize)
         // (parts if args.shard_frozen else 1)
         for path, name in frozen.items()
     }
@@ -81,7 +81,8 @@ def _counted(
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
-    found["student: loss"] = min(WORKSPACE, logits) + 4 * text.vocab_size * text.hidden_size
+    workspace = 2**28 if args.device == "cpu" else 2**30  # of the ops with a head, by default
+    found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     return found, student
 
 
@@ -106,7 +107,7 @@ def peak(found: dict[str, int]) -> int:
 
 def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace) -> None:
     """Print the estimate: it assumes that completions reach `--max-completion-tokens`."""
-    found, student = _counted(paths, max(len(prompt.ids) for prompt in prompts), args)
+    found, student = _counted(paths, max(prompt.longest for prompt in prompts), args)
     lines = [f"memory: {name:<30} {size / 2**20:>10.0f} MiB" for name, size in found.items()]
     what = "and what libraries take" if args.device == "cpu" else "and the CUDA context"
     total = f"memory: {'peak, calculated':<30} {peak(found) / 2**20:>10.0f} MiB, {what}"

@@ -32,6 +32,8 @@ class CausalLM(torch.nn.Module):
         engine: what samples in its stead (`vllm_sampler`), or None.
         export_dtype: type of the weights in an export; None: as they are.
         refusal: why it cannot be sampled from (`selfcheck`), or nothing.
+        role: `student`, `teacher` or `reference`: whose prompt it reads (`Prompt.views`).
+        average: of the student with `--teacher ema:DECAY`, its average: saved with it.
     """
 
     def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype, facts: Facts) -> None:
@@ -39,7 +41,8 @@ class CausalLM(torch.nn.Module):
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
         self.facts = facts
         self.engine: Any = None
-        self.refusal = ""
+        self.refusal, self.role = "", "student"
+        self.average: tuple[CausalLM, ...] = ()  # no submodule
         self.export_dtype: torch.dtype | None = None
         self._copy: Callable[[], Tensor | None] = lambda: None
 
@@ -96,6 +99,20 @@ class CausalLM(torch.nn.Module):
             else:
                 hidden = self.lm(**inputs, logits_to_keep=int(where is None)).logits
             return read(hidden[:, -1] if where is None else hidden[where], self.head)
+
+
+class ReadAs:
+    """A model in another role: the same weights, which read the prompt of that role."""
+
+    def __init__(self, model: Any, role: str) -> None:
+        self.model, self.role = model, role
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the model."""
+        return self.model(*args, **kwargs)
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -155,6 +172,21 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
                     states[each] = state if state is None else state[indices]
 
 
+def _grouped_product(one: Tensor, two: Tensor, *more: Any, **named: Any) -> Tensor:
+    kind = one.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        found: Tensor = torch.ops.aten._grouped_mm(one.to(dtype), two.to(dtype), *more, **named)
+    return found
+
+
+# The product of experts that are one tensor is not on autocast's list, so that experts trained in
+# float32 would be multiplied in float32: https://github.com/pytorch/pytorch/issues/174763.
+_AUTOCAST: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _AUTOCAST.impl("_grouped_mm", _grouped_product, _key)
+
+
 @torch.no_grad()
 def head_is_product(model: Any, valid_vocab: int) -> bool:
     """Whether logits are `hidden @ head.T` and nothing else: no bias, soft-cap, scale, adapter.
@@ -170,8 +202,8 @@ def head_is_product(model: Any, valid_vocab: int) -> bool:
         if re.search(r"logits?_(soft_?cap|scal)", key) and value not in (None, 1, 1.0):
             return False
     ids = torch.arange(8, device=head.weight.device)[None] % valid_vocab
-    logits = model(input_ids=ids).logits.float()
-    hidden = decoder(input_ids=ids).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
     if hidden.shape[-1] != head.weight.shape[1]:
         return False
     product = (hidden @ head.weight.T.to(hidden.dtype)).float()
@@ -188,11 +220,14 @@ def num_parameters(config: Any, **trust: bool) -> int:
     return sum(weight.numel() for weight in lm.parameters())
 
 
-def longrope_boundary(config: Any) -> int:
-    """Where a model with LongRoPE changes from its short to its long factors, in tokens; else 0."""
-    law = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    is_longrope = law.get("rope_type") == "longrope"
-    return int(law["original_max_position_embeddings"]) if is_longrope else 0
+def rope_boundary(config: Any) -> int:
+    """From how many tokens on the longest row of a batch decides how positions are read, of all
+    rows (LongRoPE, dynamic scaling); 0: never."""
+    config = config.get_text_config()
+    law = getattr(config, "rope_parameters", None) or {}
+    if law.get("rope_type") not in ("longrope", "dynamic"):
+        return 0
+    return int(law.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def pin_longrope(lm: Any, longest: int) -> bool:
@@ -203,12 +238,12 @@ def pin_longrope(lm: Any, longest: int) -> bool:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    boundary = longrope_boundary(lm.config)
-    if not boundary or longest <= boundary:
+    boundary = rope_boundary(lm.config)
+    kinds = [each for each in lm.modules() if getattr(each, "rope_type", None) == "longrope"]
+    if not kinds or longest <= boundary:
         return False
-    for module in lm.modules():
-        if getattr(module, "rope_type", None) == "longrope":
-            factors = ROPE_INIT_FUNCTIONS["longrope"]
-            long, _ = factors(module.config, module.inv_freq.device, seq_len=boundary + 1)
-            module.original_inv_freq = long
+    for module in kinds:
+        factors = ROPE_INIT_FUNCTIONS["longrope"]
+        long, _ = factors(module.config, module.inv_freq.device, seq_len=boundary + 1)
+        module.original_inv_freq = long
     return True

@@ -56,10 +56,10 @@ def right_padded(
     return ids.to(device), mask.to(device)
 
 
-def begun(rollout: Any, row: int) -> tuple[int, ...]:
-    """The token ids that the completion of a rollout is to go on from: its prompt and prefix."""
+def begun(rollout: Any, row: int, role: str) -> tuple[int, ...]:
+    """What a model goes on from: the prompt as its role reads it, and the completion's prefix."""
     prefix = rollout.completion_ids[row][rollout.prefix_mask[row]]
-    ids: tuple[int, ...] = (*rollout.prompts[row].ids, *prefix.tolist())
+    ids: tuple[int, ...] = (*rollout.prompts[row].read_by(role), *prefix.tolist())
     return ids
 
 
@@ -148,7 +148,9 @@ def pack(rollout: Any, most_tokens: int) -> tuple[list[list[int]], int, int]:
         The groups of this process; how many groups the process with the most has; the shortest row,
         for a process that has fewer (`idle`).
     """
-    sizes = torch.stack([rollout.prompt_mask.sum(1), rollout.completion_mask.sum(1)], 1).cpu()
+    longest = torch.tensor([prompt.longest for prompt in rollout.prompts])
+    prompts = rollout.prompt_mask.sum(1).cpu().maximum(longest)
+    sizes = torch.stack([prompts, rollout.completion_mask.sum(1).cpu()], 1)
     order = sizes.sum(1).argsort(descending=True, stable=True).tolist()
     shares = [
         _groups(order[process :: ranks.world()], sizes, most_tokens)

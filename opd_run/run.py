@@ -33,7 +33,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 import opd_ops
 from opd_run import files, ranks, retry
@@ -44,7 +49,9 @@ from opd_run.console import RunError, ServerLost, one_line, optional, say, say_e
 from opd_run.files import append_row, each_metrics, write_atomically
 from opd_run.retry import OutOfMemory, is_out_of_memory
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "offending.jsonl")
+LOGS = (
+    *("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "evaluations.jsonl", "offending.jsonl"),
+)
 UNDONE = ("generate", "teacher", "diagnose", "eval")
 """Phases whose work can be thrown away: the weights in them are those of the step boundary."""
 _held: list[Any] = []  # open lock files of runs that have not ended
@@ -187,7 +194,7 @@ def environment() -> dict[str, Any]:
 
 class Run:
     """The run folder: `args.json`, `metrics.jsonl`, `samples.jsonl`, `tokens.jsonl`,
-    `checkpoints/`, the script.
+    `evaluations.jsonl`, `checkpoints/`, the script.
 
     Args:
         args: the parsed flags; `run_dir`, `resume`, `overwrite`, `keep_checkpoints`, `report_to`,
@@ -210,6 +217,7 @@ class Run:
     ) -> None:
         self.path = Path(args.run_dir)
         self.keep, self.steps, self.eval_only = args.keep_checkpoints, args.steps, args.eval_only
+        self.eval_samples = args.eval_samples
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
         self.checkpoints = self.path / "checkpoints"
@@ -394,20 +402,15 @@ class Run:
                 f"{self.newest_checkpoint()}"
             ) from error
 
-    def log(
-        self, step: int, metrics: dict[str, float], tokens: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view,
-        and `tokens` to `tokens.jsonl`.
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to `metrics.jsonl` (NaN and infinity as strings) and to the live view.
 
         An alarm that goes off for the first time is said, and is a key of the row.
         """
         fired = self.alarms.check(metrics)
         metrics = metrics | {f"alarm/{alarm.name}": 1.0 for alarm, _ in fired}
         row = {key: value if math.isfinite(value) else str(value) for key, value in metrics.items()}
-        with self._writing("metrics.jsonl"):
-            append_row(self.path / "metrics.jsonl", {"step": step} | row)
-        self.trace(step, tokens)
+        self._append("metrics.jsonl", step, [row])
         self._show(step, metrics)
         for alarm, found in fired:
             say(f"! alarm {alarm.name} at step {step}: {found}. {alarm.cause} Try: {alarm.advice}")
@@ -432,33 +435,58 @@ class Run:
         metrics["peak_memory_mib"] = peak_memory_mib()
         say(step_line(step, self.steps, metrics))
         self.log(step, metrics)
-        with self._writing("samples.jsonl"):
-            for sample in samples:
-                append_row(self.path / "samples.jsonl", {"step": step} | sample)
+        self._append("samples.jsonl", step, samples)
 
     def evaluate(
         self,
         step: int,
         names: Sequence[str],
         tests: dict[str, Any],
-        evaluate: Callable[[str, Any], tuple[dict[str, float], list[dict[str, Any]]]],
+        evaluate: Callable[[str, Any], tuple[dict[str, float], dict[str, list[dict[str, Any]]]]],
     ) -> None:
         """Log `evaluate(name, test)` of each model and test set, where a resumed run has not yet.
 
-        The keys are `eval/MODEL/KEY`, of a test set with a name `eval/MODEL/TEST/KEY`.
+        It returns metrics, whose keys become `eval/MODEL/KEY`, of a test set with a name
+        `eval/MODEL/TEST/KEY`, and rows of other log files, by the file's name.
         """
         for name, (each, test) in itertools.product(names, tests.items()):
             prefix = f"eval/{name}/{each}/" if each else f"eval/{name}/"
             if not self.has(step, f"{prefix}length_mean"):
                 with self.phase("eval"):
-                    metrics, traces = evaluate(name, test)
-                self.log(step, {prefix + key: value for key, value in metrics.items()}, traces)
+                    metrics, logs = evaluate(name, test)
+                self.log(step, {prefix + key: value for key, value in metrics.items()})
+                for file, rows in logs.items():
+                    whose = {"model": name, "test": each}
+                    self._append(file, step, [whose | row for row in rows])
+        if set(names) == {"teacher", "student"}:
+            ranks.first(self._say_gap, step, tests)
+
+    def _say_gap(self, step: int, tests: dict[str, Any]) -> None:
+        """What the student can gain from the teacher, each under its own prompt."""
+        found: dict[str, Any] = {}
+        for _, row in files.rows_from_end(self.path / "metrics.jsonl"):
+            found |= row if row and row["step"] == step else {}
+        for name, test in tests.items():
+            key = "/".join([*([name] if name else []), f"avg@{self.eval_samples}"])
+            one, two = (found.get(f"eval/{who}/{key}") for who in ("teacher", "student"))
+            if not test or not isinstance(one, float) or not isinstance(two, float):
+                continue  # NaN is written as text
+            gap, error = one - two, math.sqrt((one * (1 - one) + two * (1 - two)) / len(test))
+            text = (
+                f"gap: {name or 'test'}: teacher {one:.3f}, student {two:.3f}: {gap:+.3f} "
+                f"(standard error at most {error:.3f})"
+            )
+            little = "; there is little to learn: gains are about proportional to the gap"
+            say(f"! {text}{little}" if gap <= error else text)
 
     def trace(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Append rollouts, token by token, to `tokens.jsonl`: what `tools/report.py` shows."""
-        with self._writing("tokens.jsonl"):
+        self._append("tokens.jsonl", step, rows)
+
+    def _append(self, name: str, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        with self._writing(name):
             for row in rows:
-                append_row(self.path / "tokens.jsonl", {"step": step} | row)
+                append_row(self.path / name, {"step": step} | row)
 
     def has(self, step: int, key: str) -> bool:
         """Whether `key` is logged at `step` (a resumed run does not evaluate twice)."""
@@ -679,7 +707,8 @@ def _hash_of_prompts(prompts: Sequence[Any]) -> str:
     """Of the ids (which have the template in them, and the date that it may write) and answers."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.ids, prompt.answer, prompt.domain]).encode())
+        what = [prompt.ids, prompt.answer, prompt.domain, *([prompt.views] if prompt.views else [])]
+        digest.update(json.dumps(what).encode())
     return f"{len(prompts)} {digest.hexdigest()[:16]}"
 
 
@@ -862,8 +891,14 @@ def save_checkpoint(
     export(student, tokenizer, folder / "model")
     weights, moments = get_state_dict(student, optimizer)
     state_dict_saver.save(
-        {"student": weights, "optimizer": moments} | state, checkpoint_id=folder / "trainer"
+        {"student": weights, "optimizer": moments} | _average(student) | state,
+        checkpoint_id=folder / "trainer",
     )
+
+
+def _average(student: Any) -> dict[str, Any]:
+    """The weights of `--teacher ema:DECAY`; nothing without it."""
+    return {"average": get_model_state_dict(student.average[0])} if student.average else {}
 
 
 def _not_finite(student: Any) -> list[str]:
@@ -938,11 +973,13 @@ def load_checkpoint(
         {key: group[key] for key in group if key != "params"} for group in optimizer.param_groups
     ]
     weights, moments = get_state_dict(student, optimizer)
-    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | state
+    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | _average(student) | state
     state_dict_loader.load(saved, storage_reader=_Reader(folder / "trainer"), planner=_Planner())
     set_state_dict(
         student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
     )
+    for each in student.average:
+        set_model_state_dict(each, saved["average"])
     for group, given in zip(optimizer.param_groups, flags):
         group.update(given)
     return {key: saved[key] for key in state}

@@ -21,9 +21,10 @@ from torch import Tensor
 from opd_run import ranks, rollouts
 from opd_run.adapters import WithoutAdapter
 from opd_run.console import RunError, one_line, say
-from opd_run.models import CausalLM, longrope_boundary
+from opd_run.models import CausalLM, rope_boundary
 
-NUM_TOKENS = 12  # sampled for each row
+NUM_TOKENS, NUM_RECURRENT = 12, 32  # sampled for each row; by recurrent layers, which may drift
+LONG = [2]  # of the four rows: a long one without a prefix
 EXACT = 1e-3  # nats, of every token, in float32
 ROUNDED = 0.1  # nats, in the mean, in bfloat16
 
@@ -39,10 +40,10 @@ def check_models(
 ) -> None:
     """Compare each model with plain forward passes over single rows, without padding and cache.
 
-    Of all models: a padded batch of rows of unlike length. Sampled with a cache; a frozen model
-    that fails there is refused only where the run samples from it (`CausalLM.new_cache`). Of the
-    student: two passes in train mode. Float32 weights are compared without autocast. Nothing is
-    done with `--no-check-models`.
+    Of all models: a padded batch of rows of unlike length; a row without its last tokens. Sampled
+    with a cache; a frozen model that fails there is refused only where the run samples from it
+    (`CausalLM.new_cache`). Of the student: two passes in train mode. Float32 weights are compared
+    without autocast. Nothing is done with `--no-check-models`.
 
     Args:
         paths: where the models come from, for messages.
@@ -80,9 +81,11 @@ def _check(
     token_logp: Callable[..., Tensor],
 ) -> float:
     """The largest difference in nats that was found."""
-    rows, prefixes = _rows(prompts, model, args)
+    layers = model.new_cache(torch.float32).layers
+    width = NUM_RECURRENT if any(hasattr(e, "conv_states") for e in layers) else NUM_TOKENS
+    rows, prefixes = _rows(prompts, model, args, width)
     limit = EXACT if exact else ROUNDED
-    uniform = torch.rand(len(rows), NUM_TOKENS, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(len(rows), width, generator=torch.Generator().manual_seed(0))
     rollout, failure = None, ""
     if not model.engine:
         try:
@@ -103,6 +106,8 @@ def _check(
 
     try:
         alone = _alone(model, rollout, args, token_logp)
+        shorter = _without_end(rollout)
+        begun = _alone(model, shorter, args, token_logp)
         batch = _logp(model, rollout, args, token_logp)
         passes = [batch]
         if name == "student":
@@ -122,12 +127,21 @@ def _check(
         model.eval()
     if not alone[mask.to(alone.device)].isfinite().all():
         raise RunError(f"{who}: log-probs of a plain forward pass are not finite: damaged weights?")
+    change = (begun - alone[LONG, : begun.shape[1]])[0].abs().nan_to_num(math.inf, math.inf)
+    ahead = float(change.max() if exact else change.mean())
+    if not ahead <= limit:
+        raise RunError(
+            f"{who}: log-probs of tokens change by {ahead:.2g} nats with the tokens after them (at "
+            f"most {limit:g}): this is no causal language model, or it reads positions by the "
+            "length of the whole row; --no-check-models goes on anyway"
+        )
     padded = off(batch, alone)
     if not padded <= limit:
         raise RunError(
             f"{who}: log-probs of a left-padded batch are off by {padded:.2g} nats from those of "
-            f"its rows alone (at most {limit:g}): this model type reads padding as text or mixes "
-            "rows, and cannot be trained or scored in batches; --no-check-models goes on anyway"
+            f"its rows alone (at most {limit:g}): this model type reads padding as text, mixes "
+            "rows or counts positions in its own way, and cannot be trained or scored in batches; "
+            "--no-check-models goes on anyway"
         )
     if not noise <= limit:
         raise RunError(
@@ -148,7 +162,7 @@ def _check(
         if name == "student" or (name == "teacher" and args.eval_teacher):
             raise RunError(failure)
         model.refusal, sampled = failure, 0.0
-    return max(padded, noise, sampled)
+    return max(padded, noise, sampled, ahead)
 
 
 @contextmanager
@@ -195,24 +209,25 @@ def _generators(model: CausalLM) -> list[Tensor]:
 
 
 def _rows(
-    prompts: Sequence[Any], model: CausalLM, args: argparse.Namespace
+    prompts: Sequence[Any], model: CausalLM, args: argparse.Namespace, width: int
 ) -> tuple[list[Any], list[tuple[int, ...]]]:
     """Two short and two long prompts, and what their completions begin with.
 
     Equal rows share one reading of the prompt; the row with a prefix is full before the others, and
-    leaves the cache. With LongRoPE the long ones go beyond the boundary, where the run can.
+    leaves the cache. No prompt of the run is shorter than the short ones. Where positions are read
+    in another way from some length on, the long ones go beyond it, where the run can.
     """
     ids = max((prompt.ids for prompt in prompts), key=len)
     ids = tuple(each % model.facts.valid_vocab for each in ids)
-    longest = min(len(ids) + args.max_completion_tokens, model.facts.num_positions) - NUM_TOKENS
+    longest = min(len(ids) + args.max_completion_tokens, model.facts.num_positions) - width
     size = int(min(24, max(longest, 4)))
-    boundary = longrope_boundary(model.lm.config)
+    boundary = rope_boundary(model.lm.config)
     if boundary and args.max_prompt_tokens + args.max_completion_tokens > boundary:
-        size = max(size, boundary - NUM_TOKENS // 2)
+        size = max(size, boundary - width // 2)
     long = (ids * (size // len(ids) + 1))[:size]
-    short = long[-max(1, min(size, 24) // 3) :]
-    rows = [replace(prompts[0], ids=each) for each in (short, short, long, long)]
-    return rows, [(), (), (), long[: NUM_TOKENS // 2]]
+    short = long[-min([max(1, min(size, 24) // 3), *(len(prompt.ids) for prompt in prompts)]) :]
+    rows = [replace(prompts[0], ids=each, views={}) for each in (short, short, long, long)]
+    return rows, [(), (), (), long[: width // 2]]
 
 
 def _written(kind: type, rows: Sequence[Any], uniform: Tensor, model: CausalLM) -> Any:
@@ -236,10 +251,27 @@ def _logp(
 def _alone(
     model: CausalLM, rollout: Any, args: argparse.Namespace, token_logp: Callable[..., Tensor]
 ) -> Tensor:
-    """[B, T] nats, each row by itself, so that no row has padding."""
+    """[B, T] nats, each row by itself, so that no row has padding; positions are the model's."""
+
+    def bare(module: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        told = ("attention_mask", "position_ids")
+        return inputs, {name: value for name, value in named.items() if name not in told}
+
     found = torch.zeros_like(rollout.behaviour_logp)
-    for row in range(len(found)):
-        one = rollouts.select(rollout, torch.tensor([row]))
-        values = _logp(model, one, args, token_logp)
-        found[row, : values.shape[1]] = values[0]
+    hook = model.register_forward_pre_hook(bare, with_kwargs=True)
+    try:
+        for row in range(len(found)):
+            one = rollouts.select(rollout, torch.tensor([row]))
+            values = _logp(model, one, args, token_logp)
+            found[row, : values.shape[1]] = values[0]
+    finally:
+        hook.remove()
     return found
+
+
+def _without_end(rollout: Any) -> Any:
+    """A long row of a rollout, with the first half of its completion."""
+    one = rollouts.select(rollout, torch.tensor(LONG))
+    for mask in (one.completion_mask, one.response_mask):
+        mask[:, mask.shape[1] // 2 :] = False
+    return rollouts.select(one, torch.tensor([0]))

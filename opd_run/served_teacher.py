@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_run import views
 from opd_run.compat import Facts
 from opd_run.console import RunError, ServerLost, one_line, say
 
@@ -323,9 +324,13 @@ def _entry(entry: dict[str, dict[str, float]] | None) -> dict[int, float]:
 
 
 def local(paths: dict[str, str], args: argparse.Namespace) -> dict[str, str]:
-    """The models of `paths` that are loaded here."""
-    served = {"teacher"} if args.teacher_url else set()
-    return {name: path for name, path in paths.items() if name not in served}
+    """The models of `paths` that are loaded here: the student's average begins as the student."""
+    here = {}
+    for name, path in paths.items():
+        own = name == "teacher" and views.is_student(path)
+        if not (args.teacher_url and name == "teacher") and not (own and path == "live"):
+            here[name] = paths["student"] if own else path
+    return here
 
 
 def remote(models: Iterable[Any]) -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from opd_run import compat, offload, ranks, served_teacher, vllm_sampler
-from opd_run.adapters import WithoutAdapter, add_adapters
+from opd_run import compat, offload, ranks, served_teacher, views, vllm_sampler
+from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in_files
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
-from opd_run.models import CausalLM, head_is_product, num_parameters, pin_longrope
+from opd_run.models import CausalLM, ReadAs, head_is_product, num_parameters, pin_longrope
 
 MOST_LAYERS = 2000  # more than any model has
 MERGE_FIRST = "it has an adapter_config.json: merge the adapter into its model first"
@@ -67,6 +67,8 @@ def prepare(
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
             ) from error
+        if why := _unfit(name, configs[name]):
+            raise RunError(f"--{name.split('/')[0]} {path}: {why}")
         if set(tokenizers[name].get_vocab().values()) <= set(tokenizers[name].all_special_ids):
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no tokenizer: it has special tokens only"
@@ -82,6 +84,7 @@ def prepare(
         generation_configs,
         partial(render, args=args) if args.chat_template else None,
         args.chat_template_from,
+        args.allow_renamed_tokens,
     )
     for name, config in configs.items():
         try:
@@ -91,6 +94,8 @@ def prepare(
                 f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
                 f"{config.model_type}: {one_line(error, 100)}"
             ) from error
+        except ImportError as error:  # of attention kernels that its configuration asks for
+            raise RunError(f"--{name.split('/')[0]} {paths[name]}: {one_line(error)}") from error
         report.facts.append(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
         )
@@ -190,6 +195,22 @@ def _layers_beyond(lm: Any, names: Sequence[str]) -> list[str]:
     return [name for name in beyond if _LAYER.sub("0", name, count=1) in own]
 
 
+def _unfit(name: str, config: Any) -> str:
+    """Why a model with this configuration cannot be distilled, or nothing."""
+    if config.is_encoder_decoder:
+        return (
+            f"expected a causal language model, got an encoder and a decoder ({config.model_type})"
+        )
+    how = getattr(config, "quantization_config", None) if name == "student" else None
+    if how:
+        how = how if isinstance(how, dict) else how.to_dict()
+        return (
+            f"its weights are quantised ({how.get('quant_method')}), which cannot be trained: take "
+            "the checkpoint without quantisation"
+        )
+    return ""
+
+
 def _say_idle_arguments(
     tokenizers: dict[str, Any], args: argparse.Namespace, render: Callable[..., str]
 ) -> None:
@@ -233,6 +254,7 @@ def load_lm(
     try:
         config = transformers.AutoConfig.from_pretrained(path, **trust)
         source_dtype = config.dtype or torch.float32
+        config.return_dict = True  # a tuple has no names
         if not frozen:
             configure(config)
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -240,6 +262,7 @@ def load_lm(
             config=config,
             dtype=weights_dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
             **trust,
         )
@@ -258,6 +281,13 @@ def load_lm(
         raise RunError(
             f"model {path}: its config.json says {num} layers, its files have more: {extra[0]}"
         )
+    for name, *shapes in sorted(found["mismatched_keys"]):
+        raise RunError(
+            f"model {path}: {name} is {list(shapes[0])} in its files and {list(shapes[1])} by its "
+            "configuration"
+        )
+    if not frozen:
+        _say_left_out(path, lm)
     longest = args.max_prompt_tokens + args.max_completion_tokens
     if pin_longrope(lm, longest):
         say(
@@ -267,7 +297,9 @@ def load_lm(
     offloaded = frozen and args.teacher_offload
     if not sharded and not offloaded:  # sharded it goes to the device in pieces
         lm = lm.to(args.teacher_device if frozen else args.device)
-    lm = lm.requires_grad_(not frozen).eval()
+    lm = lm.eval()
+    if frozen:  # of the student, what its own class leaves untrained stays so
+        lm.requires_grad_(False)
     if args.lora_rank and not frozen:
         add_adapters(lm, adapted_layers(lm), args.lora_rank, args.lora_alpha, args.seed)
     plain = head_is_product(lm, facts.valid_vocab)
@@ -286,6 +318,22 @@ def load_lm(
     return model
 
 
+def _say_left_out(path: str, lm: Any) -> None:
+    """Say which weights of a student's files are neither trained nor in its exports: of a vision
+    tower, of heads that predict several tokens, of more layers than the configuration has."""
+
+    def plain(name: str) -> str:
+        return name.removeprefix(f"{lm.base_model_prefix}.")
+
+    ours = as_saved(lm, ((name, weight.to("meta")) for name, weight in lm.state_dict().items()))
+    kept = {plain(name) for name, _ in ours}
+    if names := sorted(name for name in names_in_files(path) if plain(name) not in kept):
+        say(
+            f"! {path}: {len(names)} weights of its files have no place in {type(lm).__name__}, "
+            f"such as {names[0]}: they are not trained, and not in exports"
+        )
+
+
 def load_models(
     load: Callable[[str, str], CausalLM],
     paths: dict[str, str],
@@ -295,20 +343,31 @@ def load_models(
     """All models by name: frozen ones with one path are shared.
 
     With `--lora-rank`, a frozen model with the student's path is the student without its adapters.
+    `--teacher live` is the student itself, `--teacher ema:DECAY` its average, which begins as the
+    student, with adapters of its own.
 
     Args:
         load: `load(name, path)` loads one of them.
     """
     models: dict[str, Any] = {}
     for name, path in served_teacher.local(paths, args).items():
-        twin = next((n for n in models if n != "student" and paths[n] == path), None)
+        role = name.partition("/")[0]
+        twin = next((n for n in models if n != "student" and paths[n] == paths[name]), None)
         if twin:
-            models[name] = models[twin]
+            same = models[twin].role == role
+            models[name] = models[twin] if same else ReadAs(models[twin], role)
+            continue
+        if name == "teacher" and views.decay_of(args):
+            models[name] = load("student", path).requires_grad_(False)
+            models["student"].average = (models[name],)
         elif name != "student" and args.lora_rank and path == paths["student"]:
             models[name] = WithoutAdapter(models["student"])
             say(f"{name}: the student without its adapters; no second copy")
         else:
             models[name] = load(name, path)
+        models[name].role = role
+    if paths.get("teacher") == "live":
+        models["teacher"] = ReadAs(models["student"], "teacher")
     if args.teacher_url:
         import transformers
 
@@ -316,6 +375,7 @@ def load_models(
             paths["student"], trust_remote_code=args.trust_remote_code
         )
         models["teacher"] = served_teacher.RemoteTeacher(tokenizer, facts, args)
+        models["teacher"].role = "teacher"
     if args.sampler == "vllm":
         models["student"].engine = vllm_sampler.VllmSampler(paths["student"], facts, args)
     return models
@@ -336,11 +396,21 @@ def models_of(
 
 
 def zero_moments(optimizer: torch.optim.Optimizer) -> None:
-    """The state that AdamW has before its first step, in place."""
+    """The state that AdamW has before its first step, in place.
+
+    And what the fused kernel forgets, to count a change of the weights: engines look at that.
+    """
     for group in optimizer.param_groups:
         for weight in group["params"]:
             moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-            optimizer.state[weight] = {"step": torch.tensor(0.0)} | moments
+            step = torch.zeros((), device=weight.device if group.get("fused") else "cpu")
+            optimizer.state[weight] = {"step": step} | moments
+
+    def count(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(group["params"])
+
+    optimizer.register_step_post_hook(count)
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], flag: str) -> list[int]:

@@ -230,7 +230,7 @@ def verifier_function(spec: str) -> Function:
             raise RunError(f"--verifier {spec}: {one_line(error)}", 2) from None
         return partial(verify_gym, name)
     try:
-        function: Function = getattr(_imported(module), name)
+        function: Function = getattr(imported(module), name)
         if not callable(function):
             raise TypeError(f"{name} is a {type(function).__name__}, no function")
         if inspect.iscoroutinefunction(function):
@@ -250,7 +250,7 @@ def verifier_function(spec: str) -> Function:
     return function
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
     """A module by name, or the one in a file: by its path, whatever else has its name."""
     path = Path(module)
     folder = str(path.resolve().parent if path.suffix == ".py" else Path.cwd())

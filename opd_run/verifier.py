@@ -255,10 +255,15 @@ class Verifier:
         words = self.words(items)
         shapes = ("bare", "as #### x", "as \\boxed{x}")
         spoken = [words[place : place + 3] for place in range(0, len(words), 3)]
-        first, shown = prompts[0], tokenizer.decode(prompts[0].ids)
-        shown = shown if len(shown) <= 400 else "..." + shown[-400:]
-        shown = json.dumps(shown, ensure_ascii=False)
-        say(f"{source}: the first, {len(first.ids)} tokens: {shown}")
+        first = prompts[0]
+        for who, ids in [
+            ("", first.ids),
+            *((f", as the {k} reads it", v) for k, v in first.views.items()),
+        ]:
+            shown = tokenizer.decode(ids)
+            shown = shown if len(shown) <= 400 else "..." + shown[-400:]
+            shown = json.dumps(shown, ensure_ascii=False)
+            say(f"{source}: the first{who}, {len(ids)} tokens: {shown}")
         if tried[:1] == [first]:
             said = ", ".join(
                 f"{shape} {'unverified' if right is None else 'right' if right else 'wrong'}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_run import ranks, rollouts
-from opd_run.adapters import merged
+from opd_run.adapters import as_saved, merged
 from opd_run.compat import Facts
 from opd_run.console import optional
 
@@ -69,7 +69,7 @@ class VllmSampler:
         """Hand the weights over, if they have changed since the last time, one after the other."""
         version = sum(weight._version for weight in model.parameters())
         if version != self._version:
-            weights = merged(model.lm, model.lm.state_dict())
+            weights = as_saved(model.lm, merged(model.lm, model.lm.state_dict()))
             with torch.no_grad():
                 self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self._version = version
@@ -123,7 +123,7 @@ def memory(num_parameters: int, args: argparse.Namespace) -> int:
     return num_parameters * size + cache
 
 
-def fill(
+def fill_by_vllm(
     model: Any,
     out: Any,
     rows: Tensor,
@@ -144,7 +144,7 @@ def fill(
     most = (uniform.shape[1] - starts[rows]).tolist()
     temperature, top_p, top_k = sampling
     law = {"temperature": temperature, "top_p": top_p, "top_k": top_k or -1}
-    asked = [rollouts.begun(out, row) for row in rows.tolist()]
+    asked = [rollouts.begun(out, row, model.role) for row in rows.tolist()]
     found = model.engine.sample(model, asked, most, seeds, stop, args, law)
     plain = temperature == 1.0 and top_p == 1.0 and top_k == 0
     for row, (ids, logp) in zip(rows.tolist(), found):

@@ -4,6 +4,8 @@
     python tests/modelzoo.py --write docs/models.md      # all of them, between its marks
     python tests/modelzoo.py TYPE --write docs/models.md # these rows of it
 
+A TYPE is a name of `TYPES` or a model type of `AutoModelForCausalLM`, whose own configuration is
+then made small.
 Truth is the model by itself: one row at a time, without padding, without a cache, in eval mode.
 """
 
@@ -28,6 +30,9 @@ import tinylm  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from opd_run import adapters, models  # noqa: E402
 from opd_run.console import RunError  # noqa: E402
@@ -95,6 +100,14 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("phimoe", BASE | LOCAL),
     "gpt2": ("gpt2", GPT),
     "gptj": ("gptj", GPT | {"rotary_dim": 8}),
+    "gpt_neo": ("gpt_neo", IDS | {
+        "hidden_size": 32, "num_layers": 2, "num_heads": 2, "window_size": 8,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512,
+        "initializer_range": 0.25}),
+    "codegen": ("codegen", GPT | {"n_head": 4, "rotary_dim": 4}),
+    "bert as it comes": ("bert", FULL),
+    "bert as a decoder": ("bert", FULL | {"is_decoder": True}),
+    "roberta as a decoder": ("roberta", FULL | {"is_decoder": True}),
     "gpt_neox": ("gpt_neox", {k: v for k, v in BASE.items() if k != "num_key_value_heads"}),
     "gpt_bigcode": ("gpt_bigcode", GPT),
     "opt": ("opt", IDS | {
@@ -170,6 +183,10 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": ("granitemoehybrid", BASE | MAMBA | {
         "layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1,
         "shared_intermediate_size": 24, "mamba_expand": 2}),
+    "nemotron_h": ("nemotron_h", HEADS | {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+        "chunk_size": 8}),
     "falcon_h1": ("falcon_h1", HEADS | MAMBA | {"mamba_d_ssm": 64}),
     "zamba2": ("zamba2", IDS | {
         "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48,
@@ -195,20 +212,82 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_blocks": 2, "chunkwise_kernel": "chunkwise--native_autograd",
         "sequence_kernel": "native_sequence__native", "step_kernel": "native"}),
 }  # fmt: skip
+SMALLER = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size"), 32),
+    **dict.fromkeys(("word_embed_proj_dim",), 32),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim", "n_inner"), 48),
+    **dict.fromkeys(("d_ff", "d_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("ffn_hidden_size",), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("num_key_value_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 512),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.25),
+    **dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "rope_head_dim"), 8),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "attention_window"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("expert_ffn_hidden_size",), 24),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "zero_expert_num"), 1),
+    **{"first_k_dense_replace": 1, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8},
+    **{"vocab_size_per_layer_input": len(tinylm.WORDS), "index_topk": 64},
+    **MAMBA, **{k: v for k, v in LINEAR.items() if k.startswith("linear_num_")},
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+}  # fmt: skip
+"""What configurations of any type call their sizes, and small ones."""
 QUICK = [
     "qwen3", "llama", "gemma2", "gemma3", "gpt2", "mixtral with jitter", "gpt_oss", "deepseek_v3",
     "qwen3_next", "phi3 LongRoPE", "phimoe", "mamba", "rwkv",
 ]  # fmt: skip
 """One of each kind of difficulty; the others are marked slow."""
+MOST_WEIGHTS = 10**7
 COLUMNS = ["sampler", "trainer", "gradient", "LoRA export", "resume"]
 PROMPTS = ("1+2=", "what is 3+4 and 5", "7")
 
 
-def save(folder: Path, name: str, seed: int = 0, **changes: Any) -> str:
+def other_types() -> list[str]:
+    """The types of `AutoModelForCausalLM` that no entry of `TYPES` is of."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {kind for kind, _ in TYPES.values()})
+
+
+def smaller(kind: str) -> Any:
+    """The configuration that a type has by itself, with small sizes."""
+    made = transformers.CONFIG_MAPPING[kind]
+
+    def sizes(config: Any) -> dict[str, Any]:
+        known = {k: v for k, v in SMALLER.items() if getattr(config, k, None) is not None}
+        if "qk_rope_head_dim" in known:
+            known["head_dim"] = known["qk_rope_head_dim"]
+        if layers := getattr(config, "layer_types", None):
+            known["layer_types"] = (list(dict.fromkeys(layers)) * 2)[:2]
+        if hasattr(config, "vocab_size"):
+            known |= IDS
+        return known
+
+    parts = {k: sizes(v) for k, v in vars(made()).items() if hasattr(v, "to_dict")}
+    whole = {k: v for k, v in sizes(made()).items() if not parts or k in vars(made())}
+    return made(**(whole | parts | IDS))
+
+
+def save(folder: Path, name: str, seed: int = 0) -> str:
     """A random model of that type with the tokenizer of `tinylm`; the folder as text."""
-    kind, sizes = TYPES[name]
+    kind, sizes = TYPES.get(name, (name, None))
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(kind, **(sizes | changes))
+    if sizes is None:
+        config = smaller(kind)
+    else:
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        num = sum(
+            w.numel() for w in transformers.AutoModelForCausalLM.from_config(config).parameters()
+        )
+    if num > MOST_WEIGHTS:
+        raise ValueError(f"{num} parameters")
     lm = transformers.AutoModelForCausalLM.from_config(config)
     for module in lm.modules():  # gradients of gemma3n at a row of zeros are NaN
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
@@ -291,7 +370,7 @@ def round_trip(path: str, folder: Path, *more: str) -> float:
         for name, weight in student.named_parameters():
             if "lora_B" in name and weight.grad is not None:  # what training would move
                 moved = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
-                weight.add_(0.5 * moved * weight.grad.sign())
+                weight.add_(0.1 * moved * weight.grad.sign())
     adapters.export(student, tokenizer, folder)
     back, found = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
@@ -337,8 +416,15 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def row(name: str, folder: Path) -> dict[str, str]:
     """A cell for each of `COLUMNS`: right (the number), refused, or WRONG."""
     cells = dict.fromkeys(COLUMNS, "")
-    path = save(folder / "student", name)
-    save(folder / "teacher", name, seed=1)
+    try:
+        path = save(folder / "student", name)
+        save(folder / "teacher", name, seed=1)
+        with torch.no_grad():  # that the sizes go together
+            lm = transformers.AutoModelForCausalLM.from_pretrained(path)
+            lm(input_ids=torch.arange(4, 20)[None], use_cache=False)
+    except Exception as error:  # whatever the type says of its sizes
+        text = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
+        return dict.fromkeys(COLUMNS, "not tried") | {"why": text}
 
     def judge(column: str, value: float, limit: float) -> None:
         cells[column] = f"{value:.0e}" if value <= limit else f"WRONG: {value:.1e}"
@@ -361,13 +447,23 @@ def row(name: str, folder: Path) -> dict[str, str]:
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
-    """As Markdown."""
+    """As Markdown: what was tried, what of it was refused, what could not be made."""
+    tried = {name: cells for name, cells in rows.items() if "not tried" not in cells.values()}
     head = ["model type", *COLUMNS]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for name, cells in rows.items():
+    for name, cells in tried.items():
         lines.append(f"| {name} | " + " | ".join(cells[column] for column in COLUMNS) + " |")
-    refused = [f"- {name}: {cells['why']}" for name, cells in rows.items() if "why" in cells]
-    return "\n".join([*lines, "", "What is refused, and why:", "", *refused])
+    wrong = sum(any("WRONG" in cells[column] for column in COLUMNS) for cells in tried.values())
+    refused = sum(cells["sampler"] == "refused" for cells in tried.values())
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    count = (
+        f"{len(tried)} kinds with {versions}: {len(tried) - refused - wrong} right, {refused} "
+        f"refused, {wrong} wrong."
+    )
+    why = [f"- {name}: {cells['why']}" for name, cells in tried.items() if "why" in cells]
+    left = ", ".join(name for name in rows if name not in tried)
+    note = ["", f"Not tried, since no small one could be made: {left}."] if left else []
+    return "\n".join([count, "", *lines, "", "What is refused, and why:", "", *why, *note])
 
 
 def parsed(text: str) -> dict[str, dict[str, str]]:
@@ -375,12 +471,14 @@ def parsed(text: str) -> dict[str, dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     for line in text.splitlines():
         cells = line.strip("| ").split(" | ")
-        if cells[0] in TYPES:
+        if len(cells) == 1 + len(COLUMNS):
             rows[cells[0]] = dict(zip(COLUMNS, cells[1:]))
         name, colon, why = line.removeprefix("- ").partition(": ")
         if colon and name in rows:
             rows[name]["why"] = why
-    return rows
+        for name in line.partition("could be made: ")[2].rstrip(".").split(", "):
+            rows |= {name: dict.fromkeys(COLUMNS, "not tried")} if name else {}
+    return {name: cells for name, cells in rows.items() if name in [*TYPES, *other_types()]}
 
 
 def main() -> int:
@@ -391,20 +489,21 @@ def main() -> int:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     rows: dict[str, dict[str, str]] = {}
-    for name in args.names or TYPES:
+    every = [*TYPES, *other_types()]
+    for name in args.names or every:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             try:
                 rows[name] = row(name, Path(folder))
-            except Exception as error:  # a type that this transformers cannot make is not tried
+            except Exception as error:
                 text = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-                rows[name] = dict.fromkeys(COLUMNS, "not tried") | {"why": text}
+                rows[name] = dict.fromkeys(COLUMNS, "WRONG: error") | {"why": text}
         print(name, *(f"{k}={v}" for k, v in rows[name].items()), file=sys.stderr, flush=True)
     if args.write:
         head, rest = args.write.read_text().split("<!-- models -->\n")
         old, tail = rest.split("<!-- /models -->")
-        rows = {name: row for name, row in (parsed(old) | rows).items() if name in TYPES}
-        rows = {name: rows[name] for name in TYPES if name in rows}
+        rows = parsed(old) | rows if args.names else rows
+        rows = {name: rows[name] for name in every if name in rows}
         args.write.write_text(f"{head}<!-- models -->\n{table(rows)}\n<!-- /models -->{tail}")
     else:
         print(table(rows))

@@ -21,7 +21,7 @@ class TableLM(torch.nn.Module):
         super().__init__()
         self.vocab, self.length, self.head = vocab, length, None
         self.lm = SimpleNamespace(config=None)
-        self.device = torch.device("cpu")
+        self.device, self.role = torch.device("cpu"), "student"
         self.facts = Facts(valid_vocab=vocab, eos_ids={}, num_positions=1000)
         num_prefixes = sum(vocab**t for t in range(length))
         generator = torch.Generator().manual_seed(seed)

@@ -96,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path, flags = model_of(args.folder, args.step)
         print(f"model: {path}", file=sys.stderr)
+        if template := flags.get("prompt_template"):
+            print(
+                f"! what you type is not put into --prompt-template {template!r}", file=sys.stderr
+            )
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         lm = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)

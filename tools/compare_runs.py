@@ -60,14 +60,14 @@ class RunData:
         return [row for row in self.metrics if "loss" in row]
 
     def evaluations(self, who: str = "student") -> list[dict[str, Any]]:
-        """Evaluations without their prefix, `step` included."""
+        """Evaluations without their prefix, `step` included; those of all test sets are one."""
         prefix = f"eval/{who}/"
-        found = []
+        found: dict[int, dict[str, Any]] = {}
         for row in self.metrics:
             part = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
             if part:
-                found.append({"step": row["step"]} | part)
-        return found
+                found.setdefault(row["step"], {"step": row["step"]}).update(part)
+        return list(found.values())
 
 
 def number(value: Any) -> float:
@@ -203,7 +203,7 @@ def differences(groups: Sequence[Group]) -> list[list[str]]:
     rows = [["method", *(run.method for run in firsts)]]
     keys = dict.fromkeys(key for run in firsts for key in run.args if key not in OWN_FLAGS)
     for key in keys:
-        values = [run.args.get(key) for run in firsts]
+        values = [run.args.get(key, "-") for run in firsts]
         shown = [short(value) for value in values]
         whole = [str(value) for value in values]
         rows.append([f"--{key.replace('_', '-')}", *(shown if len(set(shown)) > 1 else whole)])
@@ -217,24 +217,33 @@ def short(value: Any) -> str:
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 
+OF_A_TEST_SET = [
+    re.compile(f"([^/]+/)?{name}")
+    for name in (r"avg@\d+", "reverse_kl", "length_mean", "truncated_share")
+]
+"""Keys of an evaluation that the summary has, in its order; `NAME/` before them is a test set's."""
+
+
 def summary(run: RunData) -> dict[str, float]:
     """One number each: accuracy and divergence before and after, lengths, tokens, seconds."""
     student, teacher = run.evaluations(), run.evaluations("teacher")
     rows, found = run.training(), {}
-    keys = [key for row in student for key in row if key.startswith("avg@") and "/" not in key]
-    for key in [*dict.fromkeys(keys), "reverse_kl"]:
-        if student:
-            found[f"{key} before"] = number(student[0].get(key))
-            found[f"{key} after"] = number(student[-1].get(key))
-        if teacher and key != "reverse_kl":
-            found[f"{key} teacher"] = number(teacher[0].get(key))
-            gap = found[f"{key} teacher"] - found[f"{key} before"]
-            if gap > 0:
-                closed = (found[f"{key} after"] - found[f"{key} before"]) / gap
-                found["gap closed"] = closed
-    if student:
-        found["length after"] = number(student[-1].get("length_mean"))
-        found["cut after"] = number(student[-1].get("truncated_share"))
+    every = dict.fromkeys(key for row in student for key in row)
+    for key in [key for wanted in OF_A_TEST_SET for key in every if wanted.fullmatch(key)]:
+        test, name = key.rpartition("/")[::2]
+        first, last = number(student[0].get(key)), number(student[-1].get(key))
+        key = key.replace("length_mean", "length").replace("truncated_share", "cut")
+        if len(student) == 1:  # --eval-only: nothing came after
+            found[key] = first
+        elif name in ("length_mean", "truncated_share"):
+            found[f"{key} after"] = last
+        else:
+            found |= {f"{key} before": first, f"{key} after": last}
+        if teacher and name.startswith("avg@"):
+            found[f"{key} teacher"] = of_teacher = number(teacher[0].get(key))
+            if len(student) > 1 and of_teacher > first:
+                closed = (last - first) / (of_teacher - first)
+                found[f"{test}/gap closed".lstrip("/")] = closed
     found["steps"] = float(max((row["step"] for row in run.metrics), default=0))
     if rows:
         norms = [number(row.get("grad_norm")) for row in rows]
@@ -378,7 +387,7 @@ def plot(path: Path, groups: Sequence[Group], keys: Sequence[str]) -> None:
 def default_keys(groups: Sequence[Group]) -> list[str]:
     """Held-out accuracy and divergence, and the two training curves that every method has."""
     keys = [key for each in groups for run in each.runs for row in run.metrics for key in row]
-    score = [key for key in keys if key.startswith("eval/student/avg@") and key.count("/") == 2]
+    score = [key for key in keys if re.fullmatch(r"eval/student/([^/]+/)?avg@\d+", key)]
     return [*score[:1], "eval/student/reverse_kl", "reverse_kl", "length_mean"]
 
 

@@ -47,8 +47,9 @@ def tables() -> dict[str, str]:
 
 
 def stages() -> str:
-    """The newest run of each stage."""
-    found = rows.newest(measured("stages"), ["stage"])
+    """The newest run of each stage, but where it was skipped."""
+    ran = [row for row in measured("stages") if not row["result"].startswith("skipped")]
+    found = rows.newest(ran, ["stage"])
     names = ["facts", "build", "correct", "train", "head", "rows", "step", "sample"]
     lines = []
     for name in names:
@@ -62,12 +63,14 @@ def stages() -> str:
 
 
 def checks() -> str:
-    """What was measured or proved once."""
-    found = rows.newest(measured("checks"), ["stage", "name"])
+    """What was measured or proved once, by the newest run of each stage."""
+    everything = measured("checks")
+    newest = {row["stage"]: (row["commit"], row["command"]) for row in everything}
+    found = [row for row in everything if newest[row["stage"]] == (row["commit"], row["command"])]
     lines = [
-        [stage, name, f"{row['value']} {row['unit']}".strip(), row["expected"] or "-",
+        [row["stage"], row["name"], f"{row['value']} {row['unit']}".strip(), row["expected"] or "-",
          "yes" if row["ok"] == "True" else "**no**"]
-        for (stage, name), row in found.items()
+        for row in found
     ]  # fmt: skip
     return str(markdown(["stage", "what", "found", "expected", "as it should be"], lines))
 
@@ -137,7 +140,7 @@ def steps() -> str:
     """Whole steps, and samplers."""
     found = rows.newest(measured("steps"), ["stage", "implementation", "rollouts"])
     lines = []
-    cases = [("step", who, "64") for who in TRAINERS]
+    cases = [("step", who, "256") for who in TRAINERS]
     cases += [("sample", who, rollouts) for rollouts in ("64", "256") for who in SAMPLERS]
     for case in cases:
         row = found.get(case)
@@ -175,5 +178,5 @@ def in_short() -> str:
         text = NOT_MEASURED
         if row is not None:
             text = row["failed"] or f"{float(row['total_s']):.1f} s, {int(row['peak_mib']):,} MiB"
-        lines.append([f"a step of 64 rollouts of 512 tokens, `{who}`", text])
+        lines.append([f"a step of 256 rollouts of 128 tokens, `{who}`", text])
     return str(markdown(["on a GPU", "found"], lines))

@@ -61,15 +61,13 @@ def tags(text: str) -> list[str]:
     return re.findall(r"\((\d+)\)", text)
 
 
-def loss_of(method: str, with_call: bool) -> str:
-    """The lines of `loss_of` in the `token_loss` of a method file; `with_call`: and of its call."""
+def loss_of(method: str) -> list[str]:
+    """The lines of `loss_of` in a method file."""
     source = (ROOT / f"methods/{method}.py").read_text()
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    outer = next(node for node in functions if node.name == "token_loss")
-    inner = next(node for node in functions if node.name == "loss_of")
-    last = outer if with_call else inner
-    lines = source.splitlines()[inner.lineno - 1 : last.end_lineno]
-    return textwrap.dedent("\n".join(lines))
+    found = next(node for node in functions if node.name == "loss_of")
+    lines = source.splitlines()[found.lineno - 1 : found.end_lineno]
+    return textwrap.dedent("\n".join(lines)).splitlines()
 
 
 FIRST = "    log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)"
@@ -77,53 +75,55 @@ FIRST = "    log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)"
 
 def loss_in_the_readme() -> dict[str, str]:
     """Fenced code: what opd is, and what exopd changes in it."""
-    old, new = (loss_of(method, with_call=False).splitlines() for method in ("opd", "exopd"))
-    old, new = (lines[lines.index(FIRST) :] for lines in (old, new))  # behind the arguments
+    opd = loss_of("opd")
+    old, new = (lines[lines.index(FIRST) :] for lines in (opd, loss_of("exopd")))
     changed = list(difflib.unified_diff(old, new, n=0, lineterm=""))[2:]
     changed = [line for line in changed if not line.startswith("@@")]
     return {
-        "this is opd": f"```python\n{loss_of('opd', with_call=True)}\n```",
+        "this is opd": "\n".join(["```python", *opd, "```"]),
         "this is exopd": "```diff\n" + "\n".join(changed) + "\n```",
     }
 
 
-OPS = {  # in the README: op, direction, who wrote the rows before version 0.2 in the same way
-    "gated_kl": ("forward+backward", "", "loss of sampled tokens: opd, sg_opd, exopd, tropd"),
-    "support_kl": ("forward+backward", "opd_ops dense", "loss on a renormalised support: topk_opd"),
-    "full_kl jsd": ("forward+backward", "", "`opd.py --objective full`"),
-    "token_logp": ("forward", "", "scores of a frozen model"),
-    "topk_logp": ("forward", "opd_ops", "its likeliest tokens: topk_opd, tropd"),
+OPS = {  # in the README: op with a head, direction, K -> what calls it, the plain implementation
+    ("gated_kl", "forward+backward", ""): (
+        "loss of sampled tokens: opd, sg_opd, exopd, tropd",
+        "torch head + gate",
+    ),
+    ("support_kl", "forward+backward", "32"): (
+        "loss on a renormalised support: topk_opd",
+        "torch head + gather",
+    ),
+    ("full_kl jsd", "forward+backward", ""): ("`opd.py --objective full`", "torch heads + jsd"),
+    ("token_logp", "forward", ""): ("scores of a frozen model", "torch head + log_softmax"),
+    ("topk_logp", "forward", "32"): (
+        "its likeliest tokens: topk_opd, tropd",
+        "torch head + topk",
+    ),
 }
-PLAIN = (
-    *("torch head + gate", "torch head + gather", "torch heads + full_kl"),
-    *("torch head + log_softmax", "torch head + topk"),
-)
+OPS_SIZE = {"rows": "256", "vocab": "151936", "dtype": "float32", "width": "1024", "threads": "2"}
 
 
 def ops_table(rows: list[Row]) -> str:
-    """Time and memory of the ops with a head as methods call them, beside plain PyTorch."""
-    size = {"rows": "256", "vocab": "151936", "dtype": "float32", "threads": "2"}
-    size |= {"width": "1024", "allocator": "default", "clock": "wall", "cuda": ""}
-    mine = [row for row in rows if all(row[key] == value for key, value in size.items())]
-    found = newest(mine, ["op", "implementation", "direction", "k"])
+    """Time and memory of the ops with a head, as methods call them, beside plain PyTorch."""
+    case = OPS_SIZE | {"allocator": "default", "clock": "wall", "cuda": ""}
+    mine = [row for row in rows if all(row[key] == value for key, value in case.items())]
+    found = newest(mine, ["op", "direction", "k", "implementation"])
     lines = []
-    for op, (direction, older, used) in OPS.items():
-        k = "32" if op in ("support_kl", "topk_logp") else ""
-        own = found.get((op, "opd_ops", direction, k))
-        if own is None and older:
-            own = found.get((f"linear_{op}", older, direction, k))
-        cells = [NOT_MEASURED, NOT_MEASURED, NOT_MEASURED]
-        if own is not None:
-            cases = ((own["op"], name, direction, k) for name in PLAIN)
-            plain = next((found[case] for case in cases if case in found), None)
-            version = ", version 0.1" if own["op"].startswith("linear_") else ""
-            cells[0] = f"{float(own['median_ms']):,.0f} ms{version}"
-            if plain is not None:
-                cells[1] = f"{float(plain['median_ms']) / float(own['median_ms']):.3g}x"
-            if own["peak_mib"]:
-                cells[2] = f"{float(own['peak_mib']):,.0f} MiB"
-        lines.append([f"`{op.replace(' ', '`, ')}" + "`" * (" " not in op), used, *cells])
-    return str(markdown(["op", "used for", "time", "plain PyTorch", "memory"], lines))
+    for (op, direction, k), (used, plain) in OPS.items():
+        own, other = (found.get((op, direction, k, name)) for name in ("opd_ops", plain))
+        cells = [NOT_MEASURED] * 4
+        if own is not None and other is not None:
+            speed = float(other["median_ms"]) / float(own["median_ms"])
+            cells[0] = f"{float(own['median_ms']):,.0f} ms"
+            cells[1] = f"{float(other['median_ms']):,.0f} ms ({speed:.3g}x)"
+            for at, row in ((2, own), (3, other)):
+                if row["peak_mib"]:
+                    cells[at] = f"{float(row['peak_mib']):,.0f} MiB"
+        name, _, divergence = op.partition(" ")
+        lines.append([f"`{name}`" + f", {divergence}" * bool(divergence), used, *cells])
+    titles = ["op", "used for", "time", "plain PyTorch", "memory", "plain PyTorch"]
+    return str(markdown(titles, lines))
 
 
 def verdict_line(rows: list[Row]) -> str:
@@ -164,10 +164,10 @@ def demo_line() -> str:
         )
     )
     return (
-        f"- `make demo`, {float(row['steps']):.0f} steps on two CPU cores in "
-        f"{float(row['seconds']):.0f} s: the tiny student's accuracy goes from {before} to {after} "
-        f"(teacher {teacher}: {100 * float(row['gap closed']):.0f} % of the gap), its held-out "
-        f"reverse KL from {first} to {last}; one seed ([docs/reproducing.md](docs/reproducing.md))."
+        f"{float(row['steps']):.0f} steps in {float(row['seconds']):.0f} s on two cores: the "
+        f"student's accuracy goes from {before} to {after} (teacher {teacher}: "
+        f"{100 * float(row['gap closed']):.0f} % of the gap), its held-out reverse KL from {first} "
+        f"to {last}; one seed ([docs/reproducing.md](docs/reproducing.md))."
     )
 
 

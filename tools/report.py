@@ -19,7 +19,9 @@ import re
 import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -140,14 +142,14 @@ def chosen_rollouts(rows: Sequence[dict[str, Any]], most: int) -> tuple[list[dic
     First and last evaluation come first, then training rollouts spread over the run, then the other
     evaluations. Rows that a resumed run wrote again replace the older ones.
     """
-    unique = {(row["step"], row["phase"], row["row"]): row for row in rows}
+    unique = {(row["step"], row["phase"], _place(row)): row for row in rows}
     tests = [row for (_, phase, _), row in unique.items() if phase == "eval"]
     steps = sorted({row["step"] for row in tests})
     ends = steps[:1] + steps[1:][-1:]
-    pairs: dict[int, list[dict[str, Any]]] = {}
+    pairs: dict[str, list[dict[str, Any]]] = {}
     for row in tests:
         if row["step"] in ends:
-            pairs.setdefault(row["row"], []).append(row)
+            pairs.setdefault(_place(row), []).append(row)
     trained = [row for (_, phase, _), row in unique.items() if phase == "train"]
     bits = max(1, len(trained) - 1).bit_length()  # halves, then quarters, ...: always spread
     order = [int(f"{place:0{bits}b}"[::-1], 2) for place in range(2**bits)]
@@ -161,15 +163,22 @@ def chosen_rollouts(rows: Sequence[dict[str, Any]], most: int) -> tuple[list[dic
         if used + size <= most or not kept:
             kept += unit
             used += size
-    kept.sort(key=lambda row: (row["phase"], row["step"], row["row"]))
+    kept.sort(key=lambda row: (row["phase"], row["step"], row.get("test", ""), row["row"]))
     return kept, len(unique) - len(kept)
+
+
+def _place(row: dict[str, Any]) -> str:
+    """Which prompt of which test set."""
+    return f"{row.get('test', '')}/{row['row']}"
 
 
 def rollout_data(row: dict[str, Any], place: int) -> dict[str, Any]:
     """One row of `tokens.jsonl` for the page; what it does not need stays out."""
-    kept = ("step", "phase", "row", "prompt", "answer", "verdict", "ended", "source", "num_tokens")
-    data = {key: row[key] for key in kept} | {"run": place, "ids": row["ids"]}
+    kept = ("step", "phase", "prompt", "answer", "verdict", "ended", "source", "num_tokens")
+    data = {key: row[key] for key in kept} | {"run": place, "row": _place(row), "ids": row["ids"]}
     data["prefix"] = row["num_prefix_tokens"]
+    if row["completion"] != "".join(row["pieces"].get(str(each), "") for each in row["ids"]):
+        data["completion"] = row["completion"]  # what is copied is the text as it was decoded
     if not all(row["trained"]):
         data["trained"] = row["trained"]
     return data | {
@@ -180,6 +189,88 @@ def rollout_data(row: dict[str, Any], place: int) -> dict[str, Any]:
         "support_student": list(chain.from_iterable(row["support_student_logp"])),
         "support_teacher": list(chain.from_iterable(row["support_teacher_logp"])),
     }
+
+
+@dataclass
+class Tested:
+    """A test prompt in the first and in the last evaluation of a run.
+
+    Attributes:
+        first, last: rows of `evaluations.jsonl`.  before, after: share of right ones among the
+            verified samples; NaN without any.
+    """
+
+    first: dict[str, Any]
+    last: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.before, self.after = (share_right(row["verdicts"]) for row in (self.first, self.last))
+
+    def change(self) -> float:
+        """By how much the share rose; 0 where one of them is unknown."""
+        change = self.after - self.before
+        return change if math.isfinite(change) else 0.0
+
+    def counts(self) -> str:
+        """Right ones of the verified, before and after, such as 1/4 → 3/4."""
+        rows = self.first["verdicts"], self.last["verdicts"]
+        return " → ".join(f"{row.count(1)}/{len(row) - row.count(0)}" for row in rows)
+
+
+def share_right(verdicts: Sequence[int]) -> float:
+    """Right ones of the verified samples of a prompt."""
+    verified = [each > 0 for each in verdicts if each]
+    return sum(verified) / len(verified) if verified else math.nan
+
+
+def tested(run: RunData) -> list[Tested]:
+    """The student's test prompts; none where an evaluation was not logged prompt by prompt.
+
+    Raises:
+        RunError: a row of `evaluations.jsonl` lacks something.
+    """
+    by_step: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
+    try:
+        for row in compare_runs.read_jsonl(run.path / "evaluations.jsonl"):
+            if row["model"] == "student":
+                by_step.setdefault(row["step"], {})[row["test"], row["row"]] = row
+        if not by_step:
+            return []
+        first, last = by_step[min(by_step)], by_step[max(by_step)]
+        return [Tested(row, last[place]) for place, row in first.items() if place in last]
+    except (KeyError, TypeError) as error:
+        problem = f"{run.path}/evaluations.jsonl: a row without {error}"
+        raise console.RunError(problem, 2) from None
+
+
+NUM_BINS = 20  # of a histogram, at most
+
+
+def histograms(every: Sequence[Sequence[Tested]]) -> dict[str, Any]:
+    """Lengths of completions as shares of equal bins, which are the same for all runs.
+
+    Returns:
+        `middles` of the bins and their `width`, tokens; `shares`, of each run that of the first
+        and, if there is another, of the last evaluation, [2, bins]. Empty without lengths.
+    """
+    ends = [[[each.first for each in found], [each.last for each in found]] for found in every]
+    if all(each.first is each.last for found in every for each in found):
+        ends = [found[:1] for found in ends]
+    lengths = [
+        [[length for row in rows for length in row["lengths"]] for rows in found] for found in ends
+    ]
+    flat = [length for found in lengths for part in found for length in part]
+    if not flat:
+        return {}
+    low, num_values = min(flat), max(flat) - min(flat) + 1
+    width = math.ceil(num_values / NUM_BINS)
+    bins = range(math.ceil(num_values / width))
+    shares = []
+    for found in lengths:
+        counted = [(Counter((n - low) // width for n in part), max(1, len(part))) for part in found]
+        shares.append([[round(count[b] / size, 5) for b in bins] for count, size in counted])
+    middles = [low + b * width + (width - 1) / 2 for b in bins]
+    return {"middles": middles, "width": width, "shares": shares}
 
 
 def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
@@ -222,6 +313,7 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
     scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
     learning = [*scores, "reverse_kl", "verifier_pass_rate"]
     data["learning"] = [key for key in learning if key in keys]
+    data["lengths"] = histograms([tested(run) for _, run in every])
     data["scores"] = scores[:1]
     data["health"] = [key for key in HEALTH if key in keys]
     data["keys"] = sorted(keys)
@@ -298,11 +390,12 @@ def summary_part(groups: Sequence[Group]) -> str:
     heads_of = [each.name for each in groups]
     return (
         table(head, facts, text=range(1, 4))
-        + '<h2 id="numbers">Before and after</h2>'
+        + '<h2 id="numbers">In numbers</h2>'
         + turned(["", "seeds", *keys, "alarms"], rows)
         + note
         + notes
         + held_out_part(groups)
+        + won_part(groups)
         + ('<h2 id="differences">Differences</h2>' + table(["flag", *heads_of], unlike[1:]))
         * bool(unlike)
         + f"<details><summary>the commands</summary>{commands}</details>"
@@ -344,7 +437,7 @@ def held_out_part(groups: Sequence[Group]) -> str:
                 if len(values) == 1 and len(each.runs) == 1:
                     text += interval(values[0], name, found[0][place])
                 ends.append(text)
-            cells.append(" → ".join(dict.fromkeys(ends)))
+            cells.append("\u00a0→ ".join(dict.fromkeys(ends)))
         rows.append([name, *cells])
     if not rows:
         return ""
@@ -360,6 +453,54 @@ def held_out_part(groups: Sequence[Group]) -> str:
     )
 
 
+MOST_SHOWN = 10  # test prompts that were won, and that were lost
+
+
+def won_part(groups: Sequence[Group]) -> str:
+    """How many test prompts became right or wrong between the first and the last evaluation, and
+    those that changed most."""
+    counts, details = [], ""
+    for name, run in labelled(groups):
+        found = [each for each in tested(run) if each.first is not each.last]
+        for test in dict.fromkeys(each.first["test"] for each in found):
+            ends = Counter(
+                (each.before >= 0.5, each.after >= 0.5)
+                for each in found
+                if each.first["test"] == test and math.isfinite(each.before + each.after)
+            )
+            order = ((False, True), (True, False), (True, True), (False, False))
+            counts.append([name, test, *(str(ends[each]) for each in order)])
+        by_change = sorted(found, key=Tested.change)
+        lost = [each for each in by_change[:MOST_SHOWN] if each.change() < 0]
+        won = [each for each in by_change[::-1][:MOST_SHOWN] if each.change() > 0]
+        heads = ["right", "prompt", "right answer", "first sample before, its end", "after"]
+        shown = [
+            [each.counts(), each.first["prompt"], _text(each.first["answer"]),
+             each.first["completion_end"], each.last["completion_end"]]
+            for each in won + lost
+        ]  # fmt: skip
+        if shown:
+            summary = f"{name}: prompts that changed most, {len(won)} up and {len(lost)} down"
+            details += f"<details><summary>{html.escape(summary)}</summary>"
+            details += table(heads, shown, text=range(1, 5)) + "</details>"
+    if not counts:
+        return ""
+    note = (
+        "A prompt counts as right where at least half of its verified samples are. Won: wrong in "
+        "the first evaluation, right in the last. The random numbers of both are the same, but "
+        "samples are still a draw: some prompts change by chance."
+    )
+    heads = ["", "test set", "won", "lost", "right in both", "wrong in both"]
+    if not any(row[1] for row in counts):
+        heads, counts = [heads[0], *heads[2:]], [[row[0], *row[2:]] for row in counts]
+    return (
+        '<h2 id="won">Test prompts won and lost</h2>'
+        + table(heads, counts)
+        + f'<p class="soft">{note}</p>'
+        + details
+    )
+
+
 def interval(mean: float, name: str, row: dict[str, Any]) -> str:
     """The Wilson interval of an avg@n over all domains; empty if prompts were not counted."""
     found = re.fullmatch(r"(.*/)?avg@(\d+)", name)
@@ -369,7 +510,8 @@ def interval(mean: float, name: str, row: dict[str, Any]) -> str:
     num, z = rollouts / int(found[2]), 1.96
     middle = (mean + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(mean * (1 - mean) / num + z * z / (4 * num * num))
-    return f" [{max(0.0, middle - half):.2f}, {min(1.0, middle + half):.2f}]"
+    ends = f"[{max(0.0, middle - half):.2f}, {min(1.0, middle + half):.2f}]"
+    return f" {ends}".replace(" ", "\u00a0")  # lines break at the arrow
 
 
 def _text(value: Any) -> str:

@@ -95,6 +95,25 @@ auto with_dtypes(DType in, DType out, const F& f) {
   return with_dtype(in, [&](auto zero) { return f(zero, zero); });
 }
 
+// As one access. In assembler, since nvcc takes some stores of structs and of uint4 apart.
+template <class P>
+__device__ __forceinline__ void store_packed(P* p, const P& value) {
+#ifdef OPD_EMULATION
+  *p = value;
+#else
+  uint32_t w[sizeof(P) / 4];
+  memcpy(w, &value, sizeof(P));
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (sizeof(P) == 16)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
+  else
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(w[0]), "r"(w[1])
+                 : "memory");
+#endif
+}
+
 template <class T, int n>
 __device__ __forceinline__ void load(const T* p, float (&out)[n]) {
   if (n % kVector<T> == 0 && aligned(p)) {
@@ -121,7 +140,7 @@ __device__ __forceinline__ void store(T* p, const float (&value)[n]) {
 #pragma unroll
       for (int j = 0; j < width; ++j)
         if (i + j < n) assign(raw.item[j], value[i + j]);
-      *reinterpret_cast<Packed<T, width>*>(p + i) = raw;
+      store_packed(reinterpret_cast<Packed<T, width>*>(p + i), raw);
     }
   } else {
 #pragma unroll
@@ -290,9 +309,29 @@ struct RowSum {
   }
 };
 
-// Columns that one thread takes at once.
+// Of 16 bytes each, by a thread before it uses the first.
+constexpr int kLoads = 4;
+
+// Columns c, c + kVector * kThreads, ... of a row, 16 aligned bytes each; -inf outside [0, valid).
 template <class T>
-constexpr int kTurns = 16 / kVector<T>;
+__device__ __forceinline__ void load_ahead(const T* row, int64_t c, int64_t valid,
+                                           Packed<T> (&out)[kLoads]) {
+#pragma unroll
+  for (int t = 0; t < kLoads; ++t) {
+    const int64_t i = c + t * kVector<T> * kThreads;
+    if (i >= 0 && i + kVector<T> <= valid) {
+      out[t] = *reinterpret_cast<const Packed<T>*>(row + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) {
+        if (i + j >= 0 && i + j < valid)
+          out[t].item[j] = row[i + j];
+        else
+          assign(out[t].item[j], -INFINITY);
+      }
+    }
+  }
+}
 
 // A set of columns as bits in shared memory. Column i is bit i + 32: the first step of a row may
 // begin before it.
@@ -310,23 +349,24 @@ struct Mask {
 // Columns in `mask` are left out.
 template <bool entropy, bool masked, class T>
 __device__ RowSum sum_row(const T* row, int64_t valid, float scale, Mask mask) {
-  constexpr int n = kVector<T>, turns = kTurns<T>;
+  constexpr int n = kVector<T>, together = 16 / n;  // vectors that are added at once
   RowSum result;
-  for (int64_t c = first_column(row) + threadIdx.x * n; c < valid; c += turns * n * kThreads) {
-    float z[turns][n];
+  for (int64_t c = first_column(row) + threadIdx.x * n; c < valid; c += kLoads * n * kThreads) {
+    Packed<T> raw[kLoads];
+    load_ahead(row, c, valid, raw);
 #pragma unroll
-    for (int t = 0; t < turns; ++t) load_columns(row, c + t * n * kThreads, valid, -INFINITY, z[t]);
+    for (int first = 0; first < kLoads; first += together) {
+      float z[together][n];
 #pragma unroll
-    for (int t = 0; t < turns; ++t) {
-      const int64_t i = c + t * n * kThreads;
-      if (masked && i < valid) {
-        const uint32_t out = mask.from(i);
+      for (int t = 0; t < together; ++t) {
+        const int64_t i = c + (first + t) * n * kThreads;
+        const uint32_t out = masked && i < valid ? mask.from(i) : 0;
 #pragma unroll
         for (int j = 0; j < n; ++j)
-          if (out >> j & 1) z[t][j] = -INFINITY;
+          z[t][j] = out >> j & 1 ? -INFINITY : to_float(raw[first + t].item[j]);
       }
+      result.add<entropy>(reinterpret_cast<float (&)[16]>(z), scale);
     }
-    result.add<entropy>(reinterpret_cast<float (&)[turns * n]>(z), scale);
   }
   result.across_block<entropy>(scale);
   return result;

@@ -65,27 +65,26 @@ __global__ void __launch_bounds__(kThreads, 2) gather_logp(GatherLogp a) {
 template <class T, class O, bool with_slope>
 __device__ void scatter_dense(const GatherBackward& a, int64_t n, float shift, float constant,
                               float linear) {
-  constexpr int width = kVector<T>, turns = kTurns<T>;
+  constexpr int width = kVector<T>;
   const T* row = row_of<T>(a.logits, n);
   O* out = static_cast<O*>(a.out) + n * a.out_stride;
   const float scale = static_cast<float>(a.inv_temperature * kLog2e);
   const float lowest = -160.0f / scale;  // exp is 0 from here on, and linear * x is finite
   for (int64_t c = first_column(row) + threadIdx.x * width; c < a.size;
-       c += turns * width * kThreads) {
-    float z[turns][width];
+       c += kLoads * width * kThreads) {
+    Packed<T> raw[kLoads];
+    load_ahead(row, c, a.logits.valid, raw);
 #pragma unroll
-    for (int t = 0; t < turns; ++t)
-      load_columns(row, c + t * width * kThreads, a.logits.valid, -INFINITY, z[t]);
-#pragma unroll
-    for (int t = 0; t < turns; ++t) {
+    for (int t = 0; t < kLoads; ++t) {
       const int64_t i = c + t * width * kThreads;
+      float z[width];
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        const float x = z[t][j] - shift;
+        const float x = to_float(raw[t].item[j]) - shift;
         const float factor = with_slope ? fmaf(linear, fmaxf(x, lowest), constant) : constant;
-        z[t][j] = i + j < a.logits.valid ? exp2_fast(x * scale) * factor : 0.0f;
+        z[j] = i + j < a.logits.valid ? exp2_fast(x * scale) * factor : 0.0f;
       }
-      store_columns(out, i, a.size, z[t]);
+      store_columns(out, i, a.size, z);
     }
   }
 }

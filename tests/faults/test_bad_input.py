@@ -160,7 +160,7 @@ CASES = [
     file("prompts: many brackets", {"--prompts": "{DIR}/deep.jsonl"}, "deep.jsonl:1", "JSON"),
     file("prompts: 5,000 digits", {"--prompts": "{DIR}/digits.jsonl"}, "digits.jsonl:1", "JSON"),
     file("prompts: all too long", {"--max-prompt-tokens": "2"}, "all 12 are longer"),
-    file("beyond the positions", {"--max-completion-tokens": "250"}, "256 positions"),
+    file("beyond the positions", {"--max-completion-tokens": "254"}, "256 positions"),
     file("test prompts: no such file", {"--test-prompts": "{DIR}/none.jsonl"}, "no file"),
     file("a task that reasoning-gym has not", {"--prompts": "reasoning_gym:nothing"}, "nothing"),
     file("a size that is no number", {"--prompts": "reasoning_gym:chain_sum:x"}, "chain_sum:x"),

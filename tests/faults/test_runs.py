@@ -594,6 +594,8 @@ def test_paths_are_those_of_the_folder_where_the_run_was_started(folder, tmp_pat
         ("prompts", "/data", "/data"), ("teacher", "a=data", "a={}/data"),
         ("verifier", "data", "data"), ("verifier", "f.py:g", "{}/f.py:g"),
         ("prompt_template", "data", "data"), ("prompt_template", "x" * 5000, "x" * 5000),
+        ("teacher_prompt", "f.py:g", "{}/f.py:g"), ("teacher_prompt", "@f.py", "@{}/f.py"),
+        ("teacher", "ema:0.99", "ema:0.99"),
     ],
 )  # fmt: skip
 def test_what_is_a_path_of_a_recorded_flag(name, text, there, tmp_path):
@@ -662,7 +664,8 @@ def test_every_flag_that_names_a_path_is_known(method, monkeypatch):
     importlib.import_module(method).parse_args([])
     named = {name for name, text in helps.items() if re.search(r"folder|file|FILE|jsonl", text)}
     named -= {"run_dir", "resume"}
-    assert {"student", "teacher", "prompts", "verifier"} <= named <= {*command_line.PATHS}, named
+    known = {*command_line.PATHS, *command_line.TEXTS}
+    assert {"student", "teacher", "prompts", "verifier"} <= named <= known, named - known
 
 
 # ------------------------------------------------------------------------------ logs and the disk

@@ -25,9 +25,9 @@ def arguments(*flags: str):
     return opd.parse_args([*flags])
 
 
-def load(path: str, args) -> list[data.Prompt]:
+def load(path: str, args, tokenizer=None) -> list[data.Prompt]:
     facts = compat.Facts(46, {}, 256)
-    return opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
+    return opd.load_prompts(path, 0, tokenizer or tinylm.tokenizer(), facts, args)
 
 
 def write(path, *rows: dict) -> str:
@@ -66,9 +66,28 @@ def test_overlap_of_test_and_training_prompts_is_said(tmp_path, capsys):
 def test_long_prompts_are_counted_not_cut(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "1" * 20}, {"prompt": "2"})
     args = arguments("--max-prompt-tokens", "10")
-    found = load(path, args)
+    tokenizer = tinylm.tokenizer()
+    tokenizer.model_max_length = 10
+    found = load(path, args, tokenizer)
+    assert not tokenizer.deprecation_warnings  # nor does it warn of what is left out
     assert [prompt.text for prompt in found] == ["1", "2"]
     assert "2 prompts; 1 left out as too long" in capsys.readouterr().out
+
+
+def test_prompts_beyond_the_positions_are_counted_not_the_end(tmp_path, capsys):
+    """One prompt too long for the models ended the run; all of them still do, in one line."""
+    path = write(tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "1" * 20}, {"prompt": "2"})
+    args, facts = arguments("--max-completion-tokens", "8"), compat.Facts(46, {}, 20)
+    found = opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
+    assert [prompt.text for prompt in found] == ["1", "2"]
+    assert (
+        "2 prompts; 1 left out as too long: longer than 12 tokens, which is what "
+        "--max-completion-tokens 8 leaves of the models' 20 positions" in capsys.readouterr().out
+    )
+    for positions in (9, 8, 3):
+        facts = compat.Facts(46, {}, positions)
+        with pytest.raises(console.RunError, match=r"all 3 are longer than [01] tokens, [^\n]*$"):
+            opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
 
 
 @given(st.binary(max_size=60))

@@ -44,6 +44,29 @@ def test_evaluation_alone_trains_and_saves_nothing(folder, capsys):
         assert {f"eval/{name}/avg@2", f"eval/{name}/nested/avg@2"} <= keys
     assert "eval/student/nested/reverse_kl" in keys and "eval/student/cut_but_right_share" in keys
     assert list((folder / "alone/checkpoints").iterdir()) == []
+    metrics = {key: value for row in rows for key, value in row.items()}
+    by_test: dict[tuple[str, str], list[dict]] = {}
+    for line in (folder / "alone/evaluations.jsonl").open():
+        row = json.loads(line)
+        by_test.setdefault((row["model"], row["test"]), []).append(row)
+    assert sorted(by_test) == [(m, t) for m in ("student", "teacher") for t in ("", "nested")]
+    for (model, test), found in by_test.items():
+        prefix = f"eval/{model}/{test}/" if test else f"eval/{model}/"
+        assert [row["row"] for row in found] == list(range(len(found)))
+        lengths = [each for row in found for each in row["lengths"]]
+        assert len(lengths) == metrics[f"{prefix}num_rollouts"]
+        assert sum(lengths) / len(lengths) == pytest.approx(metrics[f"{prefix}length_mean"])
+        verdicts = [each for row in found for each in row["verdicts"]]
+        right = sum(each > 0 for each in verdicts) / sum(each != 0 for each in verdicts)
+        assert right == pytest.approx(metrics[f"{prefix}avg@2"])
+    assert by_test["student", "nested"][1]["answer"] == "so\n#### 2"
+    shown = [json.loads(line) for line in (folder / "alone/tokens.jsonl").open()]
+    assert {row["test"] for row in shown} == {"", "nested"}
+    for row in shown:  # the first sample of a prompt
+        same = by_test["student", row["test"]][row["row"]]
+        assert (same["prompt"], same["answer"]) == (row["prompt"], row["answer"])
+        assert same["lengths"][0] == row["num_tokens"] and same["verdicts"][0] == row["verdict"]
+        assert same["completion_end"] == row["completion"]
     (line,) = [line for line in said.splitlines() if line.startswith("nested/avg@2: ")]
     assert "before" not in line and ", teacher " in line
     assert "test prompts nested: its right answer: '1'" in said

@@ -4,6 +4,7 @@ tokens and positions. `modelzoo` makes the models; its whole table is docs/model
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tinylm
 import torch
 import transformers
 
-from opd_run import compat, memory, models, selfcheck, setup
+from opd_run import compat, diagnose, memory, models, selfcheck, setup
 from opd_run.console import RunError
 
 REFUSED = {
@@ -25,6 +26,7 @@ REFUSED = {
     "zamba2": "does not go on from the cache",
     "recurrent_gemma": "reads padding as text",
     "minimax": "cannot be sampled from",
+    "nemotron_h": "does not go on from the cache",
     "rwkv": "reads padding as text",
     "xlstm": "reads padding as text",
 }
@@ -202,7 +204,7 @@ def test_longrope_has_one_set_of_factors_for_all_sequences(made, monkeypatch, ca
     lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)
     assert lengths.max() > 32 > lengths.min()
     monkeypatch.setattr(setup, "pin_longrope", lambda lm, longest: False)
-    with pytest.raises(RunError, match="off by"):
+    with pytest.raises(RunError, match="reads positions by the length of the whole row"):
         checked(made("phi3 LongRoPE"), "--max-prompt-tokens", "24")
 
 
@@ -215,17 +217,58 @@ def test_longrope_that_no_sequence_crosses_is_left_alone(made):
     assert torch.equal(rope.original_inv_freq, want.model.rotary_emb.original_inv_freq)
 
 
+def test_positions_that_the_longest_row_decides_are_tried_beyond_where_that_begins(tmp_path):
+    """Dynamic scaling, refused where a sequence can be longer than 64 tokens, and only there."""
+    law = {"rope_type": "dynamic", "factor": 4.0}
+    path = tinylm.save_model(tmp_path / "m", 0, max_position_embeddings=64, rope_scaling=law)
+    checked(path, "--max-prompt-tokens", "30", "--max-completion-tokens", "34")
+    with pytest.raises(RunError, match=r"off by|length of the whole row"):
+        checked(path, "--max-prompt-tokens", "30", "--max-completion-tokens", "60")
+
+
+def small_bert(folder: Path, kind: str, **more) -> str:
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in modelzoo.BASE.items() if k != "num_key_value_heads"} | more
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tinylm.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_model_that_sees_the_tokens_to_come_is_refused(made, tmp_path, who):
+    """BERT as its configuration comes: a teacher that has read the answer."""
+    paths = {"student": made("qwen3"), "teacher": made("qwen3")}
+    paths[who] = small_bert(tmp_path / "bert", "bert")
+    with pytest.raises(RunError, match=rf"^{who} .*change by [\d.]+ nats with the tokens after"):
+        checked(paths["student"], teacher=paths["teacher"])
+    checked(small_bert(tmp_path / "decoder", "bert", is_decoder=True))
+
+
+def test_positions_that_a_model_counts_in_its_own_way_are_refused(tmp_path):
+    """RoBERTa's begin at 2: with those that the loop gives it, it is another model."""
+    with pytest.raises(RunError, match="counts positions in its own way"):
+        checked(small_bert(tmp_path / "m", "roberta", is_decoder=True))
+
+
+def test_states_that_drift_a_little_at_every_token_are_seen(made):
+    with pytest.raises(RunError, match=r"nemotron_h.*off by 0\.00\d+ nats"):
+        modelzoo.loaded(made("nemotron_h"))
+
+
 # --------------------------------------------------------------------------------------- adapters
 @pytest.mark.parametrize(
     ("name", "share", "left"),
-    [("qwen3", "100", ""), ("mixtral with jitter", "", "experts.down_proj"),
-     ("deepseek_v3", "", "experts.gate_up_proj")],
+    [("qwen3", "100", ""),
+     ("mixtral with jitter", "", "experts.down_proj, experts.gate_up_proj, mlp.gate (router)"),
+     ("deepseek_v3", "", "experts.down_proj, experts.gate_up_proj, mlp.gate (router)")],
 )  # fmt: skip
-def test_the_share_under_adapters_is_said(made, capsys, name, share, left):
+def test_what_has_adapters_and_what_is_frozen_is_said(made, capsys, name, share, left):
     modelzoo.loaded(made(name), "--lora-rank", "4")
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("adapters:"))
-    assert f"{share} % of the weights of the blocks" in line and left in line
-    assert ("; none on" in line) == bool(left)
+    on, _, frozen = line.partition("; frozen, without adapters: ")
+    assert f"{share} % of the weights of the blocks" in on and "self_attn." in on
+    assert frozen == left
 
 
 def test_the_adapter_is_saved_too_and_peft_reads_it(made, tmp_path):
@@ -305,6 +348,95 @@ def test_an_export_keeps_what_transformers_keeps_in_float32(made, tmp_path):
     assert exact == {"model.layers.1.mlp.gate.e_score_correction_bias"}
 
 
+# ---------------------------------------------------------------------------------------- weights
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
+def test_experts_are_computed_in_the_type_of_the_run(made, more):
+    """`grouped_mm` is not on autocast's list: float32 experts were multiplied in float32."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    types = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+            if func is torch.ops.aten._grouped_mm.default:
+                types.extend(each.dtype for each in args[:2])
+            return func(*args, **(kwargs or {}))
+
+    student, _, args, prompts = modelzoo.loaded(made("qwen3_moe"), "--dtype", "bfloat16", *more)
+    rollout = modelzoo.sampled(student, prompts, args)
+    with Watch():
+        logp = opd.token_logp(student, rollout, args)
+        logp.sum().backward()
+    assert set(types) == {torch.bfloat16} and len(types) >= 2 * 4 * 2  # layers, products
+    if not more:  # with adapters the weights are in that type
+        experts = student.lm.model.layers[0].mlp.experts
+        weights = experts.gate_up_proj, experts.down_proj
+        assert all(each.dtype == each.grad.dtype == torch.float32 for each in weights)
+        student.compute_dtype = torch.float32
+        exact = opd.token_logp(student, rollout, args)
+        assert 0 < (exact - logp)[rollout.completion_mask].abs().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+     ({"is_encoder_decoder": True}, "an encoder and a decoder")],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_its_weights_are_read(tmp_path, change, why):
+    tinylm.save_config(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    args = opd.parse_args(["--student", str(tmp_path)])
+    with pytest.raises(RunError, match=f"^--student .*{why}"):
+        setup.prepare(opd.model_paths(args), args, opd.render)
+
+
+def test_weights_of_another_shape_than_the_configuration_has_are_refused(tmp_path):
+    path = tinylm.save_model(tmp_path / "m", 0)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+    with pytest.raises(
+        RunError, match=r"embed_tokens.weight is \[46, 32\] in .* and \[60, 32\] by"
+    ):
+        modelzoo.loaded(path)
+
+
+def test_weights_that_are_not_trained_are_said(made, tmp_path, capsys):
+    """Of a vision tower, of more layers than the configuration has; nothing of a whole model."""
+    for name in ("qwen3", "deepseek_v3"):
+        modelzoo.loaded(made(name))
+    assert "have no place" not in capsys.readouterr().out
+    text = modelzoo.HEADS | modelzoo.LINEAR
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision |= {"out_hidden_size": 32, "patch_size": 4, "deepstack_visual_indexes": []}
+    config = transformers.AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tinylm.tokenizer().save_pretrained(tmp_path)
+    modelzoo.loaded(str(tmp_path))
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "have no place" in x)
+    assert "weights of its files have no place in Qwen3_5ForCausalLM, such as model.visual" in line
+
+
+def test_a_configuration_that_asks_for_tuples_is_read_all_the_same(tmp_path):
+    checked(tinylm.save_model(tmp_path / "m", 0, return_dict=False))
+
+
+def test_what_a_model_leaves_untrained_stays_so(tmp_path, monkeypatch):
+    path = tinylm.save_model(tmp_path / "m", 0)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def with_frozen_norm(*args, **how):
+        lm, found = load(*args, **how)
+        lm.model.norm.weight.requires_grad_(False)
+        return lm, found
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", with_frozen_norm)
+    every, _, _ = checked(path)
+    still = [name for name, w in every["student"].lm.named_parameters() if not w.requires_grad]
+    assert still == ["model.norm.weight"]
+    assert not any(weight.requires_grad for weight in every["teacher"].parameters())
+
+
 # --------------------------------------------------------------------- tokens, prompts, positions
 def test_eos_of_the_whole_configuration_comes_first():
     config = transformers.AutoConfig.for_model("gemma3", eos_token_id=[2, 5])
@@ -334,6 +466,10 @@ def test_positions_are_those_that_the_scaling_gives(law, want):
     assert compat.num_positions(config) == want
 
 
+def test_positions_of_a_model_that_calls_them_otherwise():
+    assert compat.num_positions(transformers.MptConfig(max_seq_len=77)) == 77
+
+
 def prompt(*ids: int, text: str = "") -> opd.Prompt:
     return opd.Prompt(ids, text, "", "", {})
 
@@ -351,6 +487,66 @@ def test_tokens_without_a_row_are_refused_and_untrained_rows_are_said(capsys):
     assert "! 1 prompts hold <|task|> 46, which the teacher's tokenizer has not" in out
     compat.check_prompts([prompt(3)], tokenizer, facts)
     assert not capsys.readouterr().out
+
+
+RENAMED = [*tinylm.WORDS[:2], "<role>", "<think>", *tinylm.WORDS[4:]]
+
+
+@pytest.fixture
+def renamed(tmp_path):
+    """Flags of a student and a teacher to whom ids 2 and 3 are other special tokens."""
+    student, teacher = (tinylm.save_model(tmp_path / n, i) for i, n in enumerate("st"))
+    tinylm.tokenizer(RENAMED).save_pretrained(teacher)
+    return ["--student", student, "--teacher", teacher, "--max-completion-tokens", "40"]
+
+
+def test_renamed_special_tokens_are_refused_unless_allowed(renamed, capsys):
+    args = opd.parse_args(renamed)
+    with pytest.raises(RunError, match=r"differ on 2 of 46 ids .*--allow-renamed-tokens goes on"):
+        setup.prepare(opd.model_paths(args), args, opd.render)
+    args = opd.parse_args([*renamed, "--allow-renamed-tokens"])
+    _, facts = setup.prepare(opd.model_paths(args), args, opd.render)
+    assert facts.renamed_ids == (2, 3) and facts.valid_vocab == 46
+    compat.check_prompts([prompt(2, 5), prompt(5)], tinylm.tokenizer(), facts)
+    assert "! 1 prompts hold special tokens that mean others to a teach" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"),
+    [(["<pad>", "<stop>", *RENAMED[2:]], (2, 3)),  # the end of both: it means the same
+     ([*RENAMED[:-1], "!"], None)],  # a word is no special token
+)  # fmt: skip
+def test_what_renamed_tokens_are(renamed, words, ids):
+    teacher = tinylm.tokenizer(words)
+    teacher.eos_token = words[1]
+    teacher.save_pretrained(renamed[3])
+    args = opd.parse_args([*renamed, "--allow-renamed-tokens"])
+    if ids is None:
+        with pytest.raises(RunError, match=r"differ on 3 of 46 ids .*one token-to-id map$"):
+            setup.prepare(opd.model_paths(args), args, opd.render)
+    else:
+        assert setup.prepare(opd.model_paths(args), args, opd.render)[1].renamed_ids == ids
+
+
+def test_positions_with_a_renamed_token_leave_the_loss_and_are_counted(renamed):
+    args = opd.parse_args([*renamed, "--allow-renamed-tokens"])
+    every, _ = tinylm.load(opd, args)
+    student = tinylm.endless(every)["student"]
+    prompts, uniform = [prompt(4, 5, 6)] * 8, opd.uniforms(8, "rollouts", 0, args)
+    prefixes = [(5, 2, 6)] * 8  # a teacher's prefix has one too
+    rollout = opd.sample(student, prompts, uniform, args, prefixes=prefixes)
+    hit = (rollout.completion_ids == 2) | (rollout.completion_ids == 3)
+    assert hit[:, 3:].sum() > 5 and hit[:, :3].sum() == 8
+    assert torch.equal(rollout.trained_mask, rollout.completion_mask & ~hit)
+    assert diagnose.rollout_metrics(rollout)["num_untrained_tokens"] == hit.sum()
+    loss, _ = opd.token_loss(student, rollout, opd.score(every, rollout, args), args)
+    loss.backward()
+    # What was sampled, and each distribution, is as it would be if all tokens were alike.
+    student.facts = replace(student.facts, renamed_ids=())
+    whole = opd.sample(student, prompts, uniform, args, prefixes=prefixes)
+    assert torch.equal(whole.completion_ids, rollout.completion_ids)
+    assert torch.equal(whole.behaviour_logp, rollout.behaviour_logp)
+    assert torch.equal(whole.trained_mask, whole.completion_mask)
 
 
 def test_special_tokens_in_the_text_of_prompts_are_counted(capsys):
@@ -445,3 +641,69 @@ def test_the_disk_line_is_what_a_checkpoint_takes(tmp_path, more):
     (step,) = (tmp_path / "run/checkpoints").iterdir()
     size = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
     assert student.checkpoint_bytes == pytest.approx(size, rel=0.1)
+
+
+# ------------------------------------------------------------------- what held, and has to go on so
+def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(made):
+    for flags in (
+        [],
+        ["--objective", "full"],
+        ["--dtype", "bfloat16", "--teacher-dtype", "float32"],
+    ):
+        every, prompts, args = checked(made("qwen3"), *flags)
+        rollout = modelzoo.sampled(every["student"], prompts, args)
+        scores = opd.score(every, rollout, args)
+        loss, _ = opd.token_loss(every["student"], rollout, scores, args)
+        loss.backward()
+        norm = sum(float(w.grad.norm()) for w in every["student"].parameters())
+        exact = "bfloat16" not in flags
+        assert abs(float(loss.detach())) < 1e-4 and norm < 1e-3 if exact else norm > 0
+
+
+def test_a_generation_config_that_cannot_be_saved_does_not_stop_an_export(tmp_path):
+    """`transformers` refuses to write a temperature without sampling."""
+    from opd_run import adapters
+
+    path = tinylm.save_model(tmp_path / "m", 0)
+    bad = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(bad))
+    student, tokenizer, _, _ = modelzoo.loaded(path)
+    adapters.export(student, tokenizer, tmp_path / "model")
+    assert modelzoo.file_names(tmp_path / "model") == modelzoo.file_names(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", each_type(["qwen3", "gemma3", "lfm2"]))
+def test_gradient_checkpointing_changes_no_loss(made, name):
+    """Nor does a cache stay on: that is what others had to switch off by hand."""
+    losses = []
+    for flags in ([], ["--gradient-checkpointing"]):
+        every, prompts, args = checked(made(name), *flags, "--max-completion-tokens", "8")
+        rollout = modelzoo.sampled(every["student"], prompts, args)
+        every["student"].train()
+        loss = opd.token_logp(every["student"], rollout, args).sum()
+        grad = modelzoo.gradient(loss, every["student"].lm)
+        losses.append((loss.detach(), grad))
+    assert torch.equal(losses[0][0], losses[1][0])
+    assert torch.allclose(losses[0][1], losses[1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_added_tokens_a_tied_head_and_adapters_export_as_in_memory(tmp_path):
+    words = [*tinylm.WORDS, "<|task|>"]
+    path = tinylm.save_model(tmp_path / "m", 0, words=words)
+    off = modelzoo.round_trip(path, tmp_path / "model", "--lora-rank", "4")
+    assert off < 1e-4
+    kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert kept.convert_tokens_to_ids("<|task|>") == 46
+
+
+def test_rotation_in_bfloat16_is_no_worse_at_the_end_of_a_long_completion(tmp_path):
+    """Angles of long positions have to stay in float32: the drift does not grow with length."""
+    path = tinylm.save_model(tmp_path / "m", 0, max_position_embeddings=1024)
+    student, _, args, prompts = modelzoo.loaded(path, "--dtype", "bfloat16")
+    draws = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
+    rollout = selfcheck._written(opd.Rollout, prompts[:2], draws, student)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        off = (opd.token_logp(student, rollout, args) - modelzoo.truth(plain, rollout)).abs()
+    first, *_, last = (each.mean() for each in off.chunk(4, 1))
+    assert 0 < last < 2 * first

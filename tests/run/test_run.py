@@ -283,7 +283,7 @@ def test_bad_input_costs_one_line_and_writes_nothing(folder, capsys, tmp_path):
         ("--prompts", str(tmp_path / "fields.jsonl")): (1, "row 1", "'prompt'", "['asked']"),
         ("--prompts", str(tmp_path / "number.jsonl")): (1, "expected text", "got 7"),
         ("--max-prompt-tokens", "2"): (1, "all 12 are longer"),
-        ("--max-completion-tokens", "250"): (1, "beyond the models' 256 positions"),
+        ("--max-completion-tokens", "254"): (1, "all 12", "the models' 256 positions"),
         ("--verifier", "nothing"): (2, "--verifier", "'nothing'"),
         ("--verifier", "json:nothing"): (2, "--verifier", "'json:nothing'"),
         ("--device", "tpu9"): (2, "device 'tpu9'"),

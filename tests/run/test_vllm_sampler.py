@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import modelzoo
 import opd
 import pytest
 import tinylm
 import torch
 
-from opd_run import console, memory, ranks, vllm_sampler
+from opd_run import adapters, console, memory, ranks, vllm_sampler
 
 
 class Engine:
@@ -95,6 +96,22 @@ def test_truncation_leaves_one_law(prepared):
     assert engine.how["logprobs_mode"] == "raw_logprobs"
     assert engine.prompts == [[4, 5], [4, 5, 7, 8]]
     assert [each["max_tokens"] for each in engine.params] == [128, 126]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3"])
+def test_weights_come_under_the_names_of_the_files(prepared, tmp_path, name, more):
+    """The engine reads checkpoints: experts that are one tensor in memory are many there."""
+    engine = prepared[0].engine
+    path = modelzoo.save(tmp_path / "zoo", name)
+    student, tokenizer, _, _ = modelzoo.loaded(path, *more)
+    engine.update(student)
+    adapters.export(student, tokenizer, tmp_path / "model")
+    found, want = engine.engine.weights, modelzoo.read(tmp_path / "model")
+    tied = {"lm_head.weight"} if name == "qwen3" else set()  # named twice in memory
+    assert found.keys() == want.keys() | tied
+    assert want.keys() == modelzoo.file_names(tmp_path / "zoo")
+    assert all(torch.equal(found[each], want[each]) for each in want)
 
 
 def test_another_loss_temperature_is_refused():

@@ -14,7 +14,7 @@ LAYERS = [
     ["console"],
     ["ranks", "files", "alarms", "compat", "verdicts"],
     ["verifier", "data", "rollouts"],
-    ["models"],
+    ["models", "views"],
     ["adapters", "offload"],
     ["vllm_sampler", "served_teacher"],
     ["setup", "memory"],
@@ -103,7 +103,14 @@ PLUMBING = {
         *("say_overlap", "source_of", "test_sets", "user_text", "value_of"),
     },
     "diagnose": {
-        *("exact_divergences", "num_not_finite", "of_step", "offending", "pass_metrics"),
+        *(
+            "exact_divergences",
+            "num_not_finite",
+            "of_prompts",
+            "of_step",
+            "offending",
+            "pass_metrics",
+        ),
         *("places", "rollout_metrics", "samples", "token_metrics", "traces"),
     },
     "files": {"TINY"},
@@ -111,7 +118,7 @@ PLUMBING = {
     "memory": {"say"},
     "models": {"CausalLM"},
     "ranks": {
-        *("cat", "share", "start", "sum_gradients", "total", "unsharded", "whole"),
+        *("cat", "first", "share", "start", "sum_gradients", "total", "unsharded", "whole"),
     },
     "retry": {"fit_memory", "in_chunks", "micro_batches"},
     "rollouts": {
@@ -122,7 +129,8 @@ PLUMBING = {
     "selfcheck": {"check_models"},
     "setup": {"load_lm", "load_models", "prepare", "token_ids", "zero_moments"},
     "verifier": {"Verifier"},
-    "vllm_sampler": {"fill"},
+    "views": {"ask_for_attempts", "attempts", "decay_of", "leave_out_long", "of"},
+    "vllm_sampler": {"fill_by_vllm"},
 }
 
 

@@ -19,8 +19,8 @@ import sync_methods  # noqa: E402
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 REFERENCE = (ROOT / "methods/opd.py").read_text()
-MAX_LINES = 720  # of opd.py
-MAX_DIFF = {"exopd": 60, "sg_opd": 110, "topk_opd": 150, "tropd": 200}
+MAX_LINES = 772  # of opd.py: 660, what later features listed, and 52 of another prompt for teachers
+MAX_DIFF = {"exopd": 61, "sg_opd": 110, "topk_opd": 150, "tropd": 200}
 
 
 def source(method: str) -> str:

@@ -56,6 +56,18 @@ def test_one_prompt_is_answered(capsys):
     assert capsys.readouterr().out == first  # greedy
 
 
+def test_a_run_answers_with_its_system_message_and_names_its_template(run, capsys, monkeypatch):
+    flags = {"system": "be brief", "prompt_template": "{question} Go."}
+    (run / "args.json").write_text(json.dumps({"args": flags}))
+    asked = []
+    monkeypatch.setattr(chat, "answer", lambda lm, _, said, *more: asked.append(said) or "")
+    assert chat.main([str(run), "--prompt", "Nora has 8 keys."]) == 0
+    system, user = asked[0][:2]
+    assert system == {"role": "system", "content": "be brief"}
+    assert user == {"role": "user", "content": "Nora has 8 keys."}
+    assert "--prompt-template '{question} Go.'" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_model_is_one_line(run, capsys):
     with pytest.raises(SystemExit) as stop:
         chat.main([str(run), "--step", "3"])

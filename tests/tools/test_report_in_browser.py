@@ -88,6 +88,36 @@ def test_the_controls_and_the_pointer(page, tmp_path):
     assert "0 %" in inside(dom, "tip")  # the teacher's -inf
 
 
+def test_a_completion_is_copied(page, tmp_path):
+    folder = write_run(tmp_path / "run", 0, text="x")
+    use = "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => { "
+    use += "document.title = 'copied ' + text; }}});"
+    use += "document.querySelector('#panes button.copy').click();"
+    dom = page([folder], "--dump-dom", use=use)
+    assert "<title>copied xxxxx</title>" in dom and ">copied</button>" in dom
+    refused = use.replace("document.title = 'copied ' + text;", "throw new Error('no');")
+    dom = page([folder], "--dump-dom", use=refused)
+    assert ">select and copy by hand</button>" in dom
+    assert "<title>OPD report" in dom
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_is_wider_than_the_window_and_no_word_is_broken(page, tmp_path, width):
+    """Tables scroll in their cards; a name of one word fits in its column."""
+    folders = [write_run(tmp_path / f"{name}", 0, lr=lr) for name, lr in (("a", 1e-3), ("b", 1))]
+    use = (
+        "const lines = cell => { const r = document.createRange(); r.selectNodeContents(cell);"
+        " return new Set([...r.getClientRects()].map(b => b.top)).size; };"
+        " const cells = [...document.querySelectorAll('th')];"
+        " const words = cells.filter(c => /^\\w+$/.test(c.innerText));"
+        " document.title = `wide ${document.documentElement.scrollWidth}, words ${words.length},"
+        " broken ${words.filter(c => lines(c) > 1).map(c => c.innerText)}.`"
+    )
+    dom = page(folders, f"--window-size={width},900", "--dump-dom", use=use)
+    (wide, num, broken) = re.findall(r"<title>wide (\d+), words (\d+),\s+broken (.*?)\.<", dom)[0]
+    assert int(wide) <= width and int(num) > 10 and broken == ""
+
+
 def test_a_hostile_completion_does_nothing(page, tmp_path):
     dom = page([write_run(tmp_path / "run", 0, text=HOSTILE)], "--dump-dom")
     (title,) = re.findall("<title>(.*?)</title>", dom, re.DOTALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 import sys
 from html.parser import HTMLParser
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_runs  # noqa: E402
 import report  # noqa: E402
+
+from opd_run import console  # noqa: E402
 
 HOSTILE = (
     "</script><script>document.title='taken'</script><img src=x onerror=alert(1)> \"'`&amp;"
@@ -65,7 +68,21 @@ def write_run(folder: Path, seed: int, lr: float = 1e-3, text: str = "a", num: i
     tokens = [tokens_row(step, "eval", row, num, text) for step in (0, 3) for row in (0, 1)]
     tokens += [tokens_row(step, "train", 0, num, text) for step in (1, 2, 3)]
     (folder / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tokens))
+    evaluated = [
+        {"step": step, "model": "student", "test": "", "row": row, "prompt": f"{text} {row}",
+         "answer": text, "domain": "", "verdicts": verdicts, "lengths": [num, num + 40 * step],
+         "completion_end": f"{text} at {step}"}
+        for step, ends in ((0, VERDICTS[0]), (3, VERDICTS[1])) for row, verdicts in enumerate(ends)
+    ]  # fmt: skip
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated))
     return folder
+
+
+VERDICTS = (
+    [[-1, -1], [1, 1], [1, -1], [-1, -1], [-1, 1], [0, 0]],
+    [[1, 1], [-1, -1], [1, 1], [-1, 0], [1, 0], [1, 1]],
+)
+"""Of six prompts, before and after: won, lost, right in both, wrong in both, right, unknown."""
 
 
 class Page(HTMLParser):
@@ -163,7 +180,7 @@ def test_rollouts_are_the_rows_of_the_file(seeds):
     assert len(shown) == len(rows) == 7
     found = {(each["phase"], each["step"], each["row"]): each for each in shown}
     for row in rows:
-        each = found[row["phase"], row["step"], row["row"]]
+        each = found[row["phase"], row["step"], f"/{row['row']}"]
         assert each["student"] == row["student_logp"] and each["teacher"] == row["teacher_logp"]
         assert each["ids"] == row["ids"] and each["logged"] == row["logged"]
         assert each["support_teacher"][:5] == row["support_teacher_logp"][0]
@@ -303,9 +320,93 @@ def test_numbers_have_four_digits(value, shown):
 def test_intervals_and_what_was_spent():
     """Wilson's interval by hand: 30 of 40 prompts; samples of a prompt count as one."""
     row = {"num_rollouts": 160.0, "gsm/num_rollouts": 160.0}
-    assert report.interval(0.75, "avg@4", row) == " [0.60, 0.86]"
-    assert report.interval(0.75, "gsm/avg@4", row) == " [0.60, 0.86]"
+    assert report.interval(0.75, "avg@4", row) == "\u00a0[0.60,\u00a00.86]"
+    assert report.interval(0.75, "gsm/avg@4", row) == "\u00a0[0.60,\u00a00.86]"
     assert report.interval(0.75, "avg@4/add", row) == report.interval(0.75, "pass@4", row) == ""
+
+
+def cells_of(part: str) -> list[list[str]]:
+    """The rows of the tables of a part of the page."""
+    rows = re.findall("<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
+    return [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+
+
+def test_prompts_that_were_won_and_lost(tmp_path):
+    run = write_run(tmp_path / "run", 0, text="<i>")
+    part = report.won_part(compare_runs.group([compare_runs.load(run)]))
+    head, counts, texts, *changed = cells_of(part)
+    assert head == ["", "won", "lost", "right in both", "wrong in both"]
+    assert counts == ["run", "1", "1", "2", "1"]  # one is unknown
+    assert texts[0] == "right" and [row[:2] for row in changed] == [
+        ["0/2 → 2/2", "&lt;i&gt; 0"],
+        ["1/2 → 1/1", "&lt;i&gt; 4"],  # one sample has no verdict any more
+        ["1/2 → 2/2", "&lt;i&gt; 2"],
+        ["2/2 → 0/2", "&lt;i&gt; 1"],
+    ]
+    assert changed[0][2:] == ["&lt;i&gt;", "&lt;i&gt; at 0", "&lt;i&gt; at 3"]
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
+    rows = [row for row in rows if row["step"] == 0]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.won_part(compare_runs.group([compare_runs.load(run)])) == ""  # nothing after
+    (run / "evaluations.jsonl").write_text('{"step": 0, "model": "student"}\n')
+    with pytest.raises(console.RunError, match=r"evaluations\.jsonl: a row without 'test'"):
+        report.tested(compare_runs.load(run))
+
+
+def test_lengths_are_shares_of_equal_bins(tmp_path):
+    """10 or 10 tokens before, 10 or 130 after: 121 values, 18 bins of 7."""
+    runs = [write_run(tmp_path / name, 0, num=10) for name in ("run", "older")]
+    (runs[1] / "evaluations.jsonl").unlink()
+    found = report.histograms([report.tested(compare_runs.load(run)) for run in runs])
+    assert found["width"] == 7 and found["middles"][:2] == [13.0, 20.0]
+    (before, after), older = found["shares"]
+    assert before == [1.0] + [0.0] * 17 and after == [0.5] + [0.0] * 16 + [0.5]
+    assert older == [[0.0] * 18] * 2
+    assert report.histograms([[]]) == {}
+
+
+def test_several_test_sets_have_their_rows_in_the_summary_and_their_rollouts(tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    more = {"eval/student/gsm/avg@8": 0.25, "eval/student/gsm/length_mean": 7.0}
+    with (run / "metrics.jsonl").open("a") as file:  # each test set has a row of its own
+        for step in (0, 3):
+            file.write(json.dumps({"step": step} | more) + "\n")
+    with (run / "tokens.jsonl").open("a") as file:
+        for step in (0, 3):
+            file.write(json.dumps(tokens_row(step, "eval", 0, 5) | {"test": "gsm"}) + "\n")
+    with (run / "evaluations.jsonl").open("a") as file:
+        row = {"model": "student", "test": "gsm", "row": 0, "prompt": "", "answer": ""}
+        row |= {"lengths": [1], "completion_end": ""}
+        for step, verdicts in ((0, [1]), (3, [-1])):
+            file.write(json.dumps({"step": step, "verdicts": verdicts} | row) + "\n")
+    found = compare_runs.summary(compare_runs.load(run))
+    counts = cells_of(report.won_part(compare_runs.group([compare_runs.load(run)])))
+    assert counts[1:3] == [["run", "", "1", "1", "2", "1"], ["run", "gsm", "0", "1", "0", "0"]]
+    assert found["avg@8 before"] == 0.4 and found["avg@8 after"] == 0.7
+    assert found["gsm/avg@8 before"] == found["gsm/avg@8 after"] == 0.25
+    assert found["gsm/length after"] == 7.0 and found["gap closed"] == pytest.approx(0.6)
+    rollouts = page_of(run).data["rollouts"]
+    assert len([each for each in rollouts if each["phase"] == "eval"]) == 6
+    assert {each["row"] for each in rollouts if each["phase"] == "eval"} == {"/0", "/1", "gsm/0"}
+
+
+def test_evaluation_alone_has_no_before_and_after(tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    rows = [row for row in rows if row["step"] == 0]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare_runs.summary(compare_runs.load(run))
+    assert found == {"avg@8": 0.4, "avg@8 teacher": 0.9, "reverse_kl": 0.2, "steps": 0.0}
+
+
+def test_what_is_copied_is_the_text_as_it_was_decoded(tmp_path):
+    run = write_run(tmp_path / "run", 0)
+    (first, *_) = page_of(run).data["rollouts"]
+    assert "completion" not in first  # its pieces say the same
+    row = tokens_row(9, "train", 0, 5) | {"completion": "\u65e5\u672c"}  # pieces of characters
+    with (run / "tokens.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert page_of(run).data["rollouts"][-1]["completion"] == "\u65e5\u672c"
 
 
 def test_spent_and_deciles_are_sums_and_means(tmp_path):

@@ -1,0 +1,354 @@
+"""A teacher that reads another prompt (`--teacher-prompt`), and a student that teaches itself."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import opd
+import pytest
+import tinylm
+import torch
+import transformers
+from tablelm import TableLM, all_completions, expected_gradient, rollout_of
+from tinylm import weights
+
+from opd_run import data, files, rollouts, views
+from opd_run.console import RunError
+from opd_run.models import ReadAs
+
+METHODS = ["opd", "sg_opd", "exopd", "topk_opd", "tropd"]
+VOCAB, LENGTH = 3, 3
+OWN, OTHER = (0,), (2, 1, 2)  # the student's prompt, the teacher's
+
+
+# ---------------------------------------------------------------------------------- enumeration
+class ByPrompt(torch.nn.Module):
+    """A teacher that is one table behind the student's prompt, and another behind its own."""
+
+    def __init__(self, **tables: TableLM) -> None:
+        super().__init__()
+        self.of = {OWN: tables["own"], OTHER: tables["other"]}
+        for name in ("vocab", "head", "lm", "device", "facts", "head_on"):
+            setattr(self, name, getattr(tables["own"], name))
+        self.role = "teacher"
+
+    def forward(self, read, where, input_ids, attention_mask, **_):
+        num_prompt = input_ids.shape[1] - LENGTH
+        prompts = {
+            tuple(ids[mask.bool()].tolist())
+            for ids, mask in zip(input_ids[:, :num_prompt], attention_mask[:, :num_prompt])
+        }
+        (prompt,) = prompts
+        plain = torch.cat([torch.zeros_like(input_ids[:, :1]), input_ids[:, num_prompt:]], 1)
+        return self.of[prompt](read, where[:, num_prompt - 1 :], input_ids=plain)
+
+
+CASES = [
+    ("opd", ""),
+    ("opd", "--objective full --divergence reverse"),
+    ("opd", "--objective full --divergence jsd"),
+    ("sg_opd", ""),
+    ("sg_opd", "--gate-target reference"),
+    ("exopd", "--reward-scale 1.5"),
+    ("topk_opd", "--support-size 2"),
+    ("tropd", ""),
+]
+
+
+@pytest.mark.parametrize(("method", "flags"), CASES)
+def test_the_target_is_the_teacher_under_its_own_prompt(method, flags):
+    """At prefixes that the student visits under its prompt; a reference reads the student's."""
+    module = importlib.import_module(method)
+    args = module.parse_args(flags.split())
+    student, own, other = (TableLM(VOCAB, LENGTH, seed) for seed in (1, 2, 3))
+    completions = all_completions(VOCAB, LENGTH)
+    probs = student.token_logp(completions).sum(1).exp()
+
+    def gradient(teacher, read):
+        reference = ByPrompt(own=own, other=other)
+        reference.role = "reference"
+        models = {"student": student, "teacher": teacher, "reference": reference}
+        prompt = data.Prompt(OWN, "", "", "", {}, views={"teacher": read} if read else {})
+
+        def loss(i):
+            zeros = torch.zeros(1, LENGTH, dtype=torch.float64)
+            given = {"prompts": [prompt], "behaviour_logp": zeros}
+            rollout = rollout_of(module, completions[i : i + 1], **given)
+            rollout.verdict[:] = -1.0 if i % 2 else 1.0
+            return module.token_loss(student, rollout, module.score(models, rollout, args), args)[0]
+
+        return expected_gradient(student, probs, loss)
+
+    found = gradient(ByPrompt(own=own, other=other), OTHER)
+    other.role = own.role = "teacher"
+    torch.testing.assert_close(found, gradient(other, None), rtol=0.0, atol=1e-9)
+    assert (found - gradient(own, None)).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------ real models
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tinylm.save_family(tmp_path_factory.mktemp("views"), eos_token_id=[1, 7])
+
+
+def flags(folder, run: str, *more: str) -> list[str]:
+    argv = f"--student {folder}/student --teacher {folder}/teacher --prompts {folder}/prompts.jsonl"
+    argv += f" --run-dir {folder}/{run} --max-completion-tokens 6 --prompts-per-step 3 --steps 3"
+    argv += " --rollouts-per-prompt 2 --save-every 1 --keep-checkpoints 0 --eval-every 0"
+    argv += " --device cpu --lr 1e-2"
+    return [*argv.split(), *more]
+
+
+def losses(folder, run: str) -> list[dict[str, float]]:
+    names = ("loss", "grad_norm", "log_ratio_mean", "reverse_kl")
+    rows = files.read_metrics(folder / run)
+    return [{name: row[name] for name in names if name in row} for row in rows]
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 1), (9, 3, 5)], ids=["shorter", "longer"])
+def test_completions_are_aligned_whatever_the_prompts_length(folder, lengths):
+    """Each row of a padded batch is what the model says of [its prompt, completion] alone."""
+    args = opd.parse_args(flags(folder, "aligned"))
+    models, tokenizer = tinylm.load(opd, args)
+    facts = models["student"].facts
+    prompts = opd.load_prompts(args.prompts, 0, tokenizer, facts, args)[:3]
+    read = [tuple(range(3, 3 + length)) for length in lengths]
+    prompts = [
+        data.Prompt(p.ids, p.text, p.answer, "", p.row, views={"teacher": ids})
+        for p, ids in zip(prompts, read)
+    ]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args)
+    teacher, student = models["teacher"], models["student"]
+    found = opd.token_logp(teacher, rollout, args)
+    alone = torch.zeros_like(found)
+    for row, ids in enumerate(read):
+        kept = rollout.completion_ids[row][rollout.completion_mask[row]]
+        whole = torch.cat([torch.tensor(ids), kept])
+        logits = teacher.lm(whole[None]).logits[0, len(ids) - 1 : -1, : facts.valid_vocab]
+        logp = logits.log_softmax(-1).gather(1, kept[:, None])[:, 0]
+        alone[row, : len(kept)] = logp
+    torch.testing.assert_close(found, alone, rtol=0.0, atol=1e-5)
+    plain = opd.replace(rollout, prompts=[opd.replace(each, views={}) for each in prompts])
+    assert (opd.token_logp(teacher, plain, args) - found).abs().max() > 1e-3
+    read_by_student = opd.token_logp(student, rollout, args)
+    assert torch.equal(read_by_student, opd.token_logp(student, plain, args))
+
+
+def test_a_teacher_samples_under_its_own_prompt_and_the_student_gets_its_own_back(folder):
+    args = opd.parse_args(flags(folder, "sampled"))
+    models, _ = tinylm.load(opd, args)
+    own, other = ((4, 5, 6), (7, 8, 9, 10, 11))
+    uniform = opd.uniforms(1, "rollouts", 0, args)
+    seen = data.Prompt(own, "", "", "", {}, views={"teacher": other})
+    plain = data.Prompt(other, "", "", "", {})
+    one, two = (opd.sample(models["teacher"], [each], uniform, args) for each in (seen, plain))
+    assert torch.equal(one.completion_ids, two.completion_ids)
+    assert torch.equal(one.behaviour_logp, two.behaviour_logp)
+    assert one.prompt_ids.tolist() == [list(own)]
+    mine = opd.sample(models["student"], [seen], uniform, args)
+    same = opd.sample(models["student"], [data.Prompt(own, "", "", "", {})], uniform, args)
+    assert torch.equal(mine.behaviour_logp, same.behaviour_logp)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folder, method):
+    module = importlib.import_module(method)
+    told = {"same": "{prompt}", "other": "{answer} {prompt}"}
+    for name, more in {
+        "plain": [],
+        **{k: ["--teacher-prompt", v] for k, v in told.items()},
+    }.items():
+        module.main(flags(folder, f"{method}_{name}", *more))
+    assert losses(folder, f"{method}_plain") == losses(folder, f"{method}_same")
+    assert losses(folder, f"{method}_plain") != losses(folder, f"{method}_other")
+    plain, same, other = (
+        weights(folder, f"{method}_{each}") for each in ("plain", "same", "other")
+    )
+    assert tinylm.equal(plain, same) and not tinylm.equal(plain, other)
+
+
+FUNCTIONS = """
+import json
+def feedback(row, completions, verdicts, index):
+    with open(row["log"] if "log" in row else "{log}", "a") as out:
+        out.write(json.dumps([row["prompt"], completions, verdicts, index]) + "\\n")
+    if index is None:
+        return None
+    return row["prompt"] + " " + " ".join(completions[:index])
+def turns(row, completions, verdicts, index):
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": row["prompt"]}]
+def number(row, completions, verdicts, index):
+    return 3
+calls = []
+def late(row, completions, verdicts, index):
+    calls.append(index)
+    if sum(each is not None for each in calls) > 6:  # in the second step
+        raise ValueError("no sibling has it")
+def few(row):
+    return None
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_function_is_told_what_the_group_wrote(folder, method, monkeypatch):
+    module, log = importlib.import_module(method), folder / f"{method}.log"
+    log.unlink(missing_ok=True)
+    (folder / "told.py").write_text(FUNCTIONS.replace("{log}", str(log)))
+    views.function_of.cache_clear()
+    spec = f"{folder}/told.py:feedback"
+    module.main(flags(folder, f"{method}_told", "--teacher-prompt", spec, "--steps", "1"))
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    before = [call for call in calls if call[3] is None]
+    after = [call for call in calls if call[3] is not None]
+    assert all(call[1:] == [[], [], None] for call in before) and len(before) >= 12
+    groups = {}
+    for prompt, completions, verdicts, index in after:
+        groups.setdefault(prompt, []).append((completions, verdicts, index))
+    assert len(groups) == 3
+    for group in groups.values():
+        assert [index for _, _, index in group] == list(range(len(group)))
+        assert all(each[:2] == group[0][:2] for each in group)
+        assert len(group[0][0]) == len(group[0][1]) == len(group) >= 2
+        assert set(group[0][1]) <= {-1.0, 0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--teacher", "live"], "under its own prompt has nothing to teach"),
+        (["--teacher", "ema:1.0"], "expected a number in (0, 1)"),
+        (["--teacher", "ema:x"], "expected a number in (0, 1)"),
+        (["--teacher-template-args", "[1]"], "must be a JSON object"),
+        (["--teacher-prompt", "{nothing}"], "no field 'nothing'"),
+        (["--teacher-prompt", "no_module:f"], "expected a template, or module:function"),
+        (["--teacher-prompt", "{folder}/told.py:few"], "(row, completions, verdicts, index)"),
+        (["--teacher-prompt", "{folder}/told.py:number"], "expected text, a list of chat messages"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(folder, more, message, capsys):
+    (folder / "told.py").write_text(FUNCTIONS.replace("{log}", str(folder / "log")))
+    views.function_of.cache_clear()
+    argv = flags(folder, "refused")
+    for flag, value in zip(more[::2], more[1::2]):
+        value = value.replace("{folder}", str(folder))
+        argv = [*argv, flag, value] if flag not in argv else [
+            value if argv[i - 1] == flag else word for i, word in enumerate(argv)
+        ]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        opd.main(argv)
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "usage"))
+    ]
+    assert stop.value.code in (1, 2) and len(lines) == 1 and message in lines[0], lines
+    assert not (folder / "refused").exists()
+
+
+def test_a_function_that_fails_ends_the_run_saved(folder, capsys):
+    (folder / "told.py").write_text(FUNCTIONS)
+    views.function_of.cache_clear()
+    with pytest.raises(SystemExit):
+        opd.main(flags(folder, "late", "--teacher-prompt", f"{folder}/told.py:late"))
+    said = capsys.readouterr()
+    assert "no sibling has it" in said.err and "saved" in said.out + said.err
+    assert (folder / "late/checkpoints/step_1/manifest.json").is_file()
+
+
+def test_rows_of_a_test_set_may_lack_a_field(folder, capsys):
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    (folder / "hints.jsonl").write_text("".join(json.dumps(r | {"hint": "x"}) + "\n" for r in rows))
+    args = opd.parse_args(
+        flags(folder, "lenient", "--teacher-prompt", "{hint} {prompt}",
+              "--test-prompts", f"{folder}/prompts.jsonl")
+    )  # fmt: skip
+    models, tokenizer = tinylm.load(opd, args)
+    facts = models["student"].facts
+    train = opd.load_prompts(f"{folder}/hints.jsonl", 0, tokenizer, facts, args)
+    assert all(prompt.views for prompt in train)
+    with pytest.raises(RunError, match="no field 'hint'"):
+        opd.load_prompts(f"{folder}/prompts.jsonl", 0, tokenizer, facts, args)
+    test = opd.load_prompts(f"{folder}/prompts.jsonl", 0, tokenizer, facts, args, test="")
+    assert not any(prompt.views for prompt in test)
+    assert f"{len(rows)} rows lack a field of --teacher-prompt" in capsys.readouterr().out
+
+
+def test_packing_counts_the_longer_prompt(folder):
+    args = opd.parse_args(flags(folder, "packed"))
+    models, _ = tinylm.load(opd, args)
+    prompts = [data.Prompt((3, 4), "", "", "", {}, views={"teacher": (5,) * n}) for n in (20, 2, 2)]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args)
+    rollout.completion_mask[:] = True
+    groups, _, _ = rollouts.pack(rollout, 10**6)
+    assert [0] in groups and sorted(map(len, groups)) == [1, 2]
+
+
+def test_what_does_not_fit_behind_a_prompt_is_not_trained(folder):
+    args = opd.parse_args(flags(folder, "long"))
+    models, _ = tinylm.load(opd, args)
+    prompts = [data.Prompt((3, 4), "", "", "", {}, views={"teacher": (5,) * n}) for n in (90, 2)]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(2, "rollouts", 0, args), args)
+    found = views.leave_out_long(rollout, 90)
+    assert found == {"num_teacher_prompts_too_long": 1.0}
+    assert rollout.response_mask.any(1).tolist() == [False, True]
+
+
+# --------------------------------------------------------------------- the student as its teacher
+def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
+    more = ["--teacher-prompt", "{answer} {prompt}"]
+    argv = [
+        word if word != f"{folder}/teacher" else "live" for word in flags(folder, "live", *more)
+    ]
+    args = opd.parse_args(argv)
+    models, tokenizer = tinylm.load(opd, args)
+    assert isinstance(models["teacher"], ReadAs) and models["teacher"].lm is models["student"].lm
+    prompts = opd.load_prompts(args.prompts, 0, tokenizer, models["student"].facts, args)
+    optimizer = opd.make_optimizer(models["student"], args)
+    copied = opd.parse_args(flags(folder, "copy", *more))
+    for step in range(2):
+        chosen = opd.prompts_of_step(prompts, step, args)
+        rollout = opd.sample(
+            models["student"], chosen, opd.uniforms(len(chosen), "rollouts", step, args), args
+        )
+        frozen, _ = tinylm.load(opd, copied)
+        frozen["teacher"].lm.load_state_dict(models["student"].lm.state_dict())
+        one = opd.score(models, rollout, args)["teacher_logp"]
+        two = opd.score({**frozen, "student": models["student"]}, rollout, copied)["teacher_logp"]
+        torch.testing.assert_close(one, two, rtol=0.0, atol=1e-5)
+        assert not one.requires_grad
+        opd.train_step(models["student"], optimizer, [(rollout, {"teacher_logp": one})], args, step)
+
+
+def test_the_average_moves_and_is_resumed_bit_for_bit(folder):
+    decay, more = 0.5, ["--teacher-prompt", "{answer} {prompt}"]
+
+    def argv(run, *extra):
+        given = flags(folder, run, *more, *extra)
+        return [word if word != f"{folder}/teacher" else f"ema:{decay}" for word in given]
+
+    opd.main(argv("whole"))
+    opd.main(argv("parts", "--steps", "2"))
+    opd.main(argv("parts", "--resume"))
+    assert losses(folder, "whole") == losses(folder, "parts")
+    assert tinylm.equal(weights(folder, "whole"), weights(folder, "parts"))
+
+    def average(run, step):
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+        reader = FileSystemReader(folder / run / f"checkpoints/step_{step}/trainer")
+        return _load_state_dict_from_keys(storage_reader=reader)["average"]
+
+    steps = (1, 2, 3)
+    saved = {step: average("whole", step) for step in steps}
+    students = {step: weights(folder, "whole", step) for step in steps}
+    first = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/student").state_dict()
+    saved[0] = {f"lm.{name}": value for name, value in first.items()}
+    for step in steps:
+        for name, value in saved[step].items():
+            short = name.removeprefix("lm.")
+            if short in students[step] and name in saved[step - 1]:
+                want = decay * saved[step - 1][name] + (1 - decay) * students[step][short]
+                torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(saved[3].values(), average("parts", 3).values()))
+    assert not tinylm.equal(saved[3], saved[1])
