@@ -13,8 +13,6 @@ import transformers
 
 from opd_run import memory, ranks, rollouts
 
-MIB = 2**20
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
