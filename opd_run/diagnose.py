@@ -74,10 +74,14 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
 def token_metrics(tokens: dict[str, Tensor]) -> dict[str, float]:
     """Means over trained tokens of what `token_loss` reports; quantiles of the log-ratio.
 
-    `decile` and `end`, from `places`, split the mean of the log-ratio.
+    `decile` and `end`, from `places`, split the mean of the log-ratio. What does not apply to a
+    token is NaN there, and no part of its mean; of a log-ratio it is an error, and stays.
     """
     decile, end = tokens.pop("decile", None), tokens.pop("end", None)
-    metrics = {f"{name}_mean": _mean(values) for name, values in tokens.items()}
+    metrics = {
+        f"{name}_mean": _mean(values if "log_ratio" in name else values[~values.isnan()])
+        for name, values in tokens.items()
+    }
     if "log_ratio" in tokens:
         for tenth in range(10) if decile is not None else ():
             metrics[f"log_ratio_decile_{tenth}"] = _mean(tokens["log_ratio"][decile == tenth])
