@@ -41,7 +41,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-from rows import RESULTS, append, environment, read, resident, restart_peak  # noqa: E402
+from rows import RESULTS, append, environment, failure, read, resident, restart_peak  # noqa: E402
 
 PROMPT, ANSWER = 32, 8  # tokens of a prompt, and of the answer that the data set has for it
 LR, BETA2 = 1e-5, 0.95
@@ -374,9 +374,9 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
             importlib.import_module(name)
         except (ImportError, RuntimeError) as error:  # transformers and trl wrap it in the latter
             if who != "opd.py" or not case.go_on:
-                pipe.send({"failed": f"{name} cannot be imported: {one_line(error)}"})
+                pipe.send({"failed": f"{name} cannot be imported: {failure(error)}"})
                 return
-            print(f"{name} cannot be imported: {one_line(error)}", flush=True)
+            print(f"{name} cannot be imported: {failure(error)}", flush=True)
     sys.stdout = open(os.devnull, "w")  # the parent reports
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -396,13 +396,8 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
             pipe.send({"failed": f"out of memory{limit}"})
             return
         if case.go_on:
-            pipe.send({"failed": one_line(error)})
+            pipe.send({"failed": failure(error)})
         raise
-
-
-def one_line(error: BaseException) -> str:
-    """Its kind and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -376,8 +376,7 @@ def time_case(task: Task, case: dict[str, Any], calls: dict[str, Call], repeats:
                 else:
                     seconds[name] += seconds_of_one(task, call)
             except Exception as error:  # a baseline may fail as it likes; the others go on
-                first = f"{type(error).__name__}: {error}".splitlines()[0]
-                failures[name] = first[:200]
+                failures[name] = rows.failure(error)
             if name in failures:  # the exception is gone, and the tensors of its frames
                 gc.collect()
                 torch.cuda.empty_cache()

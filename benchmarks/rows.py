@@ -76,6 +76,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def failure(error: BaseException) -> str:
+    """For the column `failed`: its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def restart_peak() -> None:
     """The peak of this process' resident memory starts anew, on Linux."""
     Path("/proc/self/clear_refs").write_text("5")

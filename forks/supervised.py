@@ -617,7 +617,6 @@ def train_step(
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
-    student.zero_grad()  # no memory for gradients while rollouts are made
     done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
     return metrics | done | {"bad_step": float(not good)}
 
@@ -722,6 +721,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     break
                 if decay := views.decay_of(args):
                     move_average(models, decay)
+            student.zero_grad()  # no memory for gradients while rollouts are made
         run.log_step(step + 1, metrics, diagnose.samples(rollout, tokenizer))
         if metrics["bad_step"]:
             functions = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}

@@ -505,7 +505,7 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     add("--outlier-support", 64, "tokens K of the forward KL, Eq. (4)", "[1,inf)")
     add("--outlier-form", "differentiable", "Eq. (4) as it is, or as an advantage", choices=forms)
     add("--outlier-renormalise", True, "scale the teacher to sum to 1 on the K tokens, Eq. (4)")
-    add("--outlier-threshold", -5.0, "tau of Eq. (6), nats", "(-inf,0)")
+    add("--outlier-threshold", -0.85, "tau of Eq. (6), nats", "(-inf,0)")
     add("--guidance", True, "start some rollouts with a prefix that the teacher wrote")
     add("--guidance-weight", 1e-3, "weight beta of the prefix, Eq. (5)", "[0,inf)")
     add("--guidance-form", "differentiable", "the prefix term likewise", choices=forms)
@@ -624,8 +624,9 @@ def token_loss(
             gap = gap.detach() * student_logp
         guidance_loss = args.guidance_weight * gap
         logged = {"log_ratio": log_ratio, "advantage": advantage}
-        logged |= {"policy_log_ratio": policy_log_ratio, "accepted": accepted * response_mask}
-        logged |= {"outlier": outlier * response_mask, "trust_loss": trust_loss}
+        own = torch.where(response_mask, 1.0, math.nan)  # a prefix is neither
+        logged |= {"policy_log_ratio": policy_log_ratio, "accepted": accepted * own}
+        logged |= {"outlier": outlier * own, "trust_loss": trust_loss}
         logged |= {"outlier_loss": outlier_loss, "guidance_loss": guidance_loss}
         return trust_loss + outlier_loss + guidance_loss, logged  # Eq. (5)
 
@@ -752,7 +753,6 @@ def train_step(
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
-    student.zero_grad()  # no memory for gradients while rollouts are made
     done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
     return metrics | done | {"bad_step": float(not good)}
 
@@ -857,6 +857,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     break
                 if decay := views.decay_of(args):
                     move_average(models, decay)
+            student.zero_grad()  # no memory for gradients while rollouts are made
         run.log_step(step + 1, metrics, diagnose.samples(rollout, tokenizer))
         if metrics["bad_step"]:
             functions = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}

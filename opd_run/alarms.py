@@ -24,11 +24,13 @@ class Series:
     first: list[float] = field(default_factory=list)  # the first 3
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=2 * WINDOW))
     lowest: float = math.nan
+    num_negative: int = 0  # so many of the last ones in a row
 
     def add(self, value: float) -> None:
         """Take in the next value."""
         self.num += 1
         self.recent.append(value)
+        self.num_negative = self.num_negative + 1 if value < 0.0 else 0
         if self.num <= WINDOW:
             self.first.append(value)
         if self.num >= 2 * WINDOW:  # the older half has ended before the last 3 began
@@ -172,6 +174,16 @@ def _unverified(seen: History) -> str | None:
     return _says(worst > 0.05, f"{worst:.0%} of the rollouts have no verdict")
 
 
+def _prompt_misleads(seen: History) -> str | None:
+    num = seen.series.get("right_minus_wrong", Series()).num_negative
+    now, without = seen.mean("right_minus_wrong"), seen.mean("right_minus_wrong_without_prompt")
+    return _says(
+        num >= 10 and now < without,
+        f"right_minus_wrong was negative in {num} steps in a row, {now:.3g} now; with the "
+        f"student's prompt it would be {without:.3g}",
+    )
+
+
 ALARMS = (
     Alarm(
         "entropy_collapse",
@@ -260,6 +272,15 @@ ALARMS = (
         _unverified,
         "The verifier throws or runs into its time limit, or rows have no right answer.",
         "the first failures in the log above, --verifier-timeout-s, --answer-field",
+    ),
+    Alarm(
+        "prompt_misleads",
+        "`right_minus_wrong` < 0 in 10 steps in a row, and now < "
+        "`right_minus_wrong_without_prompt`",
+        _prompt_misleads,
+        "Under its own prompt the teacher likes wrong rollouts more than right ones: it copies "
+        "what it was told, or expects another form of answer.",
+        "another --teacher-prompt, --eval-teacher for the gap, samples.jsonl with both prompts",
     ),
 )
 

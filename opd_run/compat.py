@@ -6,12 +6,43 @@ with what else goes wrong in practice: different EOS sets, chat templates, vocab
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from opd_run.console import RunError, one_line, say
+
+TEMPLATE_LIMIT_S = 10.0  # for one prompt; an honest template takes a millisecond
+
+
+@contextlib.contextmanager
+def time_limit(what: str) -> Iterator[None]:
+    """End the block after `TEMPLATE_LIMIT_S`: a chat template is a program, and may never end.
+
+    By a signal that comes again each second, as the compiler of templates catches the first one.
+    Signals reach the main thread only; in another one there is no limit.
+
+    Raises:
+        RunError: it took longer; `what` did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(number: int, frame: Any) -> None:
+        raise RunError(f"{what} takes more than {TEMPLATE_LIMIT_S:g} s")
+
+    handler = signal.signal(signal.SIGALRM, over)
+    timer = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_LIMIT_S, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @dataclass(frozen=True)
@@ -282,7 +313,8 @@ def _shown(
         return text
     used = model.partition("/")[0] == template_from
     try:
-        shown = render(tokenizer, text)
+        with time_limit("it"):
+            shown = render(tokenizer, text)
     except Exception as error:  # templates raise what they like
         why = f"the chat template of {model} does not render a user's message: {one_line(error)}"
         (report.errors if used else report.facts).append(why)

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opd_run.compat import time_limit
 from opd_run.console import RunError, one_line, optional, say
 
 Made = TypeVar("Made")
@@ -156,7 +157,8 @@ def load(source: Source, make: Callable[[Row, Source], Made]) -> list[Made]:
             say(f"data: {source.spec}: --prompt-field {source.prompt_field}, as in the first row")
     for number, row in enumerate(rows, 1):
         try:
-            made.append(make(row, source))
+            with time_limit("its chat template, or cutting it into tokens,"):
+                made.append(make(row, source))
         except RunError as error:
             raise RunError(f"{source.spec}: row {number}: {error}", error.code) from None
         except (jinja2.TemplateError, TypeError) as error:  # a template's word on these messages

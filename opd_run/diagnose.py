@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,14 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
 def token_metrics(tokens: dict[str, Tensor]) -> dict[str, float]:
     """Means over trained tokens of what `token_loss` reports; quantiles of the log-ratio.
 
-    `decile` and `end`, from `places`, split the mean of the log-ratio.
+    `decile` and `end`, from `places`, split the mean of the log-ratio. What does not apply to a
+    token is NaN there, and no part of its mean; of a log-ratio it is an error, and stays.
     """
     decile, end = tokens.pop("decile", None), tokens.pop("end", None)
-    metrics = {f"{name}_mean": _mean(values) for name, values in tokens.items()}
+    metrics = {
+        f"{name}_mean": _mean(values if "log_ratio" in name else values[~values.isnan()])
+        for name, values in tokens.items()
+    }
     if "log_ratio" in tokens:
         for tenth in range(10) if decile is not None else ():
             metrics[f"log_ratio_decile_{tenth}"] = _mean(tokens["log_ratio"][decile == tenth])
@@ -141,8 +146,10 @@ def samples(rollout: Any, tokenizer: Any, num: int = 4) -> list[dict[str, Any]]:
     rows = []
     for row, prompt in enumerate(rollout.prompts[:num]):
         ids = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+        read = {f"{role}_prompt": tokenizer.decode(ids) for role, ids in prompt.views.items()}
         rows.append(
-            {
+            read
+            | {
                 "prompt": prompt.text,
                 "answer": json.loads(json.dumps(prompt.answer, default=str)),
                 "domain": prompt.domain,
@@ -241,8 +248,51 @@ def of_step(
     """`exact_divergences` at `--diagnostic-tokens` tokens that `seed` chooses, and `traces`."""
     few = thin(rollout, args.diagnostic_tokens, seed)
     metrics = exact_divergences(models, micro_batches(few), args, **functions)
+    if any("teacher" in prompt.views for prompt in few.prompts):
+        metrics |= right_minus_wrong(models, micro_batches(few), args, **functions)
     functions |= {"score": score, "token_loss": token_loss}
     return metrics, traces(models, rollout, tokenizer, args, **functions)
+
+
+@torch.no_grad()
+def right_minus_wrong(
+    models: dict[str, Any],
+    micro_batches: Iterable[Any],
+    args: argparse.Namespace,
+    *,
+    read_tokens: Callable[..., Any],
+    loss_law: Callable[..., dict[str, Any]],
+    teacher_of: Callable[..., str],
+) -> dict[str, float]:
+    """Mean of log teacher - log student over tokens of right rollouts, less that of wrong ones.
+
+    With the teacher's own prompt, and with the student's: what the other prompt does to the signal.
+    NaN where all are right, or none is.
+    """
+    if served_teacher.remote(models.values()):
+        return {}  # a second request for every rollout
+    mine, law = [], loss_law(models["student"], args)
+    for micro in micro_batches:
+        names = [teacher_of(prompt, args) for prompt in micro.prompts]
+        for teacher, _, part in rollouts.by_teacher(models, micro, names):
+            mask = part.trained_mask
+            ids = part.completion_ids[mask]
+            untold = replace(part, prompts=[replace(each, views={}) for each in part.prompts])
+
+            def logp(hidden: Tensor, head: Tensor | None, ids: Tensor = ids) -> Tensor:
+                return opd_ops.token_logp(hidden, head, ids.to(hidden.device), **law).logp
+
+            asked = ((models["student"], part), (teacher, part), (teacher, untold))
+            student_logp, *scored = (read_tokens(model, of, logp)[mask] for model, of in asked)
+            told, without = (teacher_logp - student_logp for teacher_logp in scored)
+            verdict = part.verdict[:, None].expand(mask.shape)[mask]
+            mine.append({"told": told, "without": without, "verdict": verdict})
+    found = _gathered(mine)
+    right, wrong = found["verdict"] > 0, found["verdict"] < 0
+    told, without = (
+        _mean(found[name][right]) - _mean(found[name][wrong]) for name in ("told", "without")
+    )
+    return {"right_minus_wrong": told, "right_minus_wrong_without_prompt": without}
 
 
 def _gathered(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

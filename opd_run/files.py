@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,29 @@ def cut_log(path: Path, step: int) -> int | None:
         os.truncate(path, kept[0])
         sync(path)
     return kept[1]
+
+
+_STEP = re.compile(rb'\{"step": (\d{1,15})[,}]')  # how `append_row` begins a line
+
+
+def missing_steps(path: Path, last: int, key: str = "") -> list[tuple[int, int]]:
+    """The training steps from 1 to `last` of which a log has no row: first and last of each gap.
+
+    Args:
+        path: the log; a missing one has no rows.
+        key: of the rows that count; without it all do.
+    """
+    mark, found, before = f'"{key}": '.encode() if key else b"", [], 0
+    if path.is_file():
+        with path.open("rb") as lines:
+            for line in lines:
+                begin = _STEP.match(line)
+                if begin and mark in line and line.endswith(b"}\n"):
+                    step = int(begin[1])
+                    if step > before + 1:
+                        found.append((before + 1, step - 1))
+                    before = max(before, step)
+    return [*found, (before + 1, last)] if before < last else found
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

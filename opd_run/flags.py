@@ -8,14 +8,35 @@ import difflib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from opd_run import ranks, served_teacher, views, vllm_sampler
-from opd_run.console import RunError
+from opd_run.console import RunError, one_line, say
+
+OF_THE_MACHINE = {
+    "device": "auto", "teacher_device": "same", "dtype": "auto", "teacher_dtype": "auto",
+    "check_models": None,
+}  # fmt: skip
+"""Flags that may be left to the machine, and their value then."""
+OF_THE_COMMAND = ("resume", "overwrite", "run_dir", "dry_run", "debug")
+"""Flags of one command, which `--resume RUN` does not take from the one before."""
+PATHS = ("student", "teacher", "reference", "prompts", "test_prompts", "teacher_rollouts")
+"""Flags whose value may name a file or a folder."""
+TEXTS = ("verifier", "prompt_template", "teacher_prompt", "reference_prompt")
+"""Flags whose value may be FILE.py:FUNCTION or @FILE, and is no path otherwise."""
+
+
+class Flags(argparse.Namespace):
+    """Parsed flags. `resolved`: those that this machine has decided; no flag, not in `vars`."""
+
+    __slots__ = ("resolved",)
+    resolved: list[str]
 
 
 def flag(group: Any, name: str, default: Any, text: str, bounds: str = "", **kwargs: Any) -> None:
@@ -46,7 +67,9 @@ def new_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     )
     add = partial(flag, parser.add_argument_group("run"))
     add("--run-dir", f"runs/{name}/default", "folder for logs and checkpoints")
-    add("--resume", False, "continue from the newest complete checkpoint in --run-dir")
+    add("--resume", None, "go on from the newest complete checkpoint in --run-dir; with RUN, a run "
+        "folder or a checkpoint in one, from there and with the flags of its args.json; flags "
+        "given beside it win", metavar="RUN", nargs="?", const=True)  # fmt: skip
     add("--overwrite", False, "delete the run that is in --run-dir and start anew")
     add("--save-every", 50, "save a checkpoint every so many steps; 0: only at the end", "[0,inf)")
     add("--keep-checkpoints", 2, "keep this many of the newest checkpoints; 0: all", "[0,inf)")
@@ -93,9 +116,11 @@ def parse(
 ) -> argparse.Namespace:
     """Parse flags and resolve what is `auto`; nothing is written to the result afterwards.
 
+    `resume` is None, True, or, with `--resume RUN/checkpoints/step_N`, `step_N`; `run_dir` is RUN.
+
     Raises:
         RunError: exit code 2; everything that is wrong with bounds, JSON, combinations and
-            `check(args)`, in one message.
+            `check(args)`, in one message; or `--resume RUN` has no run to take flags from.
     """
 
     def refuse_usage(message: str) -> None:
@@ -106,7 +131,13 @@ def parse(
         raise RunError(f"{message} (--help lists all flags)", code=2)
 
     parser.error, parser.allow_abbrev = refuse_usage, False  # type: ignore[assignment,method-assign]
-    args = parser.parse_args(argv)
+    given, resume = _given(parser, argv), None
+    if isinstance(given.get("resume"), str):
+        run, resume = _run_of(given)
+        argv = [*_recorded(parser, run, given), *(sys.argv[1:] if argv is None else argv)]
+        argv = [*argv, f"--run-dir={run}"]
+    args = parser.parse_args(argv, Flags())
+    args.resume = resume or args.resume
     errors = []
     for action in parser._actions:
         bounds, value = getattr(action, "bounds", ""), getattr(args, action.dest, None)
@@ -146,6 +177,91 @@ def without_teacher(args: argparse.Namespace) -> list[str]:
     return [f"{flag}: this method has no teacher" for flag, given in named.items() if given]
 
 
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What the command line itself says, without defaults."""
+    defaults = {action: action.default for action in parser._actions}
+    for action in defaults:
+        action.default = argparse.SUPPRESS
+    try:
+        return vars(parser.parse_args(argv))
+    finally:
+        for action, default in defaults.items():
+            action.default = default
+
+
+def _run_of(given: dict[str, Any]) -> tuple[Path, str | bool]:
+    """The run folder that `--resume RUN` speaks of, and the checkpoint in it (True: the newest).
+
+    Raises:
+        RunError: exit code 2; `--run-dir` says another folder.
+    """
+    path = Path(os.path.abspath(given["resume"]))
+    resume: str | bool = True
+    if path.parent.name == "checkpoints" and re.fullmatch(r"step_\d+", path.name):
+        path, resume = path.parents[1], path.name
+    if "run_dir" in given and os.path.realpath(given["run_dir"]) != os.path.realpath(path):
+        raise RunError(
+            f"--resume {given['resume']} goes on in its own folder: leave --run-dir out", 2
+        )
+    folder = Path(os.path.relpath(path))
+    return (path if folder.parts[:1] == ("..",) else folder), resume
+
+
+def _recorded(parser: argparse.ArgumentParser, run: Path, given: dict[str, Any]) -> list[str]:
+    """The command line that `args.json` of a run stands for, without the flags that are `given`
+    now, those of one command, and those that the machine had decided.
+
+    Paths that were relative to the run's working directory are made absolute in another one.
+
+    Raises:
+        RunError: exit code 2; there is no `args.json` of a run.
+    """
+    try:
+        record = json.loads((run / "args.json").read_bytes())
+        flags, folder = dict(record["args"]), Path(record.get("cwd", Path.cwd()))
+        left_out = {*record.get("resolved", OF_THE_MACHINE), *OF_THE_COMMAND, *given}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"--resume {given['resume']}: expected a run folder or a checkpoint in one, RUN or "
+            f"RUN/checkpoints/step_N: {run / 'args.json'}: {type(error).__name__}: "
+            f"{one_line(error, 160)}",
+            2,
+        ) from error
+    actions, argv, unknown = {action.dest: action for action in parser._actions}, [], []
+    for name, value in flags.items():
+        action = actions.get(name)
+        if name in left_out or value is None:
+            continue
+        if action is None:
+            unknown.append(f"--{name.replace('_', '-')}")
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(action, argparse.BooleanOptionalAction):
+                argv.append(action.option_strings[0 if each else 1])
+            else:
+                text = json.dumps(each) if isinstance(each, dict) else str(each)
+                text = _placed(name, text, folder) if name in PATHS + TEXTS else text
+                argv.append(f"{action.option_strings[0]}={text}")
+    say(f"resume: flags of {run / 'args.json'}, which were given in {folder}")
+    if unknown:
+        say(f"! resume: {parser.prog} has no {', '.join(unknown)}: left out")
+    return argv
+
+
+def _placed(name: str, text: str, folder: Path) -> str:
+    """A flag's value: PATH, NAME=PATH, @PATH, FOLDER:SPLIT or FILE.py:FUNCTION; with an absolute
+    path, if it is there relative to `folder` and that is not the working directory."""
+    kind = re.match(r"(@|[^/.:=\[\]]+=)?", text)
+    head = kind[0] if kind else ""
+    is_text = name in TEXTS and head != "@"
+    pattern = r"(.+\.py)(:\w+)" if is_text else r"([^:]+)(:.+)?"
+    found = re.fullmatch(pattern, text.removeprefix(head), re.S)
+    here = folder == Path.cwd() or text.startswith("reasoning_gym:")
+    if here or not found or not os.path.exists(folder / found[1]):
+        return text
+    return f"{head}{folder / found[1]}{found[2] or ''}"
+
+
 def refuse(errors: Sequence[str]) -> None:
     """Nothing, if there are no errors.
 
@@ -156,13 +272,15 @@ def refuse(errors: Sequence[str]) -> None:
         raise RunError("; ".join(errors), code=2)
 
 
-def _resolve(args: argparse.Namespace) -> None:
+def _resolve(args: Flags) -> None:
     """`auto` and `same` as what they mean on this machine, and in this process of several."""
     cuda = torch.cuda.is_available()
+    args.resolved = [name for name, left in OF_THE_MACHINE.items() if getattr(args, name) == left]
     if args.device == "auto":
         args.device = "cuda" if cuda else "cpu"
     if cuda and args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.resolved.append("device")
     if args.check_models is None:
         args.check_models = not args.dry_run
     if args.teacher_device == "same":

@@ -71,6 +71,7 @@ def _counted(
     whole = student.num_parameters * compute.itemsize if parts > 1 else 0
     cast = student.num_parameters * compute.itemsize if compute != torch.float32 else 0
     text, batch = config.get_text_config(), min(args.sampler_batch_size, rows_of_rank(args))
+    batch = args.sampler_batch_size if args.eval_only else batch
     if args.sampler == "vllm":
         found["generate: vLLM"] = vllm_sampler.memory(student.num_parameters, args)
     else:
@@ -83,6 +84,9 @@ def _counted(
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
     workspace = 2**28 if args.device == "cpu" else 2**30  # of the ops with a head, by default
     found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
+    if args.eval_only:
+        trained = ("gradients", "optimizer", "student: activations", "student: loss")
+        found = {name: size for name, size in found.items() if name not in trained}
     return found, student
 
 
@@ -119,6 +123,8 @@ def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace)
     say_lines(*lines, total + (f"; frozen models are on {args.teacher_device}" if away else ""))
     for name, why in student.left_out.items():
         say_lines(f"! memory: {name} of this model type cannot be counted without its data: {why}")
+    if args.eval_only:
+        return
     size, kept = student.checkpoint_bytes, args.keep_checkpoints
     most = f"{kept} are kept, and one more while it is written: {(kept + 1) * size / 1e9:.1f} GB"
     say_lines(f"disk: a checkpoint takes {size / 1e9:.1f} GB; {most if kept else 'all are kept'}")

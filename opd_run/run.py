@@ -225,6 +225,9 @@ class Run:
         self.stop_on_alarm, self.stop_alarm = args.stop_on_alarm, ""
         self._step, self._save, self._undone = 0, self.newest_checkpoint, False
         self._record = {"args": vars(args), "facts": asdict(facts), "argv": sys.argv}
+        self._record["resolved"] = getattr(args, "resolved", [])  # by this machine
+        self._record["cwd"] = str(Path.cwd())
+        self._asked = args.resume if isinstance(args.resume, str) else ""
         self._script, self._text = Path(script), Path(script).read_bytes()
         self._record["hashes"] = {
             "script": f"{self._script.name} {_hash(self._text)}",
@@ -250,9 +253,7 @@ class Run:
             self._hold()
             if args.overwrite and not args.resume:
                 _remove_run(self.path, self._script.name)
-        resume_from = self.newest_checkpoint() if args.resume else None
-        if args.resume and resume_from is None:
-            raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
+        resume_from = self._checkpoint_to_resume() if args.resume else None
         self._record["environment"] = environment()
         with self._writing("the run folder"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -264,6 +265,29 @@ class Run:
         else:
             self._write_record(None)
         return resume_from
+
+    def _checkpoint_to_resume(self) -> Path:
+        if self._asked:
+            asked = self.checkpoints / self._asked
+            if problem := files.check_manifest(asked):
+                raise RunError(f"--resume: checkpoint {asked} is damaged ({problem})")
+            return asked
+        newest = self.newest_checkpoint()
+        if newest is None:
+            raise RunError(f"--resume: no complete checkpoint in {self.checkpoints}")
+        return newest
+
+    def _set_aside(self, step: int) -> None:
+        """Rename the checkpoints after an earlier one that was asked for: they are of another
+        course of the run, and the next `--resume` would take the newest of them."""
+        later = [path for path in self._complete() if files.step_of(path) > step]
+        for path in later if self._asked else ():
+            number, aside = 1, path.with_name(f"dropped_{path.name}")
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"dropped_{path.name}.{number}")
+            path.rename(aside)
+            say(f"! {path} is later than the checkpoint to go on from: renamed to {aside.name}")
 
     def _write_record(self, resume_from: Path | None) -> None:
         """The script and `args.json`; what the run was started with stays beside them."""
@@ -545,6 +569,8 @@ class Run:
             raise RunError(
                 f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
             ) from error
+        with self._writing("checkpoints"):
+            ranks.first(self._set_aside, state["step"])
         self.rewind(state["step"])
         if state["step"] > self.steps:
             say(f"! the checkpoint is of step {state['step']}, beyond --steps {self.steps}")
@@ -566,12 +592,17 @@ class Run:
         self.alarms = Alarms(each_metrics(self.path) if ranks.rank() == 0 else [])
 
     def _rewind(self, step: int) -> None:
+        # Two of the logs have rows of every step; those of evaluations do not count.
+        every_step = {"metrics.jsonl": "loss", "samples.jsonl": ""}
         for name in LOGS:
+            of = every_step.get(name)
             with self._writing(name):
-                last = files.cut_log(self.path / name, step)
-            if name == "metrics.jsonl" and last != step and step:
-                ends = "has no row" if last is None else f"ends at step {last}"
-                say(f"! {name} {ends}, the checkpoint is of step {step}: rows are missing")
+                files.cut_log(self.path / name, step)
+                gaps = files.missing_steps(self.path / name, step, of) if of is not None else ()
+            if gaps:
+                lost = ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:5])
+                lost += f" and {len(gaps) - 5} more gaps" if len(gaps) > 5 else ""
+                say(f"! {name} has no rows of steps {lost}; the checkpoint is of step {step}")
 
     def stop_if_asked(self, step: int, save: Callable[[], Path | None]) -> None:
         """After SIGINT, SIGTERM or an alarm: save, then end with exit code 130, 143 or 1.
@@ -779,13 +810,16 @@ def say_plan(args: argparse.Namespace) -> None:
         live_view(args.report_to)
     else:
         say(*(f"  --{key.replace('_', '-')} {value}" for key, value in vars(args).items()))
-    rollouts = args.prompts_per_step * args.rollouts_per_prompt
-    budget = rollouts * args.max_completion_tokens
-    say(
-        ops_line(opd_ops.info(), "cuda" if args.device.startswith("cuda") else "cpu"),
-        f"budget: {args.steps} steps x {rollouts} rollouts x at most {args.max_completion_tokens} "
-        f"tokens = {budget / 1e6:.3g} M tokens a step, {args.steps * budget / 1e6:.3g} M in all",
+    say(ops_line(opd_ops.info(), "cuda" if args.device.startswith("cuda") else "cpu"))
+    rollouts, most = args.prompts_per_step * args.rollouts_per_prompt, args.max_completion_tokens
+    budget = (
+        f"{args.steps} steps x {rollouts} rollouts x at most {most} tokens = "
+        f"{rollouts * most / 1e6:.3g} M tokens a step, {args.steps * rollouts * most / 1e6:.3g} M "
+        "in all"
     )
+    if args.eval_only:
+        budget = f"each test prompt x {args.eval_samples} samples x at most {most} tokens"
+    say(f"budget: {budget}")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
 from opd_run.models import CausalLM, ReadAs, head_is_product, num_parameters, pin_longrope
 
+MOST_LAYERS = 2000  # more than any model has
 MERGE_FIRST = "it has an adapter_config.json: merge the adapter into its model first"
 
 
@@ -57,6 +60,7 @@ def prepare(
         if (Path(path) / "adapter_config.json").exists():
             raise RunError(f"--{name.split('/')[0]} {path}: {MERGE_FIRST}", 2)
         try:
+            _check_layers(name, path, transformers.PretrainedConfig.get_config_dict(path)[0])
             configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
             tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
         except (OSError, ValueError, KeyError) as error:
@@ -69,6 +73,7 @@ def prepare(
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no tokenizer: it has special tokens only"
             )
+        _check_files(name, path, configs[name])
         try:
             generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
         except OSError:
@@ -108,6 +113,88 @@ def prepare(
     return tokenizer, report.all_facts()
 
 
+def _check_layers(name: str, path: str, config: Any) -> None:
+    """Refuse a config.json with more layers than any model has, before they are made.
+
+    Raises:
+        RunError: it has them, at any depth.
+    """
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if re.fullmatch(r"n(um)?(_[a-z]+)?_layers?", key) and isinstance(value, int):
+            if value > MOST_LAYERS:
+                raise RunError(
+                    f"--{name.split('/')[0]} {path}: its config.json says {value} layers ({key}); "
+                    f"at most {MOST_LAYERS} are expected"
+                )
+        _check_layers(name, path, value)
+
+
+def _check_files(name: str, path: str, config: Any) -> None:
+    """Refuse what a folder from elsewhere may claim: files outside of it, or of a kind that is not
+    read, and more layers than its weights have.
+
+    Raises:
+        RunError: it does.
+    """
+    from transformers.utils import cached_file
+
+    flag = f"--{name.split('/')[0]} {path}"
+    index = cached_file(
+        path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    weights: list[str] = []
+    if index is not None:
+        try:
+            weight_map = json.loads(Path(index).read_bytes())["weight_map"]
+            places = {str(place) for place in weight_map.values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(f"{flag}: {Path(index).name}: {one_line(error)}") from error
+        for place in sorted(places):
+            if Path(place).name != place or not place.endswith(".safetensors"):
+                raise RunError(
+                    f"{flag}: {Path(index).name} names {place!r}: expected a .safetensors file in "
+                    "the same folder"
+                )
+        weights = list(weight_map)
+    elif (file := Path(path) / "model.safetensors").is_file():
+        weights = _names_in(file)
+    num = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if 0 < (stored := _num_layers(weights)) < num:
+        raise RunError(f"{flag}: its config.json says {num} layers, its weights have {stored}")
+
+
+def _names_in(file: Path) -> list[str]:
+    """The names of the weights in a safetensors file; none if it is broken: loading says how."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError):
+        return []
+
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the number in model.layers.5.mlp.up_proj.weight
+
+
+def _num_layers(names: Sequence[str]) -> int:
+    """How many layers the names of weights speak of; 0 if their names have no numbers."""
+    numbers = [found for found in map(_LAYER.search, names) if found]
+    return 1 + max((int(found[0]) for found in numbers), default=-1)
+
+
+def _layers_beyond(lm: Any, names: Sequence[str]) -> list[str]:
+    """Those names of weights that differ from one of the model's own in a higher layer only."""
+    num = getattr(lm.config.get_text_config(), "num_hidden_layers", None)
+    if not names or num is None:
+        return []
+    own = lm.state_dict().keys()
+    numbered = [(name, _LAYER.search(name)) for name in sorted(names)]
+    beyond = [name for name, found in numbered if found and int(found[0]) >= num]
+    return [name for name in beyond if _LAYER.sub("0", name, count=1) in own]
+
+
 def _unfit(name: str, config: Any) -> str:
     """Why a model with this configuration cannot be distilled, or nothing."""
     if config.is_encoder_decoder:
@@ -133,7 +220,8 @@ def _say_idle_arguments(
     for key in args.chat_template_args if tokenizer.chat_template is not None else ():
         fewer = {k: v for k, v in args.chat_template_args.items() if k != key}
         without = argparse.Namespace(**vars(args) | {"chat_template_args": fewer})
-        texts = [render(tokenizer, "What is 12 + 34?", each) for each in (args, without)]
+        with compat.time_limit(f"the chat template of the {name}"):
+            texts = [render(tokenizer, "What is 12 + 34?", each) for each in (args, without)]
         if texts[0] == texts[1]:
             say(f"! --chat-template-args: {key!r} changes nothing in the template of the {name}")
 
@@ -187,6 +275,11 @@ def load_lm(
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise RunError(
             f"model {path}: {len(missing)} weights are missing in its files, such as {missing[0]}"
+        )
+    if extra := _layers_beyond(lm, found["unexpected_keys"]):  # transformers leaves them out
+        num = lm.config.get_text_config().num_hidden_layers
+        raise RunError(
+            f"model {path}: its config.json says {num} layers, its files have more: {extra[0]}"
         )
     for name, *shapes in sorted(found["mismatched_keys"]):
         raise RunError(

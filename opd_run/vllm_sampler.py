@@ -18,7 +18,7 @@ from torch import Tensor
 from opd_run import ranks, rollouts
 from opd_run.adapters import as_saved, merged
 from opd_run.compat import Facts
-from opd_run.console import optional
+from opd_run.console import optional, say
 
 CPU_CACHE_GIB = "1"  # of vLLM on a CPU, which takes no share of the memory
 
@@ -85,12 +85,13 @@ class VllmSampler:
         law: dict[str, Any],
     ) -> list[tuple[list[int], list[float]]]:
         """Of each prompt at most `most` sampled ids, up to one of `stop`, and their log-probs under
-        the full softmax at temperature 1, whatever `law` they were sampled from."""
+        the full softmax at temperature 1, whatever `law` they were sampled from.
+
+        The engine knows no padding of the vocabulary (to forbid the ids costs seconds a step): a
+        completion is cut before such an id, and that is said."""
         if self._sleeps:
             self.engine.wake_up()  # first: there is no memory for weights while it sleeps
         self.update(model)
-        if model.facts.valid_vocab < self.engine.model_config.get_vocab_size():
-            law = law | {"allowed_token_ids": list(range(model.facts.valid_vocab))}
         params = [
             self._params(
                 **law,
@@ -107,6 +108,10 @@ class VllmSampler:
         for answer in self.engine.generate(asked, params, use_tqdm=False):
             output = answer.outputs[0]
             ids = list(output.token_ids)
+            padding = [at for at, each in enumerate(ids) if each >= model.facts.valid_vocab]
+            if padding:
+                say(f"! sampler: id {ids[padding[0]]} is padding of the vocabulary: cut before it")
+                ids = ids[: padding[0]]
             found.append((ids, [entry[i].logprob for i, entry in zip(ids, output.logprobs)]))
         if self._sleeps:
             self.engine.sleep(level=1)

@@ -83,6 +83,20 @@ def random_ids(seed: int, rows: int, columns: int, valid: int, distinct: bool = 
     return ids
 
 
+def weights(seed: int, *shapes: int | tuple[int, ...]) -> list[Tensor]:
+    """A float64 tensor of each shape: gradients of outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def policy_gradient(
+    student_logp: Tensor, teacher_logp: Tensor, weight: Tensor | float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a token that opd.py has at its defaults, times a weight; and what is logged."""
+    log_ratio = (student_logp - teacher_logp).detach()
+    return weight * log_ratio * student_logp, {"log_ratio": log_ratio}
+
+
 def assert_budget(
     got: Tensor, reference32: Tensor, truth: Tensor, floor: float = 1e-6, relative: float = 0.0
 ) -> None:

@@ -179,6 +179,8 @@ def rollout_data(row: dict[str, Any], place: int) -> dict[str, Any]:
     data["prefix"] = row["num_prefix_tokens"]
     if row["completion"] != "".join(row["pieces"].get(str(each), "") for each in row["ids"]):
         data["completion"] = row["completion"]  # what is copied is the text as it was decoded
+    if "teacher_prompt" in row:  # where it is another
+        data["teacher_prompt"] = row["teacher_prompt"]
     if not all(row["trained"]):
         data["trained"] = row["trained"]
     return data | {

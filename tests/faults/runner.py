@@ -15,6 +15,7 @@ import contextlib
 import filecmp
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -51,13 +52,16 @@ PHASES = {
     "eval": "evaluating",
 }
 CLOCKS = ("_s", "_mib", "_per_s")
+SECTIONS = ("signals", "ranks", "folders", "damage", "disk")
 
 
 class Process:
     """A forked run of `METHOD.main(argv)`; where it is stands in a file, whatever ends it."""
 
-    def __init__(self, method: str, argv: list[str], folder: Path) -> None:
+    def __init__(self, method: str, argv: list[str], folder: Path, real: bool = False) -> None:
+        """`real`: with the verifier's processes, too."""
         folder.mkdir(exist_ok=True)
+        self.real = real
         self.status, self.errors = folder / "status", folder / "stderr"
         self.status.write_text("start")
         self.code: int | None = None
@@ -93,7 +97,8 @@ class Process:
             return path
 
         runs.Run.phase, runs.Run.save = told_phase, told_save  # type: ignore[method-assign]
-        verifiers.Verifier = _InProcess  # type: ignore[misc,assignment]
+        if not self.real:
+            module.Verifier = _InProcess
         try:
             module.main(argv)
         except SystemExit as stop:
@@ -130,6 +135,22 @@ class Process:
                 return True
             os.kill(self.pid, signal.SIGCONT)
         return False
+
+    def holds(self) -> tuple[int, int, int]:
+        """Resident MiB, open files, and processes below it, at this moment."""
+        place = Path(f"/proc/{self.pid}")
+        memory = int((place / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+        everyone = [each for each in Path("/proc").glob("[0-9]*/stat")]
+        parents = {}
+        for each in everyone:
+            with contextlib.suppress(OSError):
+                pid, _, rest = each.read_text().partition(" (")
+                parents[int(pid)] = int(rest.rpartition(") ")[2].split()[1])
+        below, old = {self.pid}, set[int]()
+        while below != old:
+            old = set(below)
+            below |= {pid for pid, parent in parents.items() if parent in below}
+        return memory, len([*(place / "fd").iterdir()]), len(below) - 1
 
     def error_line(self) -> str:
         lines = self.errors.read_text().splitlines()
@@ -258,17 +279,94 @@ class Faults:
             self.note(f"kill -9 while {PHASES[phase]}", problem and f"{method}: {problem}")
 
     def signals(self) -> None:
-        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-            run = f"signal_{number.name}"
+        """In an update, after which the run stops; while generating, when it stops at once."""
+        asked = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+        for number, phase in itertools.product(asked, ("student", "generate")):
+            run, code = f"signal_{number.name}_{phase}", 128 + number
             process = self.start("opd", run)
-            stopped = process.stop_in("student", self.seconds["student"])
+            checkpoint = self.folder / run / "checkpoints/step_1"
+            stopped = process.stop_in(phase, self.seconds[phase], checkpoint)
             os.kill(process.pid, number)
             os.kill(process.pid, signal.SIGCONT)
             found = process.wait()
             problem = "" if stopped and found == code else f"exit code {found}"
             if "--resume" not in process.error_line():
                 problem = process.error_line()
-            self.note(f"{number.name}: exit code {code}", problem or self.resumed("opd", run))
+            fault = f"{number.name} while {PHASES[phase]}: exit code {code}"
+            self.note(fault, problem or self.resumed("opd", run))
+
+    def folders(self) -> None:
+        """`--resume RUN` and nothing else, from another folder; from a checkpoint that is not the
+        newest; and rows that are missing."""
+        self.copied("named")
+        shutil.rmtree(self.folder / "named/checkpoints/step_6")
+        path = str(self.folder / "named")
+        code = self.wait_in(Path("/"), "opd", ["--resume", path])
+        fault = "--resume RUN alone, in another working directory"
+        self.note(fault, f"exit code {code}" if code else self.equal("opd", "named"))
+        self.copied("earlier")
+        path = str(self.folder / "earlier/checkpoints/step_3")
+        code = self.wait_in(Path("/"), "opd", ["--resume", path])
+        kept = len([*(self.folder / "earlier/checkpoints").glob("dropped_step_*")])
+        problem = f"exit code {code}, {kept} later ones kept" if (code, kept) != (0, 3) else ""
+        fault = "--resume RUN/checkpoints/step_3 of 6"
+        self.note(fault, problem or self.equal("opd", "earlier"))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            run = f"gap_{name}"
+            self.copied(run)
+            shutil.rmtree(self.folder / run / "checkpoints/step_6")
+            whole = (self.folder / run / name).read_text()
+            lines = [line for line in whole.splitlines(True) if json.loads(line)["step"] != 3]
+            (self.folder / run / name).write_text("".join(lines))
+            self.resumed("opd", run)
+            said = f"{name} has no rows of steps 3; the checkpoint is of step 5"
+            good = said in (self.folder / f"process_{run}/stdout").read_text()
+            (self.folder / run / name).write_text(whole)  # but for the row that was cut out
+            problem = self.equal("opd", run) if good else "not said"
+            self.note(f"rows of a step cut out of {name}: said", problem)
+
+    def copied(self, run: str) -> None:
+        """A copy of the undisturbed run, whose record speaks of the copy."""
+        shutil.copytree(self.whole("opd"), self.folder / run)
+
+    def wait_in(self, folder: Path, method: str, argv: list[str]) -> int:
+        """The exit code of a command that runs in another working directory."""
+        here = Path.cwd()
+        os.chdir(folder)
+        try:
+            return Process(method, argv, self.folder / "process_elsewhere").wait()
+        finally:
+            os.chdir(here)
+
+    def long(self) -> None:
+        """A thousand small steps in a process with its verifier's: what it holds does not grow."""
+        argv = self.argv("opd", "long", "--steps", "1000", "--save-every", "100")
+        argv += "--keep-checkpoints 2 --eval-every 0 --prompts-per-step 2".split()
+        argv += "--rollouts-per-prompt 2 --max-completion-tokens 8 --diagnostic-tokens 16".split()
+        process, run = Process("opd", argv, self.folder / "process_long", real=True), "long"
+        found: dict[int, tuple[int, int, int]] = {}
+        path = self.folder / run / "metrics.jsonl"
+        for step in (100, 500, 1000):
+            while process.ended() is None:
+                last = next(files.rows_from_end(path), (0, None))[1]
+                if last is not None and last["step"] >= step:
+                    break
+                time.sleep(0.01)
+            if process.ended() is None:
+                found[step] = process.holds()
+        code = process.wait()
+        print("\n| step | resident memory, MiB | open files | child processes |")
+        print("|---|---|---|---|")
+        for step, (memory, open_files, children) in found.items():
+            print(f"| {step} | {memory} | {open_files} | {children} |")
+        grown = ""
+        if code or len(found) < 3:
+            grown = f"exit code {code}, seen at {list(found)}: {process.error_line()}"
+        elif found[1000][0] > 1.03 * found[100][0] or found[1000][2] != found[100][2]:
+            grown = f"{found}"
+        elif found[1000][1] > found[100][1] + 2:  # a log or a checkpoint may be open just then
+            grown = f"{found}"
+        self.note("1,000 steps: memory, open files and children stay", grown)
 
     def damage(self) -> None:
         """The newest checkpoint is damaged in every way we know; the one before is taken."""
@@ -324,6 +422,45 @@ class Faults:
             path.write_bytes(path.read_bytes()[:-40])
             self.note(f"last line of {name} cut", self.resumed("opd", run))
 
+    def two(self, run: str, *more: str) -> subprocess.Popen[str]:
+        """The run on two processes, which torchrun starts."""
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        argv += ["--nproc-per-node", "2", f"{ROOT}/methods/opd.py", *more]
+        place = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        if "--resume" not in more:
+            argv += self.argv("opd", run)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(argv, env=os.environ | place, text=True, **pipes)
+
+    def resumed_two(self, run: str) -> str:
+        """What is not as in an undisturbed run on two processes, after `--resume RUN`."""
+        if not (self.folder / "whole_two").is_dir():
+            process = self.two("whole_two")
+            errors = process.communicate()[1]
+            assert process.returncode == 0, errors[-500:]
+        process = self.two(run, "--resume", str(self.folder / run))
+        errors = process.communicate()[1]
+        if process.returncode:
+            return f"resume ended with {process.returncode}: {errors[-300:]}"
+        model = "checkpoints/step_6/model/model.safetensors"
+        one, two = self.folder / "whole_two" / model, self.folder / run / model
+        return "" if filecmp.cmp(one, two, shallow=False) else "final weights differ"
+
+    def ranks(self) -> None:
+        """SIGTERM to torchrun, which hands it on to two processes: both save, once."""
+        run = "two_stopped"
+        process = self.two(run)
+        while not (self.folder / run / "checkpoints/step_2").exists():
+            assert process.poll() is None, process.communicate()[1][-500:]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate()[1]
+        lines = [line for line in errors.splitlines() if line.startswith(("error:", "rank 1:"))]
+        good = len(lines) == 1 and "stopped by SIGTERM; saved" in lines[0]
+        done = (self.folder / run / "checkpoints/step_6").exists()
+        problem = "" if good and not done else f"{lines}, {'at the end' if done else errors[-300:]}"
+        self.note("SIGTERM to two processes", problem or self.resumed_two(run))
+
     def disk(self) -> None:
         """A full disk, in a file system of its own that only this process and its runs see."""
         me = [sys.executable, __file__, "--inside", str(self.folder)]
@@ -332,11 +469,11 @@ class Faults:
         for line in found:
             fault, _, problem = line.removeprefix("disk: ").partition(" | ")
             self.note(fault, problem)
-        if done.returncode or len(found) != 2:
+        if done.returncode or len(found) != 3:
             self.note("full disk (needs unshare -rm)", done.stderr.strip()[-300:] or "no answer")
 
     def inside(self) -> None:
-        """Two full disks; runs in the namespace of `unshare -rm`."""
+        """Three full disks; runs in the namespace of `unshare -rm`."""
         found = (self.whole("opd") / "checkpoints/step_6").rglob("*")
         size = sum(path.stat().st_size for path in found if path.is_file())
 
@@ -363,6 +500,17 @@ class Faults:
         mount("disk_save", int(1.7 * size) + 200_000)
         judge("disk full while writing a checkpoint", "disk_save",
               self.start("opd", "disk_save", "--keep-checkpoints", "0"))  # fmt: skip
+        mount("disk_two", int(1.7 * size) + 200_000)
+        two = self.two("disk_two")
+        errors = two.communicate()[1]
+        lines = [line for line in errors.splitlines() if line.startswith(("error:", "rank 1:"))]
+        good = lines and all("No space left" in line for line in lines) and two.returncode
+        if files.check_manifest(self.folder / "disk_two/checkpoints/step_1") is not None:
+            good = False
+        roomy("disk_two")
+        problem = "" if good else f"exit {two.returncode}: {lines or errors[-300:]}"
+        fault = "disk full while two processes write a checkpoint"
+        print(f"disk: {fault} | {problem or self.resumed_two('disk_two')}", flush=True)
         path = mount("disk_log", 64 * size)
         process = self.start("opd", "disk_log", "--keep-checkpoints", "0")
         while not files.read_metrics(path) or files.read_metrics(path)[-1]["step"] < 2:
@@ -394,7 +542,7 @@ def main() -> int:
     """Try all faults; 1 if one was not survived."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, help="file with <!-- faults --> marks")
-    parser.add_argument("--only", choices=["kills", "signals", "damage", "disk"])
+    parser.add_argument("--only", choices=["kills", *SECTIONS, "long"])
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     for method in METHODS:
@@ -407,7 +555,7 @@ def main() -> int:
         faults = Faults(Path(folder))
         for method in METHODS if args.only in (None, "kills") else ():
             faults.kills(method)
-        for name in ("signals", "damage", "disk"):
+        for name in (*SECTIONS, *["long"] * (args.only == "long")):
             if args.only in (None, name):
                 faults.whole("opd")
                 getattr(faults, name)()

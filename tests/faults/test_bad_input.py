@@ -182,6 +182,14 @@ CASES = [
     file("run folder: below a file", {"--run-dir": "{DIR}/list.jsonl/x"}, "is a file", code=2),
     file("run folder: no name", {"--run-dir": ""}, "--run-dir", "empty", code=2),
     file("run folder: not writable", {"--run-dir": "/proc/opd/run"}, "run folder"),
+    file(
+        "resume: no run folder", {"--resume": "{DIR}/hollow", "--run-dir": "{DIR}/hollow"},
+        "args.json", "RUN", code=2,
+    ),
+    file(
+        "resume: RUN and another run folder", {"--resume": "{DIR}/resumed"}, "leave --run-dir out",
+        code=2,
+    ),
     file("resume: nothing there", {"--resume": None}, "no complete checkpoint"),
     file(
         "resume: only damaged ones", {"--resume": None, "--run-dir": "{DIR}/damaged"},
@@ -218,6 +226,13 @@ CASES = [
     model("student: weights in a pickle", {"--student": "{DIR}/pickled"}, "pickled"),
     model("student: half of the weights", {"--student": "{DIR}/half"}, "half", "are missing"),
     model("student: NaN weights", {"--student": "{DIR}/nan"}, "student", "not finite"),
+    model("student: an index that is not JSON", {"--student": "{DIR}/unlisted"}, "index.json"),
+    model("student: weights from a .bin", {"--student": "{DIR}/binned"}, "'pytorch_model.bin'"),
+    model("student: weights from elsewhere", {"--student": "{DIR}/outside"}, "'../student/model"),
+    model("student: 10 million layers", {"--student": "{DIR}/towering"}, "10000000", "at most"),
+    model("student: one layer too many", {"--student": "{DIR}/taller"}, "3 layers", "have 2"),
+    model("student: one layer too few", {"--student": "{DIR}/flatter"}, "1 layers", "layers.1."),
+    model("student: an endless template", {"--student": "{DIR}/endless"}, "takes more than 10 s"),
     model("student: its own code", {"--student": "{DIR}/remote"}, "trust_remote_code", "--student"),
     model("teacher: other token ids", {"--teacher": "{DIR}/permuted"}, "tokenizers", "id 4"),
     model("reference: no folder", {"--reference": "{DIR}/none"}, "--reference", method="exopd"),
@@ -246,6 +261,7 @@ def world(tmp_path_factory):
     tinylm.save_model(folder / "permuted", 1, words=tinylm.WORDS[:4] + tinylm.WORDS[:3:-1])
     tinylm.save_model(folder / "wide", 0, intermediate_size=64)
     copies = ["config", "typeless", "mute", "garbled", "weightless", "short", "pickled", "half"]
+    copies += ["unlisted", "binned", "outside", "towering", "taller", "flatter", "endless"]
     for name in [*copies, "nan", "remote"]:
         shutil.copytree(folder / "student", folder / name)
     (folder / "config/config.json").write_text("{")
@@ -261,10 +277,27 @@ def world(tmp_path_factory):
     torch.save(lm.state_dict(), folder / "pickled/pytorch_model.bin")
     from safetensors.torch import load_file, save_file
 
-    some = {k: v for k, v in load_file(weights).items() if "layers.1" not in k}
+    some = {k: v for k, v in load_file(weights).items() if "layers.1.mlp" not in k}
     save_file(some, folder / "half/model.safetensors", metadata={"format": "pt"})
     bad = {k: torch.full_like(v, torch.nan) for k, v in load_file(weights).items()}
     save_file(bad, folder / "nan/model.safetensors", metadata={"format": "pt"})
+    for name, text in {
+        "unlisted": "[", "binned": "pytorch_model.bin", "outside": "../student/model.safetensors",
+    }.items():  # fmt: skip
+        (folder / name / "model.safetensors").unlink()
+        listed = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), text)}
+        (folder / name / "model.safetensors.index.json").write_text(
+            json.dumps(listed) if len(text) > 1 else text
+        )
+    torch.save(lm.state_dict(), folder / "binned/pytorch_model.bin")
+    for name, num in {"towering": 10**7, "taller": 3, "flatter": 1}.items():
+        layered = json.loads((folder / name / "config.json").read_text()) | {
+            "num_hidden_layers": num
+        }
+        layered.pop("layer_types", None)
+        (folder / name / "config.json").write_text(json.dumps(layered))
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "endless/chat_template.jinja").write_text(loop + tinylm.TEMPLATE)
     config = json.loads((folder / "remote/config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "remote/config.json").write_text(json.dumps(config))

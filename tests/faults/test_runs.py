@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import exopd
 import opd
 import pytest
 import tinylm
 import torch
 from tinylm import weights
 
-from opd_run import console, files
+from opd_run import compat, console, files
+from opd_run import flags as command_line
 from opd_run import run as runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +213,8 @@ def test_missing_rows_are_said(folder, copy, capsys):
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines[:0]))
     opd.main(flags(folder, copy.name, "--resume"))
-    assert "has no row, the checkpoint is of step 1" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "metrics.jsonl has no rows of steps 1; the checkpoint is of step 1" in output
 
 
 def test_every_resume_keeps_what_was_before(folder, copy):
@@ -501,3 +506,252 @@ def test_an_environment_that_torchrun_did_not_make(environment, monkeypatch, cap
         opd.main([])
     text = capsys.readouterr().err
     assert stop.value.code == 2 and "usage: " in text and "Traceback" not in text
+
+
+# ------------------------------------------------------------------------------- --resume RUN
+def args_of(path: Path) -> dict:
+    return json.loads((path / "args.json").read_text())["args"]
+
+
+def test_resume_of_a_run_takes_its_flags(folder, whole, copy, capsys):
+    """Nothing but the folder is said, and the bits are those of a run that was never stopped."""
+    opd.main(["--resume", str(copy)])
+    output = capsys.readouterr().out
+    assert f"resume: flags of {copy}/args.json" in output and " was " not in output
+    assert losses(copy) == losses(whole) and same(bits(copy, 2), bits(whole, 2))
+    assert args_of(copy) == args_of(whole) | {"resume": True, "run_dir": str(copy)}
+
+
+def test_flags_given_beside_the_run_win_and_are_said(folder, whole, copy, capsys):
+    """A flag that may be repeated is replaced, not added to."""
+    other = [f"--teacher={folder}/student", "--lr=0.5", "--no-chat-template"]
+    opd.main([*other, "--resume", str(copy), "--run-dir", str(copy)])
+    output = capsys.readouterr().out
+    teachers = f"['{folder}/teacher'] and is now ['{folder}/student']"
+    for words in ("lr was 0.01 and is now 0.5", "template was True and is now False", teachers):
+        assert words in output
+    assert not same(bits(copy, 2), bits(whole, 2))
+    kept = json.loads((copy / "before_step_1_args.json").read_text())["args"]
+    assert (kept["lr"], args_of(copy)["lr"]) == (0.01, 0.5)
+
+
+def test_resume_of_an_earlier_checkpoint(folder, whole, copy, capsys):
+    """The later ones are kept under another name, and are not taken for the newest."""
+    for step in (2, 5):
+        shutil.copytree(whole / "checkpoints/step_2", copy / f"checkpoints/step_{step}")
+    (copy / "checkpoints/dropped_step_2").mkdir()
+    opd.main(["--resume", str(copy / "checkpoints/step_1"), "--lr", "0.5"])
+    names = {path.name for path in (copy / "checkpoints").iterdir()}
+    assert names == {"step_1", "step_2", "dropped_step_2", "dropped_step_2.2", "dropped_step_5"}
+    assert same(bits(copy, 2), bits(whole, 2)) is False
+    assert files.check_manifest(copy / "checkpoints/dropped_step_2.2") is None
+    assert "step_5 is later than the checkpoint to go on from" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_was_asked_for_is_not_replaced_by_another(folder, whole, copy, capsys):
+    shutil.copytree(whole / "checkpoints/step_2", copy / "checkpoints/step_2")
+    (copy / "checkpoints/step_2/model/model.safetensors").write_bytes(b"cut")
+    listed = sorted(copy.rglob("*"))
+    asked = str(copy / "checkpoints/step_2")
+    fails(["--resume", asked], 1, "step_2 is damaged", "missing or cut short", capsys=capsys)
+    fails(["--resume", asked[:-1] + "7"], 1, "step_7 is damaged", capsys=capsys)
+    assert sorted(copy.rglob("*")) == listed
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", '{"args": 7}', '{"environment": {}}', "[" * 100_000, None]
+)
+def test_a_run_without_readable_flags(tmp_path, record, capsys):
+    if record is not None:
+        (tmp_path / "args.json").write_text(record)
+    fails(["--resume", str(tmp_path)], 2, "RUN/checkpoints/step_N", "args.json", capsys=capsys)
+
+
+def test_paths_are_those_of_the_folder_where_the_run_was_started(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "mine.py").write_text("def judge(text, answer, row):\n    return '1' in text\n")
+    (folder / "ask.txt").write_text("{prompt}=")
+    named = "--student student --teacher teacher --prompts prompts.jsonl --verifier mine.py:judge"
+    named += " --test-prompts of=prompts.jsonl --run-dir moved --prompt-template @ask.txt"
+    _, _, _, _, *more = flags(folder, "moved", "--eval-every=1", "--eval-samples=1")
+    opd.main([*more, *named.split()])
+    shutil.rmtree(folder / "moved/checkpoints/step_2")
+    before = losses(folder / "moved")
+    monkeypatch.chdir(tmp_path)
+    opd.main(["--resume", str(folder / "moved/checkpoints/step_1")])
+    assert losses(folder / "moved") == before and not list(tmp_path.iterdir())
+    found = args_of(folder / "moved")
+    assert found["verifier"] == f"{folder}/mine.py:judge"
+    assert found["test_prompts"] == [f"of={folder}/prompts.jsonl"]
+    assert found["prompt_template"] == f"@{folder}/ask.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "there"),
+    [
+        ("prompts", "data:test", "{}/data:test"), ("prompts", "data", "{}/data"),
+        ("prompts", "none.jsonl", "none.jsonl"), ("prompts", "reasoning_gym:x", "reasoning_gym:x"),
+        ("prompts", "/data", "/data"), ("teacher", "a=data", "a={}/data"),
+        ("verifier", "data", "data"), ("verifier", "f.py:g", "{}/f.py:g"),
+        ("prompt_template", "data", "data"), ("prompt_template", "x" * 5000, "x" * 5000),
+        ("teacher_prompt", "f.py:g", "{}/f.py:g"), ("teacher_prompt", "@f.py", "@{}/f.py"),
+        ("teacher", "ema:0.99", "ema:0.99"),
+    ],
+)  # fmt: skip
+def test_what_is_a_path_of_a_recorded_flag(name, text, there, tmp_path):
+    for each in ("data", "reasoning_gym"):
+        (tmp_path / each).mkdir()
+    (tmp_path / "f.py").touch()
+    assert command_line._placed(name, text, tmp_path) == there.format(tmp_path)
+    assert command_line._placed(name, text, Path.cwd()) == text
+
+
+ODD = [
+    "--system=- a\n'b' = c", "--chat-template-args={\"a\": [1, null]}", "--max-grad-norm=inf",
+    "--lr=1e-7", "--no-chat-template", "--teacher-offload", "--test-prompts=x=a.jsonl",
+    "--test-prompts=b.jsonl", "--prompt-field=a.b", "--teacher-device=cuda:1", "--dtype=bfloat16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ODD], ids=["defaults", "odd"])
+@pytest.mark.parametrize("method", ["opd", "sg_opd", "exopd", "topk_opd", "tropd"])
+def test_every_flag_comes_back_from_its_record(method, more, tmp_path):
+    module = importlib.import_module(method)
+    first = module.parse_args(more)
+    record = {"args": vars(first), "resolved": first.resolved, "environment": {}}
+    (tmp_path / "args.json").write_text(json.dumps(record))
+    again = module.parse_args(["--resume", str(tmp_path)])
+    assert vars(again) == vars(first) | {"resume": True, "run_dir": str(tmp_path)}
+    assert again.resolved == first.resolved and ("dtype" in first.resolved) == (not more)
+
+
+def test_what_belonged_to_the_machine_or_the_command_is_not_taken(tmp_path):
+    found = vars(opd.parse_args(["--dry-run", "--debug", "--overwrite", "--lr=7"]))
+    found |= {"device": "cuda:7", "teacher_device": "cuda:7", "dtype": "bfloat16"}
+    record = {"args": found, "resolved": ["device", "teacher_device", "dtype"]}
+    for each in (record, {"args": found}):  # without `resolved`: of an older version
+        (tmp_path / "args.json").write_text(json.dumps(each))
+        args = opd.parse_args(["--resume", str(tmp_path), "--device", "cpu"])
+        assert (args.device, args.teacher_device, args.dtype, args.lr) == (
+            "cpu",
+            "cpu",
+            "float32",
+            7,
+        )
+        assert not (args.dry_run or args.debug or args.overwrite)
+    (tmp_path / "args.json").write_text(json.dumps(record | {"resolved": []}))
+    args = opd.parse_args(["--resume", str(tmp_path), "--device", "cpu"])
+    assert (args.device, args.teacher_device) == ("cpu", "cuda:7")
+
+
+def test_flags_of_another_method_are_named_and_left_out(folder, whole, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["exopd.py", "--resume", str(whole), "--dry-run"])
+    exopd.main()
+    output = capsys.readouterr().out
+    assert "has no --objective" in output and "--lr 0.01" in output
+
+
+@pytest.mark.parametrize("method", ["opd", "sg_opd", "exopd", "topk_opd", "tropd"])
+def test_every_flag_that_names_a_path_is_known(method, monkeypatch):
+    """A new one would be looked for in the wrong folder."""
+    parse, helps = command_line.parse, {}
+
+    def told(parser, *rest):
+        helps.update({action.dest: action.help for action in parser._actions})
+        return parse(parser, *rest)
+
+    monkeypatch.setattr(command_line, "parse", told)
+    importlib.import_module(method).parse_args([])
+    named = {name for name, text in helps.items() if re.search(r"folder|file|FILE|jsonl", text)}
+    named -= {"run_dir", "resume"}
+    known = {*command_line.PATHS, *command_line.TEXTS}
+    assert {"student", "teacher", "prompts", "verifier"} <= named <= known, named - known
+
+
+# ------------------------------------------------------------------------------ logs and the disk
+def test_logs_are_on_the_disk_before_a_checkpoint_that_claims_them(folder, monkeypatch):
+    """All rows of all logs, at the moment when a checkpoint gets its name."""
+    run, synced, seen = folder / "ordered", {}, []
+    fsync, rename = os.fsync, Path.rename
+
+    def told(descriptor):
+        fsync(descriptor)
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+
+    def checked(path, target):
+        if Path(target).name.startswith("step_"):
+            logs = [run / name for name in runs.LOGS if (run / name).exists()]
+            seen.append((Path(target).name, len(logs)))
+            assert [synced.get(str(log)) for log in logs] == [log.stat().st_size for log in logs]
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", told)
+    monkeypatch.setattr(Path, "rename", checked)
+    opd.main(flags(folder, "ordered"))
+    assert seen == [("step_1", 3), ("step_2", 3)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "gaps"),
+    [
+        ([1, 2, 3, 4], []), ([1, 3, 4], [(2, 2)]), ([3, 4], [(1, 2)]), ([1, 2], [(3, 4)]),
+        ([], [(1, 4)]), ([2], [(1, 1), (3, 4)]), ([1, 2, 2, 4], [(3, 3)]), ([0, 1, 2, 3, 4], []),
+    ],
+)  # fmt: skip
+def test_gaps_in_the_steps_are_found(tmp_path, kept, gaps):
+    log = tmp_path / "metrics.jsonl"
+    for step in range(5):
+        files.append_row(log, {"step": step, "eval/student/loss": 1.0})  # does not count
+        for _ in range(kept.count(step)):
+            files.append_row(log, {"step": step, "loss": "nan", "text": '"loss": 数'})
+    assert files.missing_steps(log, 4, "loss") == gaps
+    assert files.missing_steps(log, 4) == []
+    assert files.missing_steps(tmp_path / "none", 4) == [(1, 4)]
+
+
+def test_a_gap_in_the_middle_is_said(folder, capsys):
+    opd.main(flags(folder, "gaps", "--steps", "5"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (folder / "gaps" / name).read_text().splitlines(keepends=True)
+        left = [line for line in lines if json.loads(line)["step"] not in (2, 3)]
+        (folder / "gaps" / name).write_text("".join(left))
+    capsys.readouterr()
+    opd.main(["--resume", str(folder / "gaps"), "--steps", "6"])
+    output = capsys.readouterr().out
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert f"! {name} has no rows of steps 2 to 3; the checkpoint is of step 5" in output
+
+
+# -------------------------------------------------------------------------------- chat templates
+NESTED = "{{% for a in {0} %}}{{% for b in {0} %}}{{% endfor %}}{{% endfor %}}"
+SLOW = {
+    "nested ranges": NESTED.format("range(99999)"),
+    "a power that the compiler folds": "{{ (9 ** 999999999) > 1 }}",
+    "text that doubles": "{% set n = namespace(s='ab') %}{% for a in range(20) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}" + NESTED.format("n.s"),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_template_that_never_ends_is_ended(kind, monkeypatch):
+    monkeypatch.setattr(compat, "TEMPLATE_LIMIT_S", 0.5)
+    tokenizer = tinylm.tokenizer()
+    tokenizer.chat_template = SLOW[kind]
+    args, before = opd.parse_args([]), signal.getsignal(signal.SIGALRM)
+    with (
+        pytest.raises(console.RunError, match=r"it takes more than 0.5 s"),
+        compat.time_limit("it"),
+    ):
+        opd.render(tokenizer, "1+1=", args)
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_that_hangs_on_one_row(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compat, "TEMPLATE_LIMIT_S", 5.0)
+    shutil.copytree(folder / "student", tmp_path / "student")
+    slow = "{% if '2+74' in messages[0]['content'] %}" + SLOW["nested ranges"] + "{% endif %}"
+    (tmp_path / "student/chat_template.jinja").write_text(slow + tinylm.TEMPLATE)
+    argv = [*flags(folder, "slow"), "--student", str(tmp_path / "student")]
+    fails(argv, 1, "row 3", "its chat template", "takes more than 5 s", capsys=capsys)
+    assert not (folder / "slow").exists()

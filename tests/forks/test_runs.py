@@ -27,7 +27,9 @@ CHANGED = {  # the same forks, not neutral
     "drift_gate": "--drift-rate 50 --block-tokens 2",
 }
 WITHOUT_TEACHER = ("grpo", "opsa")
-VERIFIER = "def odd(completion, answer, row, ended):\n    return sum(map(ord, completion)) % 2 == 0\n"
+VERIFIER = (
+    "def odd(completion, answer, row, ended):\n    return sum(map(ord, completion)) % 2 == 0\n"
+)
 
 
 @pytest.fixture(scope="module")

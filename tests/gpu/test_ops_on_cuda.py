@@ -15,9 +15,11 @@ from strategies import (
     assert_budget,
     logits,
     make_logits,
+    policy_gradient,
     random_ids,
     temperatures,
     valid_vocabs,
+    weights,
 )
 
 import opd_ops
@@ -75,11 +77,6 @@ def assert_close(results, dtype, floor=1e-6, gradient_floor=1e-5, rows=slice(Non
     assert_budget(
         *(part[rows] for part in (grad, rough_grad, exact_grad)), gradient_floor, relative
     )
-
-
-def weights(seed, *shapes):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def test_the_kernels_are_there():
@@ -212,11 +209,6 @@ def test_some_rows_of_the_head(dtype):
         torch.testing.assert_close(
             first.double(), exact.double(), rtol=2 * ROUNDING[dtype] + 1e-5, atol=1e-4 * scale
         )
-
-
-def policy_gradient(student_logp, teacher_logp):
-    log_ratio = (student_logp - teacher_logp).detach()
-    return log_ratio * student_logp, {"log_ratio": log_ratio}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ import transformers
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 from tinylm import weights
 
-from opd_run import data, files, rollouts, views
+from opd_run import alarms, data, diagnose, files, rollouts, views
 from opd_run.console import RunError
 from opd_run.models import ReadAs
 
@@ -352,3 +352,46 @@ def test_the_average_moves_and_is_resumed_bit_for_bit(folder):
                 torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)
     assert all(torch.equal(a, b) for a, b in zip(saved[3].values(), average("parts", 3).values()))
     assert not tinylm.equal(saved[3], saved[1])
+
+
+def test_what_the_prompt_does_to_the_signal_is_logged(folder, capsys):
+    """By hand: mean log teacher - log student of right rollouts, less that of wrong ones."""
+    args = opd.parse_args(flags(folder, "signal"))
+    models, _ = tinylm.load(opd, args)
+    prompts = [
+        data.Prompt((3, 4), "", "", "", {}, views={"teacher": (5, 6, 7 + n)}) for n in range(4)
+    ]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(4, "rollouts", 0, args), args)
+    rollout.verdict = torch.tensor([1.0, -1.0, 0.0, 1.0])
+    functions = {name: getattr(opd, name) for name in ("read_tokens", "loss_law", "teacher_of")}
+    found = diagnose.right_minus_wrong(models, [rollout], args, **functions)
+    plain = opd.replace(rollout, prompts=[opd.replace(each, views={}) for each in prompts])
+    student = opd.token_logp(models["student"], rollout, args)
+    want = []
+    for of in (rollout, plain):
+        gap, mask = opd.token_logp(models["teacher"], of, args) - student, rollout.trained_mask
+        right = torch.cat([gap[0][mask[0]], gap[3][mask[3]]]).mean()
+        want.append(float((right - gap[1][mask[1]].mean()).detach()))
+    names = ("right_minus_wrong", "right_minus_wrong_without_prompt")
+    assert [found[name] for name in names] == pytest.approx(want, abs=1e-5)
+    assert want[0] != pytest.approx(want[1], abs=1e-3)
+    opd.main(flags(folder, "signal", "--teacher-prompt", "{answer} {prompt}", "--steps", "1"))
+    row = files.read_metrics(folder / "signal")[0]
+    assert set(names) <= row.keys()
+    sample = json.loads((folder / "signal/samples.jsonl").read_text().splitlines()[0])
+    assert sample["teacher_prompt"].startswith("<user> ") and len(sample["prompt"]) > 3
+
+
+def test_an_alarm_says_that_the_prompt_misleads():
+    alarm = next(each for each in alarms.ALARMS if each.name == "prompt_misleads")
+
+    def found(told, without):
+        seen = alarms.History()
+        for value in told:
+            seen.add({"right_minus_wrong": value, "right_minus_wrong_without_prompt": without})
+        return alarm.found(seen)
+
+    assert found([-0.1] * 10, 0.2) and "10 steps in a row" in found([-0.1] * 10, 0.2)
+    assert not found([-0.1] * 9, 0.2)
+    assert not found([-0.1] * 5 + [0.1] + [-0.1] * 9, 0.2)
+    assert not found([-0.1] * 12, -0.3)  # the prompt helps, if too little

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strategies import INF, random_ids
+from strategies import INF, policy_gradient, random_ids
 
 import opd_ops
 
@@ -13,11 +13,6 @@ KINDS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.3)]
 def double(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-
-
-def policy_gradient(student_logp, teacher_logp):
-    log_ratio = (student_logp - teacher_logp).detach()
-    return log_ratio * student_logp, {"log_ratio": log_ratio}
 
 
 def convex(student_logp, teacher_logp):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_budget, random_ids, temperatures
+from strategies import assert_budget, policy_gradient, random_ids, temperatures
 
 import opd_ops
 from opd_ops import reference
@@ -22,11 +22,6 @@ def operands(seed, rows, vocab, width, dtype):
     hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     head = torch.randn(vocab, width, generator=generator, dtype=torch.float64)
     return hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
-
-
-def policy_gradient(student_logp, teacher_logp, weight):
-    log_ratio = (student_logp - teacher_logp).detach()
-    return weight * log_ratio * student_logp, {"log_ratio": log_ratio}
 
 
 def call(module, name, seed, hidden, head, valid, temperature, **kwargs):

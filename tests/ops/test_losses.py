@@ -3,18 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import random_ids
+from strategies import policy_gradient, random_ids
 from torch.utils.checkpoint import checkpoint
 
 import opd_ops
 from opd_ops import _head
 
 N, V, D, VALID = 12, 150, 8, 137
-
-
-def policy_gradient(student_logp, teacher_logp):
-    log_ratio = (student_logp - teacher_logp).detach()
-    return log_ratio * student_logp, {"log_ratio": log_ratio}
 
 
 def operands(seed=0, rows=N, dtype=torch.float32):

@@ -15,6 +15,7 @@ from strategies import (
     random_ids,
     temperatures,
     valid_vocabs,
+    weights,
 )
 
 import opd_ops
@@ -52,11 +53,6 @@ def three_ways(name, tensors, *args, dtype, grad_weights, **kwargs):
         (gradient,) = torch.autograd.grad(loss, first)
         results.append((out, gradient))
     return results
-
-
-def weights(seed, *shapes):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def assert_gradient(got, reference32, truth, dtype, floor=4e-6):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import INF, random_ids
+from strategies import INF, policy_gradient, random_ids
 
 from opd_ops import reference as ops
 
@@ -21,11 +21,6 @@ def pair(seed, vocab, rows=3, gap=1.0):
     student = torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
     teacher = student + gap * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
     return student.requires_grad_(), teacher
-
-
-def policy_gradient(student_logp, teacher_logp, weight):
-    log_ratio = (student_logp - teacher_logp).detach()
-    return weight * log_ratio * student_logp, {"log_ratio": log_ratio}
 
 
 def laws(student, teacher):

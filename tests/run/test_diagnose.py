@@ -53,6 +53,7 @@ def test_rollout_metrics_by_hand():
         "num_rollouts": 3, "num_trained_tokens": 17, "length_mean": 17 / 3, "length_p95": 8,
         "eos_rate": 1 / 3, "truncated_share": 2 / 3, "repetition_share": (3 / 5 + 0 + 4 / 5) / 3,
         "verifier_pass_rate": 0.5, "unverified_share": 1 / 3, "truncation_mean": -0.5,
+        "num_untrained_tokens": 0,
     }  # fmt: skip
     assert found == pytest.approx(want)
 

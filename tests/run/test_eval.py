@@ -70,6 +70,7 @@ def test_evaluation_alone_trains_and_saves_nothing(folder, capsys):
     (line,) = [line for line in said.splitlines() if line.startswith("nested/avg@2: ")]
     assert "before" not in line and ", teacher " in line
     assert "test prompts nested: its right answer: '1'" in said
+    assert "budget: each test prompt x 2 samples x at most 6 tokens\n" in said  # no steps
 
 
 def test_rows_of_any_form_train(folder, capsys):

@@ -13,8 +13,6 @@ import transformers
 
 from opd_run import memory, ranks, rollouts
 
-MIB = 2**20
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -87,6 +85,20 @@ def test_what_the_flags_change(folder):
     assert longer == 2 * plain["generate: cache"]  # 12 + 128 tokens, 12 + 268
     always = plain["student weights"] + plain["teacher weights"] + 3 * plain["gradients"]
     assert always < memory.peak(plain) < sum(plain.values())
+
+
+def test_evaluation_alone_trains_and_saves_nothing(folder, capsys):
+    args = arguments(folder, "--eval-only", "--test-prompts", str(folder / "prompts.jsonl"))
+    found = memory.estimate(opd.model_paths(args), 12, args)
+    assert {name.partition(":")[0] for name in found} == {
+        "student weights", "teacher weights", "generate",
+    }  # fmt: skip
+    trained = arguments(folder)
+    of_training = memory.estimate(opd.model_paths(trained), 12, trained)
+    assert found["generate: cache"] == 2 * of_training["generate: cache"]  # 256 rows, not 128
+    memory.say(opd.model_paths(args), [SimpleNamespace(ids=(1, 2))], args)
+    said = capsys.readouterr().out
+    assert "peak, calculated" in said and "checkpoint" not in said
 
 
 def test_the_cache_is_what_the_sampler_holds(folder):

@@ -198,28 +198,31 @@ def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypa
     assert "20.0 s, 9,000 MiB" in shown["gpu in short"]
 
 
-def collected(expression: str, *more: str) -> list[str]:
-    """The tests of tests/gpu that pytest would run; no GPU is needed to list them."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--collect-only",
-        "tests/gpu",
-        "-m",
-        expression,
-    ]
-    done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
-    found = [line for line in done.stdout.splitlines() if "::" in line]
-    assert done.returncode == (0 if found else 5), done.stdout  # 5: nothing was collected
+COLLECT = """
+import sys, pytest
+for words in sys.argv[1:]:
+    code = pytest.main(["-q", "--collect-only", "tests/gpu", *words.split("|")])
+    print("EXIT", int(code))
+"""
+
+
+def collected(*selections: str) -> list[list[str]]:
+    """The tests of tests/gpu that pytest would run with each; no GPU is needed to list them."""
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, *selections], capture_output=True, text=True, cwd=ROOT
+    )
+    found = []
+    for part in done.stdout.split("EXIT ")[:-1]:
+        found.append([line for line in part.splitlines() if "::" in line])
+    codes = [part.split()[0] for part in done.stdout.split("EXIT ")[1:]]
+    assert codes == ["0" if tests else "5" for tests in found], done.stdout  # 5: there are none
     return found
 
 
 def test_gpu_tests_are_asked_for_by_name_and_shared_in_parts():
-    every = collected("gpu")
+    shares = [f"-m|gpu|--part|{part}/3" for part in range(3)]
+    every, not_gpu, not_slow, *parts = collected("-m|gpu", "-m|not gpu", "-m|not slow", *shares)
     assert len(every) >= 40
-    assert collected("not gpu") == collected("not slow") == []
-    parts = [collected("gpu", "--part", f"{part}/3") for part in range(3)]
+    assert not_gpu == not_slow == []
     assert sorted(test for part in parts for test in part) == sorted(every)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
