@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = []
     pages = [*sorted((ROOT / "docs/methods").glob("*.md"))]
-    pages += [ROOT / f"docs/{name}.md" for name in ("evidence", "benchmarks", "forks")]
+    pages += [ROOT / f"docs/{name}.md" for name in ("evidence", "benchmarks", "forks", "forking")]
     for path in [*pages, ROOT / "README.md"]:
         method = path.stem if path.parent.name == "methods" else ""
         parts = result_tables(method)

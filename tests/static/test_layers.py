@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     ["console"],
     ["ranks", "files", "alarms", "compat", "verdicts"],
-    ["verifier", "data", "rollouts"],
+    ["verifier", "data", "rollouts", "environments"],
     ["models", "views"],
     ["adapters", "offload"],
     ["vllm_sampler", "served_teacher"],
@@ -113,6 +113,7 @@ PLUMBING = {
         ),
         *("places", "rollout_metrics", "samples", "token_metrics", "traces"),
     },
+    "environments": {"of"},
     "files": {"TINY"},
     "flags": {"flag", "new_parser", "parse", "refuse", "without_teacher"},
     "memory": {"say"},

@@ -24,7 +24,7 @@ REFERENCE = (ROOT / "methods/opd.py").read_text()
 MAX_LINES = 780
 MAX_DIFF = {"exopd": 61, "sg_opd": 110, "topk_opd": 150, "tropd": 200}
 MAX_DIFF |= {"supervised": 40, "grpo": 45, "power_opd": 6, "reopold": 45, "eopd": 45}
-MAX_DIFF |= {"drift_gate": 25, "reward_opd": 25, "opsa": 35}
+MAX_DIFF |= {"drift_gate": 25, "reward_opd": 25, "opsa": 35, "agent_opd": 140}
 
 
 def source(method: str) -> str:
