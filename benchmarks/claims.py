@@ -38,11 +38,6 @@ class Arm:
     flags: str = ""
     rate: str = ""
 
-    @property
-    def is_baseline(self) -> bool:
-        """Whether it is a baseline script, which has fewer flags and metrics."""
-        return "baselines/" in self.script
-
 
 def method(name: str, flags: str = "", rate: str = "") -> Arm:
     """An arm that runs a method file at the rate of that method, if no other is named."""
@@ -52,8 +47,8 @@ def method(name: str, flags: str = "", rate: str = "") -> Arm:
 ARMS = {name: method(name) for name in METHODS} | {
     "exopd-merge": method("exopd", MERGE, "exopd-merge"),
     # 1: what one would do without on-policy distillation
-    "supervised": Arm("benchmarks/baselines/supervised.py", "", "supervised"),
-    "grpo": Arm("benchmarks/baselines/grpo.py", "", "grpo"),
+    "supervised": Arm("forks/supervised.py", "", "supervised"),
+    "grpo": Arm("forks/grpo.py", "", "grpo"),
     "opd-full": method("opd", "--objective full"),
     # 2: the teacher's top K
     "topk_opd-4": method("topk_opd", "--support-size 4"),

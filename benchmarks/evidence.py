@@ -19,12 +19,10 @@ the 95 % one of Student's t over seeds.
 from __future__ import annotations
 
 import argparse
-import ast
 import concurrent.futures
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -39,7 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from claims import ARMS, CLAIMS, FOLDER, SMOKE, START, SWEPT, Comparison  # noqa: E402
-from rows import RESULTS, append, environment, half_width, markdown, read, spread  # noqa: E402
+from rows import RESULTS, append, half_width, markdown, read, spread  # noqa: E402
 
 from opd_run.files import TINY, read_metrics  # noqa: E402
 
@@ -84,16 +82,9 @@ class Cell:
         arm, swept = ARMS[self.arm], self.suite == "sweep"
         steps = SWEEP_STEPS if swept else STEPS
         flags = f"--steps {steps} --eval-samples {2 if swept else 8} --lr {self.rate} "
-        if arm.is_baseline:
-            flags += "--linear-decay "
-            supervised = "supervised" in arm.script
-            flags += (
-                "--batch 128 " if supervised else "--prompts-per-step 32 --rollouts-per-prompt 4 "
-            )
-        else:
-            flags += f"--eval-every {steps} --prompts-per-step 32 --rollouts-per-prompt 4 "
-            flags += "--lr-schedule linear --warmup-steps 3 --save-every 0 --device cpu "
-            flags += f"--run-dir {FOLDER}/{self.name} --overwrite "
+        flags += f"--eval-every {steps} --prompts-per-step 32 --rollouts-per-prompt 4 "
+        flags += "--lr-schedule linear --warmup-steps 3 --save-every 0 --device cpu "
+        flags += f"--run-dir {FOLDER}/{self.name} --overwrite "
         flags += f"--seed {self.seed} {arm.flags}"
         return [arm.script, *flags.replace(f"{ROOT}/", "").split()]
 
@@ -150,31 +141,28 @@ def make_models() -> None:
         save(model, "noisy")
 
 
-def execute(command: list[str]) -> tuple[str, float, float]:
-    """Run a script on one thread: (its output, wall-clock seconds, CPU seconds)."""
+def execute(command: list[str]) -> tuple[float, float]:
+    """Run a script on one thread: (wall-clock seconds, CPU seconds)."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+    with tempfile.TemporaryFile("w+") as error:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, stdout=out, stderr=error,
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=error,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), error.seek(0)
+        error.seek(0)
         if process.returncode:
             last = error.read().strip().splitlines()[-1:]
             raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {last}")
-        return out.read(), time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+        return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
 def run(cell: Cell, curves: Path) -> dict[str, object]:
     """Run one cell and return its row; its curve goes into the folder `curves`."""
-    output, wall_s, cpu_s = execute(cell.command())
+    wall_s, cpu_s = execute(cell.command())
     suite, arm, seed = cell.key
-    if ARMS[cell.arm].is_baseline:
-        row, seconds = read_baseline(cell, output)
-    else:
-        row, seconds = read_run(cell, curves)
+    row, seconds = read_run(cell, curves)
     return {"suite": suite, "arm": arm, "seed": seed} | row | {
         "wall_s": round(wall_s, 1),
         "cpu_s": round(cpu_s, 1),
@@ -185,7 +173,7 @@ def run(cell: Cell, curves: Path) -> dict[str, object]:
 
 
 def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
-    """(columns, seconds of training) of a method's run; its curve is kept."""
+    """(columns, seconds of training) of a run; its curve is kept."""
     folder = ROOT / FOLDER / cell.name
     rows = read_metrics(folder)
     most = 2 if cell.suite == "sweep" else 8
@@ -215,26 +203,6 @@ def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
         "num_threads": seen["num_threads"],
         "torch": seen["torch"],
     }, phases
-
-
-def read_baseline(cell: Cell, output: str) -> tuple[dict[str, object], float]:
-    """The same from what a baseline prints: a line a step, then a dictionary of scores."""
-    *_, last = output.strip().splitlines()
-    after = ast.literal_eval(last)
-    steps = re.findall(r"(\d+) tokens +([\d.]+) s$", output, re.MULTILINE)
-    seen = environment()
-    return {
-        "avg_after": round(after["avg"], 5),
-        "pass8_after": "" if cell.suite == "sweep" else round(after["pass"], 5),
-        "length": round(after["mean_length"], 2),
-        "truncated": round(after["truncated"], 5),
-        "sampled_tokens": sum(int(tokens) for tokens, _ in steps),
-        "commit": seen["commit"],
-        "dirty": seen["dirty"],
-        "device": "cpu",
-        "num_threads": 1,
-        "torch": seen["torch"],
-    }, sum(float(seconds) for _, seconds in steps)
 
 
 def write_curve(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -127,7 +127,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-top-p", 1.0, "top-p of evaluation", "(0,1]")
     add_method_args(parser)
     args = flags.parse(parser, argv, check_method_args)
-    args.teacher = args.teacher or [str(TINY / "teacher")]
+    args.teacher = [str(TINY / "teacher")] if args.teacher is None else args.teacher
     if args.test_prompts is None and args.prompts == str(TINY / "prompts/train.jsonl"):
         args.test_prompts = [str(TINY / "prompts/test.jsonl")]
     return args
@@ -547,8 +547,9 @@ def teacher_of(prompt: Prompt, args: Args) -> str:
 
 
 def generate(
-    models: Models, name: str, prompts: list[Prompt], uniform: Tensor, args: Args, how: Sampling
-) -> Rollout:
+    models: Models, name: str, prompts: list[Prompt], uniform: Tensor, args: Args, how: Sampling,
+    tokenizer: Any,
+) -> Rollout:  # fmt: skip
     """FORK: how a model answers prompts, while training and in evaluation: by one completion."""
     return sample(models[name], prompts, uniform, args, how)
 
@@ -560,7 +561,7 @@ def collect(
     prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
     uniform = uniforms(len(prompts), "rollouts", step, args)
     sampling = args.temperature, args.top_p, args.top_k
-    rollout = generate(models, "student", prompts, uniform, args, sampling)
+    rollout = generate(models, "student", prompts, uniform, args, sampling, tokenizer)
     verify(rollout, tokenizer, verifier)
     metrics = {"student_pass_rate": pass_rate(rollout.verdict)}
     num = round(teacher_share(step, args) * len(prompts))
@@ -569,7 +570,7 @@ def collect(
         places = places.T.flatten()[:num]  # one rollout of every prompt before a second of any
         chosen = [prompts[place] for place in places]
         uniform = uniforms(len(prompts), "teacher", step, args)[places]
-        offered = generate(models, "teacher", chosen, uniform, args, sampling)
+        offered = generate(models, "teacher", chosen, uniform, args, sampling, tokenizer)
         verify(offered, tokenizer, verifier)
         offered.source[:] = 1
         endorsed = (offered.verdict > 0).nonzero()[:, 0].cpu()
@@ -750,7 +751,7 @@ def evaluate(
     asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
     sampling = args.eval_temperature, args.eval_top_p, 0
-    rollout = generate(models, name, asked, uniform, args, sampling)
+    rollout = generate(models, name, asked, uniform, args, sampling, tokenizer)
     verify(rollout, tokenizer, verifier)
     metrics = diagnose.rollout_metrics(rollout)
     metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)

@@ -4,7 +4,7 @@ The modules are layered, and each imports from lower layers only (tests/static/t
 
     0 console       errors, printing, optional packages
     1 ranks files alarms compat verdicts
-    2 verifier data rollouts
+    2 verifier data rollouts environments
     3 models        a transformers model as the method files use it
     4 adapters offload
     5 vllm_sampler served_teacher

@@ -177,6 +177,13 @@ def of_prompts(rollout: Any, tokenizer: Any, num: int) -> list[dict[str, Any]]:
     ]
 
 
+def whole_teachers(models: dict[str, Any]) -> bool:
+    """Whether there are teachers to compare with: a server does not tell whole rows, and some
+    methods have no teacher."""
+    some = any(name.partition("/")[0] == "teacher" for name in models)
+    return some and not served_teacher.remote(models.values())
+
+
 @torch.no_grad()
 def exact_divergences(
     models: dict[str, Any],
@@ -193,8 +200,8 @@ def exact_divergences(
     With them what `token_metrics` makes of the sampled tokens, for methods whose loss does not say:
     the advantage is then -log_ratio. `names` are the metrics that are wanted, all if empty.
     """
-    if served_teacher.remote(models.values()):
-        return {}  # a server does not tell whole rows
+    if not whole_teachers(models):
+        return {}
     mine, tokens, student = [], [], models["student"]
     for micro in micro_batches:
         teachers = [teacher_of(prompt, args) for prompt in micro.prompts]
@@ -436,8 +443,8 @@ def traces(
     `--diagnostic-tokens` tokens of each, with everything that the method logs of a token. Without,
     an evaluation: the same few prompts each time, spread over the test set, whole.
     """
-    if served_teacher.remote(models.values()):
-        return []  # as in `exact_divergences`
+    if not whole_teachers(models):
+        return []
     total, training = len(rollout.prompts), token_loss is not None
     wanted = min(total, NUM_TRAINED if training else NUM_TESTED)
     law, found = loss_law(models["student"], args), []

@@ -162,6 +162,21 @@ def parse(
     return args
 
 
+def without_teacher(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags of a method that has no teacher (`set_defaults(teacher=[])`)."""
+    named = {
+        "--teacher": args.teacher,
+        "--teacher-url": args.teacher_url,
+        "--teacher-prompt": args.teacher_prompt is not None,
+        "--teacher-system": args.teacher_system is not None,
+        "--teacher-template-args": args.teacher_template_args,
+        "--eval-teacher": args.eval_teacher,
+        "--teacher-offload": args.teacher_offload,
+        "--chat-template-from teacher": args.chat_template_from == "teacher",
+    }
+    return [f"{flag}: this method has no teacher" for flag, given in named.items() if given]
+
+
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
     """What the command line itself says, without defaults."""
     defaults = {action: action.default for action in parser._actions}

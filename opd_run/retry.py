@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from opd_run import rollouts
+from opd_run import ranks, rollouts
 from opd_run.console import one_line, say
 
 Found = TypeVar("Found")
@@ -52,6 +53,17 @@ def micro_batches(rollout: Any, args: argparse.Namespace) -> Iterator[Any]:
         yield rollouts.select(rollout, torch.tensor(group))
     for _ in range(most - len(groups)):
         yield rollouts.idle(rollout, shortest)
+
+
+def of_tokens(work: Callable[[Any], Tensor], rollout: Any, args: argparse.Namespace) -> Tensor:
+    """`work(micro)` [b, t] of all micro-batches, put together: [B, T], zero where nothing is
+    trained. Each process works on its share, and all have the whole."""
+    found = torch.zeros_like(rollout.behaviour_logp)
+    rows = torch.arange(len(found), device=found.device)
+    for micro in micro_batches(replace(rollout, extra=rollout.extra | {"row": rows}), args):
+        values = (work(micro) * micro.trained_mask).to(found)
+        found[micro.extra["row"], : values.shape[1]] += values
+    return torch.stack(ranks.gather(found.cpu())).sum(0).to(found.device)
 
 
 def fit_memory(

@@ -27,6 +27,7 @@ Item = tuple[str, Any, dict[str, Any], bool]
 
 START_LIMIT_S = 120.0
 MOST_TIMEOUTS = 16  # in a row, then the rest of a batch is not asked
+PLAYED = "opd_run.environments:success"  # says what an environment has said: not of answers alone
 NUM_TRIED = 20  # rows whose right answer the verifier is asked about before the run
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL")
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); " + (
@@ -246,7 +247,7 @@ class Verifier:
         if ranks.rank():
             return
         tried, items = [], []
-        for prompt in prompts[:NUM_TRIED]:
+        for prompt in prompts[: 0 if self.spec == PLAYED else NUM_TRIED]:
             text = _as_text(prompt.answer, self.spec)
             if text:
                 tried.append(prompt)

@@ -27,11 +27,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "baselines"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 import torch  # noqa: E402
-from grpo import encode_prompts, evaluate, grpo_step, load_prompts, sample, verify  # noqa: E402
-from supervised import gold_rollout, supervised_step  # noqa: E402
+from tiny_training import (  # noqa: E402
+    encode_prompts,
+    evaluate,
+    gold_rollout,
+    grpo_step,
+    load_prompts,
+    sample,
+    supervised_step,
+    verify,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,

@@ -7,7 +7,7 @@
 `diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
 benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...`,
 `gradient variance`, `step ...` and `gpu ...` come from the other files there; `size NAME` is the
-number of lines of a golden diff, `seen NAME` how a method's accuracy compares with opd's.
+number of lines that a file changes in opd.py, `seen NAME` how its accuracy compares with opd's.
 `this is opd` are lines of methods/opd.py, `this is exopd` those in which methods/exopd.py differs.
 """
 
@@ -206,8 +206,9 @@ def with_numbers(page: str) -> str:
     rows = read(RESULTS / "evidence.csv")
 
     def size(found: re.Match[str]) -> str:
-        old, new = ((ROOT / f"methods/{name}.py").read_text() for name in ("opd", found[1]))
-        size = sync_methods.num_changed(old, new)
+        paths = {path.stem: path for path in sync_methods.method_files(ROOT)}
+        reference = (ROOT / "methods/opd.py").read_text()
+        size = sync_methods.num_changed(reference, paths[found[1]].read_text())
         return f"<!-- size {found[1]} -->{size}<!-- /size -->"
 
     def symbol(found: re.Match[str]) -> str:
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = []
     pages = [*sorted((ROOT / "docs/methods").glob("*.md"))]
-    pages += [ROOT / "docs/evidence.md", ROOT / "docs/benchmarks.md"]
+    pages += [ROOT / f"docs/{name}.md" for name in ("evidence", "benchmarks", "forks", "forking")]
     for path in [*pages, ROOT / "README.md"]:
         method = path.stem if path.parent.name == "methods" else ""
         parts = result_tables(method)

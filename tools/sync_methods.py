@@ -1,8 +1,9 @@
-"""Keep the method files equal outside of their docstring and section 4.
+"""Keep the files of methods/ and forks/ equal outside of their docstring and section 4.
 
 python tools/sync_methods.py --check     # what differs, and who imports what it may not
 python tools/sync_methods.py --fix       # rewrite the shared sections from methods/opd.py
-python tools/sync_methods.py --diffs     # rewrite docs/diffs/opd-<method>.diff
+python tools/sync_methods.py --diffs     # rewrite docs/diffs/opd-<file>.diff
+python tools/sync_methods.py --count     # how many lines each file changes in opd.py
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def split(text: str) -> dict[str, str]:
 
 
 def method_files(root: Path) -> list[Path]:
-    """All method files but `opd.py`."""
-    return sorted(p for p in (root / "methods").glob("*.py") if p.name != "opd.py")
+    """All method files but `opd.py`, then the forks."""
+    found = [p for folder in ("methods", "forks") for p in sorted((root / folder).glob("*.py"))]
+    return [path for path in found if path.name != "opd.py"]
 
 
 def merged(reference: str, text: str) -> str:
@@ -70,12 +72,12 @@ def problems(reference: str, text: str, name: str) -> list[str]:
 
 
 def diff(reference: str, text: str, name: str) -> str:
-    """The unified diff against `opd.py`, without the docstrings."""
+    """The unified diff against `opd.py`, without the docstrings; `name`: its path."""
     old, new = (
         "".join(piece for key, piece in split(each).items() if key != "docstring").splitlines(True)
         for each in (reference, text)
     )
-    return "".join(difflib.unified_diff(old, new, "methods/opd.py", f"methods/{name}", n=2))
+    return "".join(difflib.unified_diff(old, new, "methods/opd.py", name, n=2))
 
 
 def num_changed(reference: str, text: str) -> int:
@@ -89,16 +91,24 @@ def num_changed(reference: str, text: str) -> int:
     return sum(line[0] == "+" or line[1:] not in free for line in changed)
 
 
+OF_FULL = re.compile(r"objective|discount|\bdivergence\b|jsd.beta")
+
+
 def full_objective_lines(reference: str) -> set[str]:
-    """Lines of `opd.py` that `--objective full` and `--discount` own."""
+    """Lines of `opd.py` that `--objective full` and `--discount` own: whole statements."""
     lines, owned = reference.splitlines(), set()
     for node in ast.walk(ast.parse(reference)):
-        full = isinstance(node, ast.If) and 'args.objective == "full"' in lines[node.lineno - 1]
-        discount = isinstance(node, ast.FunctionDef) and node.name == "discounted_sum"
-        if isinstance(node, ast.stmt) and (full or discount):
+        if isinstance(node, ast.If):
+            named = ast.unparse(node.test)
+        elif isinstance(node, ast.FunctionDef):
+            named = node.name
+        elif isinstance(node, (ast.Assign, ast.Expr, ast.Return)):
+            named = ast.unparse(node)
+        else:
+            continue
+        if OF_FULL.search(named) and node.end_lineno:
             owned |= set(lines[node.lineno - 1 : node.end_lineno])
-    flags = ("--objective", "--discount", "--divergence", "--jsd-beta", "discounted_sum(")
-    return owned | {line for line in lines if any(flag in line for flag in flags)}
+    return owned
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--fix", action="store_true")
     parser.add_argument("--diffs", action="store_true")
+    parser.add_argument("--count", action="store_true")
     parser.add_argument("--root", type=Path, default=ROOT)
     args = parser.parse_args(argv)
     reference = (args.root / "methods/opd.py").read_text()
@@ -117,12 +128,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.fix:
             path.write_text(merged(reference, path.read_text()))
         text, golden = path.read_text(), args.root / f"docs/diffs/opd-{path.stem}.diff"
+        name = f"{path.parent.name}/{path.name}"
+        if args.count:
+            print(f"{name:<24} {num_changed(reference, text):>4}")
         if args.diffs:
             golden.parent.mkdir(parents=True, exist_ok=True)
-            golden.write_text(diff(reference, text, path.name))
-        found += problems(reference, text, path.name)
-        if not golden.is_file() or golden.read_text() != diff(reference, text, path.name):
-            found.append(f"{golden.name}: is not the diff of {path.name} (--diffs rewrites it)")
+            golden.write_text(diff(reference, text, name))
+        found += problems(reference, text, name)
+        if not golden.is_file() or golden.read_text() != diff(reference, text, name):
+            found.append(f"{golden.name}: is not the diff of {name} (--diffs rewrites it)")
     print("\n".join(found) or "method files are in sync")
     return int(bool(found))
 

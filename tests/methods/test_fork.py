@@ -1,4 +1,4 @@
-"""Each method file, copied alone into an empty folder, runs from there on the embedded pair."""
+"""Each method file, and each fork, copied alone into an empty folder, runs from there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = sorted((ROOT / "methods").glob("*.py"))
+METHODS = [*sorted((ROOT / "methods").glob("*.py")), *sorted((ROOT / "forks").glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)

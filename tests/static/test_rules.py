@@ -18,14 +18,18 @@ import render_docs  # noqa: E402
 import sync_methods  # noqa: E402
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+FORKS = sorted(path.stem for path in (ROOT / "forks").glob("*.py"))
 REFERENCE = (ROOT / "methods/opd.py").read_text()
 # of opd.py: 660, what later features listed, 52 for teachers with another prompt, 8 for `generate`
 MAX_LINES = 780
 MAX_DIFF = {"exopd": 61, "sg_opd": 110, "topk_opd": 150, "tropd": 200}
+MAX_DIFF |= {"supervised": 40, "grpo": 45, "power_opd": 6, "reopold": 45, "eopd": 45}
+MAX_DIFF |= {"drift_gate": 25, "reward_opd": 25, "opsa": 35, "agent_opd": 140}
 
 
 def source(method: str) -> str:
-    return (ROOT / f"methods/{method}.py").read_text()
+    folder = "methods" if method in METHODS else "forks"
+    return (ROOT / f"{folder}/{method}.py").read_text()
 
 
 # ------------------------------------------------------------------------------------- in sync
@@ -54,7 +58,7 @@ def test_opd_is_read_in_one_sitting():
     assert len(REFERENCE.splitlines()) <= MAX_LINES
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "opd"])
+@pytest.mark.parametrize("method", [m for m in (*METHODS, *FORKS) if m != "opd"])
 def test_the_diff_is_the_method(method):
     assert sync_methods.num_changed(REFERENCE, source(method)) <= MAX_DIFF[method]
 
@@ -83,7 +87,7 @@ def identifiers(text: str) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + FORKS)
 def test_banned_names(method):
     """One name for one thing: no bare ratio or kl, no `ref`, no mixed names of log-probs."""
     found = [
@@ -103,7 +107,7 @@ def test_banned_names_are_seen():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + FORKS)
 def test_every_function_is_at_the_top_and_main_is_one_line(method):
     body = ast.parse(source(method)).body
     guard = body[-1]
@@ -112,7 +116,7 @@ def test_every_function_is_at_the_top_and_main_is_one_line(method):
 
 
 # ----------------------------------------------------------------------------- equations, pages
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + FORKS)
 def test_equations_of_the_docstring_are_in_the_code(method):
     doc = ast.get_docstring(ast.parse(source(method))) or ""
     defined = {
@@ -157,7 +161,7 @@ def method_and_flags(line: str) -> tuple[str, list[str]] | None:
     while words and ("=" in words[0] or words[0] in ("torchrun", "--nproc-per-node", "2", "8")):
         words = words[1:]
     words = words[words[:1] == ["python"] :]
-    if not words or not words[0].startswith("methods/") or "..." in words:
+    if not words or not words[0].startswith(("methods/", "forks/")) or "..." in words:
         return None
     return Path(words[0]).stem, words[1:]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [path for folder in ("methods", "opd_ops") for path in (ROOT / folder).glob("*.py")]
+FOLDERS = ("methods", "forks", "opd_ops")
+SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 
 
 def dangerous(text: str) -> list[str]:

@@ -1,6 +1,5 @@
 """The embedded tiny family is what its table says."""
 
-import ast
 import json
 import random
 import re
@@ -12,16 +11,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks" / "baselines")]
+sys.path.insert(0, str(ROOT / "tools"))
 
-import grpo  # noqa: E402
 import make_tiny  # noqa: E402
+import tiny_training  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 TINY = ROOT / "assets" / "tiny"
-TEST = grpo.load_prompts(TINY / "prompts" / "test.jsonl")
-TRAIN = grpo.load_prompts(TINY / "prompts" / "train.jsonl")
-SCORES = {row["model"]: row for row in grpo.load_prompts(TINY / "log.jsonl") if "score" in row}
+TEST = tiny_training.load_prompts(TINY / "prompts" / "test.jsonl")
+TRAIN = tiny_training.load_prompts(TINY / "prompts" / "train.jsonl")
+LOG = tiny_training.load_prompts(TINY / "log.jsonl")
+SCORES = {row["model"]: row for row in LOG if "score" in row}
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_tokenizer(tokenizer: Any) -> None:
 def test_support_is_a_truncation(tokenizer: Any) -> None:
     """The teacher's probability on its own eight likeliest tokens, over its own completions."""
     teacher = load("teacher")
-    prompts = grpo.encode_prompts(tokenizer, [row["prompt"] for row in TEST[:60]])
-    rollout = grpo.sample(teacher, tokenizer, prompts, torch.Generator().manual_seed(0))
+    prompts = tiny_training.encode_prompts(tokenizer, [row["prompt"] for row in TEST[:60]])
+    rollout = tiny_training.sample(teacher, tokenizer, prompts, torch.Generator().manual_seed(0))
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
     mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def check_score(name: str, tokenizer: Any, rows: list[dict[str, str]], samples: 
     """Another seed than the table's: both means are noisy. The variance between prompts is part
     of p (1 - p), which bounds it for one sample per prompt; four standard deviations."""
     said = SCORES[name]["score"]["avg"]
-    got = grpo.evaluate(load(name), tokenizer, rows, samples, seed=1)["avg"]
+    got = tiny_training.evaluate(load(name), tokenizer, rows, samples, seed=1)["avg"]
     deviation = (said * (1 - said) / len(rows)) ** 0.5
     assert abs(got - said) < 4 * deviation, f"{name}: {got:.3f}, the table says {said:.3f}"
 
@@ -126,7 +126,7 @@ def test_score_quick(name: str, tokenizer: Any) -> None:
 def test_score_of_the_table(name: str, tokenizer: Any) -> None:
     """Same seed, same samples: equal up to rounding of another machine's arithmetic."""
     score = SCORES[name]["score"]
-    got = grpo.evaluate(load(name), tokenizer, TEST, 8, seed=0)
+    got = tiny_training.evaluate(load(name), tokenizer, TEST, 8, seed=0)
     for key, value in got.items():
         assert got[key] == pytest.approx(score[key], abs=0.02 if "mean" not in key else 1.0), value
 
@@ -142,28 +142,12 @@ def test_table_shows_the_log() -> None:
     assert SCORES["teacher_base"]["score"]["avg"] < SCORES["teacher"]["score"]["avg"]
 
 
-def test_baselines_share_their_sampler() -> None:
-    """The two scripts stand alone; what both have is the same text."""
-    functions = []
-    for name in ("grpo", "supervised"):
-        source = (ROOT / "benchmarks" / "baselines" / f"{name}.py").read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= 205
-        nodes = [
-            n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-        ]
-        functions.append({n.name: ast.get_source_segment(source, n) for n in nodes})
-    shared = set(functions[0]) & set(functions[1]) - {"main"}
-    assert {"sample", "verify", "evaluate", "completion_logp", "Rollout"} <= shared
-    for name in shared:
-        assert functions[0][name] == functions[1][name], name
-
-
 def test_verifier(tokenizer: Any) -> None:
     texts = ["x\n#### 643", "643", "#### 1\n#### 643", "#### 64 3"]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    completion, mask = grpo.pad(ids, tokenizer.pad_token_id, left=False)
-    rollout = grpo.Rollout(completion[:, :0], mask[:, :0], completion, mask)
-    assert grpo.verify(tokenizer, rollout, ["643"] * 4).tolist() == [1, -1, 1, -1]
+    completion, mask = tiny_training.pad(ids, tokenizer.pad_token_id, left=False)
+    rollout = tiny_training.Rollout(completion[:, :0], mask[:, :0], completion, mask)
+    assert tiny_training.verify(tokenizer, rollout, ["643"] * 4).tolist() == [1, -1, 1, -1]
 
 
 def test_log_is_plain_json() -> None:

@@ -1,27 +1,21 @@
-"""GRPO with a verifier (arXiv:2402.03300): reinforcement learning, a baseline without a teacher.
+"""What `make_tiny.py` trains the tiny family with: a sampler, a supervised step and a GRPO step.
 
-    advantage = (verdict - group mean) / (group standard deviation + 1e-6), verdict +1 or -1
-    loss      = - sum of advantage * student_logp over completion tokens / number of these tokens
-
-One update per rollout (no importance weight, no clipping), no reference, tokens of the batch alike.
-
-    python benchmarks/baselines/grpo.py --domain add --steps 50
+It stays as it was when the family was made, so that the recipe of `assets/tiny` can be run again;
+nothing else uses it. The baselines are forks/supervised.py and forks/grpo.py.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 Row = dict[str, Any]  # prompt, answer, domain; completion in gold files
 
 
-# ==== Shared with supervised.py (a test compares the text) ====
 class Rollout(NamedTuple):
     prompt_ids: torch.Tensor  # [B, P], left-padded
     prompt_mask: torch.Tensor  # [B, P] bool
@@ -38,7 +32,8 @@ def load_prompts(path: str | Path, domain: str | None = None) -> list[Row]:
 def encode_prompts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     chats = [[{"role": "user", "content": text}] for text in texts]
     rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def pad(rows: list[list[int]], pad_id: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +125,26 @@ def completion_logp(model: Any, rollout: Rollout) -> torch.Tensor:
     return logp.gather(-1, rollout.completion_ids[rollout.completion_mask][:, None])[:, 0]
 
 
-# ==== GRPO ====
+def gold_rollout(tokenizer: Any, rows: list[Row]) -> Rollout:
+    """Prompts with given completions, in the layout of the sampler; the end is trained too."""
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    encoded = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
+    completions = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    fill = tokenizer.pad_token_id
+    return Rollout(*pad(prompts, fill, left=True), *pad(completions, fill, left=False))
+
+
+def supervised_step(model: Any, optimizer: torch.optim.Optimizer, rollout: Rollout) -> float:
+    """One update on the mean negative log-likelihood per completion token, which is returned."""
+    model.train()
+    optimizer.zero_grad()
+    loss = -completion_logp(model, rollout).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 def grpo_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
@@ -147,57 +161,11 @@ def grpo_step(
     chosen = chosen[rollout.completion_mask[chosen].sum(-1).argsort()]  # alike in length: less pad
     model.train()
     optimizer.zero_grad()
-    for index in chosen.split(64) if len(chosen) else ():
+    for index in chosen.split(64) if len(chosen) else ():  # type: ignore[no-untyped-call]
         part = Rollout(*(field[index] for field in rollout))
         width = int(part.completion_mask.sum(-1).max())
         part = Rollout(*part[:2], part.completion_ids[:, :width], part.completion_mask[:, :width])
         weight = advantage[index, None].expand(-1, width)[part.completion_mask]  # [N]
-        (-(weight * completion_logp(model, part)).sum() / num_trained_tokens).backward()
+        (-(weight * completion_logp(model, part)).sum() / num_trained_tokens).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", "--student", default=str(TINY / "student"))
-    parser.add_argument("--prompts", default=str(TINY / "prompts" / "train.jsonl"))
-    parser.add_argument("--test-prompts", default=str(TINY / "prompts" / "test.jsonl"))
-    parser.add_argument("--domain", help="train on the prompts of one domain only")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--prompts-per-step", type=int, default=32)
-    parser.add_argument("--rollouts-per-prompt", type=int, default=8)
-    parser.add_argument("--max-completion-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--linear-decay", action="store_true", help="of the rate, to 0 at --steps")
-    parser.add_argument("--eval-samples", type=int, default=8, help="0: no evaluation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for the trained model")
-    args = parser.parse_args(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    rows, test = load_prompts(args.prompts, args.domain), load_prompts(args.test_prompts)
-    generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    limits = {k: getattr(args, k) for k in ("max_completion_tokens", "temperature")}
-    for step in range(args.steps):
-        start = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - args.linear_decay * step / args.steps)
-        picks = torch.randint(len(rows), (args.prompts_per_step,), generator=generator).tolist()
-        batch = [rows[i] for i in picks for _ in range(args.rollouts_per_prompt)]
-        prompts = encode_prompts(tokenizer, [row["prompt"] for row in batch])
-        rollout = sample(model, tokenizer, prompts, generator, **limits)
-        verdict = verify(tokenizer, rollout, [row["answer"] for row in batch])
-        grpo_step(model, optimizer, rollout, verdict, args.rollouts_per_prompt)
-        right, tokens = (verdict > 0).float().mean(), int(rollout.completion_mask.sum())
-        seconds = time.perf_counter() - start
-        print(f"step {step:4d}  right {right:.3f}  {tokens} tokens  {seconds:5.1f} s", flush=True)
-    if args.eval_samples:
-        print(evaluate(model, tokenizer, test, args.eval_samples, args.seed, **limits))
-    if args.out:
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-
-
-if __name__ == "__main__":
-    main()
