@@ -16,7 +16,7 @@ of (4) estimates that of (5) with the reverse KL, without bias, at the prefixes 
 
     python methods/opd.py                                  # the embedded tiny pair, on a CPU
     python methods/opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --prompts train.jsonl \\
-        --verifier math --max-completion-tokens 4096 --lr 1e-6
+        --verifier math --max-completion-tokens 4096 --lr 1e-6 --sampler-batch-size 64
 """
 
 from __future__ import annotations

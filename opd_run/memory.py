@@ -54,7 +54,7 @@ def _counted(
     if args.lora_rank and not average:
         frozen.pop(paths["student"], None)  # the student without its adapters
     found = {"student weights": student.weight_bytes // parts}
-    sizes = {
+    of_frozen = {
         f"{name} weights": num_parameters(
             transformers.AutoConfig.from_pretrained(path, **trust), **trust
         )
@@ -63,22 +63,25 @@ def _counted(
         for path, name in frozen.items()
     }
     if args.teacher_offload:  # one at a time
-        found["teacher: largest frozen model"] = max(sizes.values(), default=0)
+        found["teacher: largest frozen model"] = max(of_frozen.values(), default=0)
     else:
-        found |= sizes
+        found |= of_frozen
     found["gradients"] = 4 * student.num_trained // parts
     found["optimizer"] = 8 * student.num_trained // parts
     whole = student.num_parameters * compute.itemsize if parts > 1 else 0
     cast = student.num_parameters * compute.itemsize if compute != torch.float32 else 0
     text, batch = config.get_text_config(), min(args.sampler_batch_size, rows_of_rank(args))
-    batch = args.sampler_batch_size if args.eval_only else batch
+    sizes = {"generate": batch}
+    if args.eval_every and args.test_prompts:  # at most: how many test prompts there are is open
+        sizes["evaluate"] = args.sampler_batch_size
     if args.sampler == "vllm":
         found["generate: vLLM"] = vllm_sampler.memory(student.num_parameters, args)
     else:
-        if student.cache_bytes is not None:
-            found["generate: cache"] = batch * length * student.cache_bytes
-        found["generate: logits"] = LOGITS * batch * text.vocab_size * 4
-        found["generate: weights in --dtype"] = max(whole, cast)
+        for phase, num in sizes.items():
+            if student.cache_bytes is not None:
+                found[f"{phase}: cache"] = num * length * student.cache_bytes
+            found[f"{phase}: logits"] = LOGITS * num * text.vocab_size * 4
+            found[f"{phase}: weights in --dtype"] = max(whole, cast)
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
@@ -86,7 +89,11 @@ def _counted(
     found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     if args.eval_only:
         trained = ("gradients", "optimizer", "student: activations", "student: loss")
-        found = {name: size for name, size in found.items() if name not in trained}
+        found = {
+            name: size
+            for name, size in found.items()
+            if name not in trained and not name.startswith("generate: ")
+        }
     return found, student
 
 
@@ -98,7 +105,7 @@ def rows_of_rank(args: argparse.Namespace) -> int:
 
 def peak(found: dict[str, int]) -> int:
     """The components that are always there, and the largest of the phases."""
-    phases = {"generate": 0, "teacher": 0, "student": 0}
+    phases = {"generate": 0, "evaluate": 0, "teacher": 0, "student": 0}
     always = 0
     for name, size in found.items():
         phase = name.partition(":")[0]

@@ -173,6 +173,22 @@ def test_turns_of_a_real_model(folder):
     assert torch.equal(again.completion_ids, out.completion_ids[:2, :width])
 
 
+def test_a_turn_ends_once(folder):
+    """The end that the chat format writes after a turn is not repeated after the model's own."""
+    args = agent_opd.parse_args(flags(folder))
+    tokenizer = tinylm.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<end>"
+        "{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}<bot>"
+    )
+    end, word = tokenizer.convert_tokens_to_ids(["<end>", "a"])
+    said = tokenizer.encode("<user>no<bot>")
+    for last, want in ((end, said), (word, [end, *said])):
+        game = agent_opd.Game(None, ids=[word, last], size=2)
+        game.hear("no", tokenizer, args)
+        assert game.ids[2:] == want and game.trained == [False] * len(want)
+
+
 def test_a_run_logs_turns_and_success(folder):
     agent_opd.main(flags(folder))
     rows = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]

@@ -91,12 +91,16 @@ def test_evaluation_alone_trains_and_saves_nothing(folder, capsys):
     args = arguments(folder, "--eval-only", "--test-prompts", str(folder / "prompts.jsonl"))
     found = memory.estimate(opd.model_paths(args), 12, args)
     assert {name.partition(":")[0] for name in found} == {
-        "student weights", "teacher weights", "generate",
+        "student weights", "teacher weights", "evaluate",
     }  # fmt: skip
     trained = arguments(folder)
     of_training = memory.estimate(opd.model_paths(trained), 12, trained)
-    assert found["generate: cache"] == 2 * of_training["generate: cache"]  # 256 rows, not 128
-    memory.say(opd.model_paths(args), [SimpleNamespace(ids=(1, 2))], args)
+    assert found["evaluate: cache"] == 2 * of_training["generate: cache"]  # 256 rows, not 128
+    tested = arguments(folder, "--test-prompts", str(folder / "prompts.jsonl"))
+    with_tests = memory.estimate(opd.model_paths(tested), 12, tested)
+    assert with_tests["evaluate: cache"] == found["evaluate: cache"]  # counted while training, too
+    assert not any(name.startswith("evaluate") for name in of_training)
+    memory.say(opd.model_paths(args), [SimpleNamespace(longest=2)], args)
     said = capsys.readouterr().out
     assert "peak, calculated" in said and "checkpoint" not in said
 
@@ -136,7 +140,8 @@ def test_at_most_a_tenth_is_padding(kind, num_ranks, monkeypatch):
     }[kind]
     sizes = torch.tensor(np.stack([prompts, completions], 1))
     masks = [torch.arange(int(n.max())) < n[:, None] for n in sizes.T]
-    rollout = SimpleNamespace(prompt_mask=masks[0], completion_mask=masks[1])
+    prompts = [SimpleNamespace(longest=int(size)) for size in sizes[:, 0]]
+    rollout = SimpleNamespace(prompts=prompts, prompt_mask=masks[0], completion_mask=masks[1])
     groups = []
     monkeypatch.setattr(ranks, "world", lambda: num_ranks)
     for rank in range(num_ranks):
