@@ -90,7 +90,7 @@ lint: install     ## ruff
 type: install     ## mypy, strict
 	$(BIN)/mypy
 
-sync: install     ## copy the shared sections of opd.py into the other methods; rewrite the diffs
+sync: install     ## copy the shared sections of opd.py into the other methods and the forks; rewrite the diffs
 	$(BIN)/python tools/sync_methods.py --fix --diffs
 
 diffs: install    ## rewrite docs/diffs

@@ -552,7 +552,10 @@ def generate(
         for place, row in enumerate(rows):
             games[row].say(said, place, turn, args)
             games[row].play(tokenizer, args, last=turn == args.max_turns)
-    told = [replace(p, row=p.row | {"success": g.success}) for p, g in zip(prompts, games)]
+    told = [
+        replace(each, row=each.row | {"success": game.success})
+        for each, game in zip(prompts, games)
+    ]
     out = rollouts.blank(Rollout, told, width, model.device)
     out.extra["turn"] = torch.zeros(num, width, device=model.device)
     for row, game in enumerate(games):
