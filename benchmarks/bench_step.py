@@ -131,7 +131,8 @@ def random_weights(device: str) -> Iterator[None]:
             made = auto.from_config(config or transformers.AutoConfig.from_pretrained(path),
                                     dtype=dtype)  # fmt: skip
         made.eval()  # as from_pretrained does
-        return (made, {"missing_keys": []}) if how.get("output_loading_info") else made
+        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return (made, nothing) if how.get("output_loading_info") else made
 
     auto.from_pretrained = make
     try:

@@ -195,7 +195,8 @@ def test_the_reference_never_moves(folder):
 
 def test_the_reference_shares_memory_only_with_a_frozen_model(folder):
     loaded, _, _ = prepared(folder, "--reference", str(folder / "teacher"))
-    assert loaded["reference"] is loaded["teacher"] is not loaded["student"]
+    assert loaded["reference"].lm is loaded["teacher"].lm is not loaded["student"].lm
+    assert [loaded[name].role for name in ("teacher", "reference")] == ["teacher", "reference"]
     loaded, _, _ = prepared(folder, "--reference", str(folder / "student"))
     pointers = {p.data_ptr() for p in loaded["student"].parameters()}
     assert not pointers & {p.data_ptr() for p in loaded["reference"].parameters()}

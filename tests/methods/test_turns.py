@@ -44,6 +44,7 @@ def test_two_turns_are_two_spans_of_the_mask(folder, method):
     rollout.verdict[:] = torch.tensor([1.0, -1.0])
     rollout.extra["coin"] = torch.zeros(2, 12)  # sg_opd and tropd draw one
     rollout.extra["group_advantage"] = torch.tensor([1.0, -1.0])
+    rollout.extra["turn"] = torch.zeros(2, 12)  # of agent_opd
     columns = torch.arange(12).expand(2, 12)
     turns = (columns < 4, (columns >= 7) & (columns < 11))
     decoder, found = student.lm.get_decoder(), {}

@@ -62,10 +62,11 @@ def run(folder, name: str, more: str, module=opd, **changes: str) -> list[dict]:
     """A real run of 12 steps of 16 rollouts; its logged rows."""
     named = {"student": "student", "teacher": "teacher", "prompts": "prompts.jsonl"}
     named |= {"verifier": "my_verifiers.py:coin"} | changes
-    argv = " ".join(f"--{flag} {folder / value}" for flag, value in named.items())
-    argv += f" --run-dir {folder / name} --device cpu --eval-every 0 --save-every 0 --steps 12"
-    argv += " --prompts-per-step 4 --rollouts-per-prompt 4 --max-completion-tokens 12"
-    module.main(f"{argv} {more}".split())
+    named |= {"run-dir": name}
+    argv = [word for flag, value in named.items() for word in (f"--{flag}", str(folder / value))]
+    argv += "--device cpu --eval-every 0 --save-every 0 --steps 12 --prompts-per-step 4".split()
+    argv += "--rollouts-per-prompt 4 --max-completion-tokens 12".split()
+    module.main([*argv, *more.split()])
     return files.read_metrics(folder / name)
 
 

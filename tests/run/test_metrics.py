@@ -20,7 +20,8 @@ METHODS = {
     "tropd": [],
 }  # fmt: skip
 PAGE = (ROOT / "docs/metrics.md").read_text()
-CONDITIONAL = {"divergence_mean", "alarm/NAME", "eval_s"}
+CONDITIONAL = {"divergence_mean", "alarm/NAME", "eval_s", "num_teacher_prompts_too_long"}
+CONDITIONAL |= {"right_minus_wrong", "right_minus_wrong_without_prompt"}  # with --teacher-prompt
 
 
 def documented(section: str) -> set[str]:

@@ -29,6 +29,8 @@ REFUSED = {
     "nemotron_h": "does not go on from the cache",
     "rwkv": "reads padding as text",
     "xlstm": "reads padding as text",
+    "bert as it comes": "no causal language model",
+    "roberta as a decoder": "counts positions in its own way",
 }
 WITHOUT_LINEAR = ["gpt2", "falcon"]
 

@@ -181,7 +181,7 @@ def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypa
     logits = case | {"stage": "rows", "op": "token_logp"}
     for who, ms in (("opd_ops", 2), ("torch", 9)):
         add("ops", **logits, implementation=who, median_ms=ms)
-    step = {"stage": "step", "rollouts": 64, "total_s": 20, "generate_s": 15, "tokens_per_s": 2184}
+    step = {"stage": "step", "rollouts": 256, "total_s": 20, "generate_s": 15, "tokens_per_s": 2184}
     add("steps", **step, implementation="opd.py", peak_mib=9000, estimated_mib=8000)
     add("steps", **step, implementation="GKDTrainer", failed="out of memory")
     shown = gpu_tables.tables()
@@ -194,7 +194,7 @@ def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypa
     )
     assert "forward+backward | bfloat16 | 2 ms | 4.5x | - | - | - |" in shown["gpu rows"]
     assert "| 20.00 | 15.00 | - | - | 2,184 | 9,000 (8,000) |" in shown["gpu steps"]
-    assert "| step | `GKDTrainer` | 64 | out of memory |" in shown["gpu steps"]
+    assert "| step | `GKDTrainer` | 256 | out of memory |" in shown["gpu steps"]
     assert "20.0 s, 9,000 MiB" in shown["gpu in short"]
 
 
