@@ -77,8 +77,8 @@ ARMS = {name: method(name) for name in METHODS} | {
     # 5: a student that is far from the teacher
     "opd-noisy": method("opd", NOISY),
     "tropd-noisy": method("tropd", NOISY),
-    "tropd-noisy-clip": method("tropd", f"{NOISY} --outlier clip"),
-    "tropd-noisy-mask": method("tropd", f"{NOISY} --outlier mask"),
+    "tropd-noisy-clip": method("tropd", f"{NOISY} --outlier clip --outlier-threshold -5"),
+    "tropd-noisy-mask": method("tropd", f"{NOISY} --outlier mask --outlier-threshold -5"),
     "tropd-noisy-no_guidance": method("tropd", f"{NOISY} --no-guidance"),
     "tropd-noisy-scalar": method(
         "tropd", f"{NOISY} --no-guidance --acceptance never --outlier-form scalar"
