@@ -153,10 +153,10 @@ def make_prompt(row: Row, source: data.Source, tokenizer: Any, args: Args) -> Pr
     answer, domain = (data.value_of(row, each) for each in (source.answer_field, args.domain_field))
     ids, text = to_ids(messages, row, tokenizer, args), data.user_text(messages)
     domain = "" if domain is None else str(domain)
-    return seen(Prompt(ids, text, answer, domain, row, messages), tokenizer, args, source=source)
+    return told(Prompt(ids, text, answer, domain, row, messages), tokenizer, args, source=source)
 
 
-def seen(
+def told(
     prompt: Prompt, tokenizer: Any, args: Args, attempts: Any = ([], [], None), source: Any = None
 ) -> Prompt:
     """The prompt with what others read in its place (--teacher-prompt), where that is another."""
@@ -172,7 +172,7 @@ def show_attempts(rollout: Rollout, tokenizer: Any, args: Args) -> list[Prompt]:
     """The prompts; functions in --teacher-prompt are asked again, with the group's attempts."""
     texts, verdicts = texts_of(rollout, tokenizer), rollout.verdict.tolist()
     attempts = views.attempts(rollout.prompts, texts, verdicts)
-    return [seen(prompt, tokenizer, args, each) for prompt, each in zip(rollout.prompts, attempts)]
+    return [told(prompt, tokenizer, args, each) for prompt, each in zip(rollout.prompts, attempts)]
 
 
 def load_prompts(
