@@ -672,7 +672,7 @@ def opened(prompt: Prompt, observation: str, tokenizer: Any, args: Args) -> Prom
     last["content"] = f"{last['content']}\n{observation}"
     messages = [*prompt.messages[:-1], last]
     ids, text = to_ids(messages, prompt.row, tokenizer, args), data.user_text(messages)
-    return seen(replace(prompt, ids=ids, text=text, messages=messages), tokenizer, args)
+    return told(replace(prompt, ids=ids, text=text, messages=messages), tokenizer, args)
 
 
 def observed(observation: str, tokenizer: Any, args: Args) -> list[int]:
