@@ -125,9 +125,19 @@ def as_saved(lm: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[s
         yield from revert_weight_conversion(lm, dict(some)).items()
 
 
+def names_in(file: Path) -> list[str]:
+    """The names of the weights in a safetensors file; none if it is broken: loading says how."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError):
+        return []
+
+
 def names_in_files(path: str) -> set[str]:
     """Names of all weights in the safetensors of a folder or hub name."""
-    import safetensors
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     index, whole = (
@@ -136,10 +146,8 @@ def names_in_files(path: str) -> set[str]:
     )
     if index is not None:
         return set(json.loads(Path(index).read_text())["weight_map"])
-    if whole is None:  # weights that were not read from files: benchmarks make some at random
-        return set()
-    with safetensors.safe_open(whole, "pt") as file:
-        return set(file.keys())
+    # None: weights that were not read from files; benchmarks make some at random
+    return set(names_in(Path(whole))) if whole is not None else set()
 
 
 def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:

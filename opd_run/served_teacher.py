@@ -64,7 +64,7 @@ class RemoteTeacher(torch.nn.Module):
     metrics over full rows are left out.
     """
 
-    remote, plain_head, head = True, False, None
+    remote, plain_head, head, role = True, False, None, "teacher"
 
     def __init__(self, tokenizer: Any, facts: Facts, args: argparse.Namespace) -> None:
         super().__init__()

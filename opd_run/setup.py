@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from opd_run import compat, offload, ranks, served_teacher, views, vllm_sampler
-from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in_files
+from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in, names_in_files
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
@@ -158,21 +158,10 @@ def _check_files(name: str, path: str, config: Any) -> None:
                 )
         weights = list(weight_map)
     elif (file := Path(path) / "model.safetensors").is_file():
-        weights = _names_in(file)
+        weights = names_in(file)
     num = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if 0 < (stored := _num_layers(weights)) < num:
         raise RunError(f"{flag}: its config.json says {num} layers, its weights have {stored}")
-
-
-def _names_in(file: Path) -> list[str]:
-    """The names of the weights in a safetensors file; none if it is broken: loading says how."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError):
-        return []
 
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the number in model.layers.5.mlp.up_proj.weight
@@ -375,7 +364,6 @@ def load_models(
             paths["student"], trust_remote_code=args.trust_remote_code
         )
         models["teacher"] = served_teacher.RemoteTeacher(tokenizer, facts, args)
-        models["teacher"].role = "teacher"
     if args.sampler == "vllm":
         models["student"].engine = vllm_sampler.VllmSampler(paths["student"], facts, args)
     return models

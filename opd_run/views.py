@@ -20,8 +20,7 @@ from opd_run import data, verdicts
 from opd_run.console import RunError, one_line
 
 Attempts = tuple[Sequence[str], Sequence[float], "int | None"]
-NO_ATTEMPTS: Attempts = ([], [], None)
-"""What a function is called with before there are any: completions, verdicts, place among them."""
+"""Completions of a prompt, their verdicts, the place of one of them; ([], [], None): none yet."""
 
 
 @dataclass(frozen=True)
