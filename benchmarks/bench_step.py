@@ -298,6 +298,9 @@ class Unverified:
 
     judges_cut = True
 
+    def ahead(self, items: Any) -> None:
+        pass
+
     def __call__(self, items: Any) -> list[float]:
         return [0.0] * len(items)
 

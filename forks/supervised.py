@@ -191,11 +191,15 @@ def texts_of(rollout: Rollout, tokenizer: Any) -> list[str]:
     return list(tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
+def to_verify(rollout: Rollout, tokenizer: Any) -> list[tuple[str, Any, Row, bool]]:
+    """What a verifier is told: completion, right answer, row, and whether EOS was sampled."""
+    of_row = zip(texts_of(rollout, tokenizer), rollout.prompts, rollout.ended.tolist())
+    return [(text, prompt.answer, prompt.row, ended) for text, prompt, ended in of_row]
+
+
 def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier) -> None:
     """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
-    of_row = zip(texts_of(rollout, tokenizer), rollout.prompts, rollout.ended.tolist())
-    items = [(text, prompt.answer, prompt.row, ended) for text, prompt, ended in of_row]
-    verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
+    verdict = torch.tensor(verifier(to_verify(rollout, tokenizer)), device=rollout.verdict.device)
     # A completion that was cut is wrong, unless the verifier is told (a parameter `ended`).
     cut_but_right = ~rollout.ended & (verdict > 0) & (not verifier.judges_cut)
     rollout.verdict = verdict.masked_fill(cut_but_right, -1.0)
@@ -402,12 +406,14 @@ def sample(
     uniform: Tensor,
     args: Args,
     sampling: Sampling = (1.0, 1.0, 0),
-    prefixes: Sequence[tuple[int, ...]] = (),
+    prefixes: Sequence[Ids] = (),
+    done: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
     """One completion per prompt; `uniform` [B, T] are its random numbers, one per sampled token.
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
     `prefixes` are tokens that a completion starts with: not sampled, and not part of the response.
+    `done` is called with each chunk of them that is finished, before the next one is begun.
     """
     (num, width), device = uniform.shape, model.device
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)
@@ -422,7 +428,7 @@ def sample(
     else:
         with ranks.unsharded(model), model.autocast():  # for all tokens: weights are cast once
             work = partial(decode, model, out, uniform, sampling, args, bar)
-            retry.in_chunks(work, partial(rollouts.clear, out), share, args)
+            retry.in_chunks(work, out, share, args, done)
     bar.close()
     out = rollouts.gather(out)
     renamed = torch.tensor(model.facts.renamed_ids, device=device)
@@ -519,10 +525,16 @@ def teacher_of(prompt: Prompt, args: Args) -> str:
 
 def generate(
     models: Models, name: str, prompts: list[Prompt], uniform: Tensor, args: Args, how: Sampling,
-    tokenizer: Any,
+    tokenizer: Any, verifier: Verifier,
 ) -> Rollout:  # fmt: skip
-    """FORK: how a model answers prompts, while training and in evaluation: by one completion."""
-    return sample(models[name], prompts, uniform, args, how)
+    """FORK: how a model answers, while training and in evaluation: by one completion, verified."""
+
+    def ahead(finished: Rollout) -> None:  # beside the generation of the others
+        verifier.ahead(to_verify(finished, tokenizer))
+
+    rollout = sample(models[name], prompts, uniform, args, how, done=ahead)
+    verify(rollout, tokenizer, verifier)
+    return rollout
 
 
 def collect(
@@ -532,9 +544,8 @@ def collect(
     prompts = [prompt for prompt in prompts for _ in range(args.rollouts_per_prompt)]
     uniform = uniforms(len(prompts), "teacher", step, args)
     sampling = args.temperature, args.top_p, args.top_k
-    rollout = generate(models, "teacher", prompts, uniform, args, sampling, tokenizer)
+    rollout = generate(models, "teacher", prompts, uniform, args, sampling, tokenizer, verifier)
     rollout.source[:] = 1
-    verify(rollout, tokenizer, verifier)
     if args.right_only:
         rollout.response_mask &= (rollout.verdict > 0)[:, None]
     return rollout, {}
@@ -636,8 +647,7 @@ def evaluate(
     asked = [prompt for prompt in prompts for _ in range(args.eval_samples)]
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
     sampling = args.eval_temperature, args.eval_top_p, 0
-    rollout = generate(models, name, asked, uniform, args, sampling, tokenizer)
-    verify(rollout, tokenizer, verifier)
+    rollout = generate(models, name, asked, uniform, args, sampling, tokenizer, verifier)
     metrics = diagnose.rollout_metrics(rollout)
     metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
     logs = {"evaluations.jsonl": diagnose.of_prompts(rollout, tokenizer, args.eval_samples)}

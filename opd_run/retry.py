@@ -110,12 +110,15 @@ def fit_memory(
 
 def in_chunks(
     work: Callable[[Tensor], None],
-    undo: Callable[[Tensor], None],
+    out: Any,
     rows: Tensor,
     args: argparse.Namespace,
+    done: Callable[[Any], None] | None = None,
 ) -> None:
-    """`work(chunk)` for `rows` [B] in chunks of `--sampler-batch-size`; where memory runs out,
-    `undo(chunk)`, and again in halves, and said. Chunks stay smaller until the run ends.
+    """`work(chunk)` for `rows` [B] of the rollout `out`, in chunks of `--sampler-batch-size`.
+
+    Where memory runs out, what is there of the chunk is forgotten, and it is worked on in halves,
+    and said. Chunks stay smaller until the run ends. `done` gets each that is finished, a rollout.
 
     Raises:
         OutOfMemory: one row at a time is still too much.
@@ -126,6 +129,8 @@ def in_chunks(
         try:
             work(chunk)
             rows = rows[len(chunk) :]
+            if done:
+                done(rollouts.select(out, chunk))
             continue
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -134,6 +139,6 @@ def in_chunks(
                 raise OutOfMemory(f"not even one rollout fits: {one_line(error)}") from None
             why = one_line(error, 120)
         torch.cuda.empty_cache()  # the failed attempt is gone, with what its traceback held
-        undo(chunk)
+        rollouts.clear(out, chunk)
         _most_rows = (len(chunk) + 1) // 2
         say(f"! out of memory: at most {_most_rows} rollouts are generated together now ({why})")

@@ -8,10 +8,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,6 +26,8 @@ __all__ = ["Item", "Verifier", "verifier_function"]
 
 Item = tuple[str, Any, dict[str, Any], bool]
 """(completion, right answer, row, whether it ended by itself)"""
+Word = tuple[bool | None, str]
+"""(right or wrong, ""), or (None, why there is no verdict)"""
 
 START_LIMIT_S = 120.0
 MOST_TIMEOUTS = 16  # in a row, then the rest of a batch is not asked
@@ -50,7 +54,8 @@ class Verifier:
 
     One that takes longer than `timeout_s` for an answer is killed, with what it has started, so
     that a verifier that hangs cannot stop a run. A process is no sandbox: do not execute model
-    text. The processes inherit no variable that looks like a key or token.
+    text. The processes inherit no variable that looks like a key or token. Answers that are known
+    early can be judged `ahead`, beside the generation of others.
 
     Attributes:
         judges_cut: its word on completions that were cut counts (it has a parameter `ended`).
@@ -70,6 +75,9 @@ class Verifier:
         self.num_workers = num_workers or min(4, cores or 1)
         self.num_unverified, self.last_error = 0, ""
         self._workers: list[_Worker] = []
+        self._one_asks = threading.Lock()  # one thread at a time talks to the processes
+        self._ahead: list[tuple[Sequence[Item], Future[list[Word]]]] = []
+        self._num_timeouts = 0  # in a row, of one batch
         self._start()
 
     def _start(self) -> None:
@@ -85,8 +93,8 @@ class Verifier:
             start_new_session=True,
         )
         theirs.close()
-        self._control = ours
-        self._close = weakref.finalize(self, _end, ours, process)  # at exit, too
+        self._control, self._ended = ours, threading.Event()
+        self._close = weakref.finalize(self, _end, ours, process, self._ended)  # at exit, too
         ours.settimeout(START_LIMIT_S)
         try:
             with ours.makefile() as lines:
@@ -118,7 +126,7 @@ class Verifier:
                 break
             except OSError:  # somebody has killed what forks them
                 ours.close()
-                if not again:
+                if not again or self._ended.is_set():
                     raise
                 self._close()
                 self._start()
@@ -137,10 +145,11 @@ class Verifier:
 
         A completion that was cut is put to the verifiers that come with us (what becomes of their
         word is decided in the method file) and to a function with a parameter `ended`; for any
-        other function it is wrong. Each rank has all the items, and verifies its share of them.
+        other function it is wrong. Each rank has all the items, and verifies its share of them;
+        what was begun `ahead` is not asked again.
         """
         mine = items[ranks.share(len(items))]
-        found = self.words(mine)
+        found = self._rest(mine)
         for item, (right, error) in zip(mine, found):
             if right is None:
                 self.num_unverified, self.last_error = self.num_unverified + 1, error
@@ -149,15 +158,43 @@ class Verifier:
         verdicts = [0.0 if right is None else 1.0 if right else -1.0 for right, _ in found]
         return [verdict for some in ranks.gather(verdicts) for verdict in some]
 
-    def words(self, items: Sequence[Item]) -> list[tuple[bool | None, str]]:
+    def ahead(self, items: Sequence[Item]) -> None:
+        """Begin with some items of the next batch, and return at once."""
+        words: Future[list[Word]] = Future()
+        self._ahead.append((items, words))
+
+        def ask() -> None:
+            try:
+                words.set_result(self.words(items))
+            except BaseException as error:  # raised where the batch is asked for
+                words.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True, name="verifier").start()
+
+    def _rest(self, items: Sequence[Item]) -> list[Word]:
+        """The words on a batch, of which some items may have been begun."""
+        early: dict[Any, list[Word]] = {}
+        begun, self._ahead = self._ahead, []
+        for some, words in begun:
+            for item, word in zip(some, words.result()):
+                early.setdefault(_key(item), []).append(word)
+        found = [early[_key(item)].pop() if early.get(_key(item)) else None for item in items]
+        asked = iter(self.words([item for item, word in zip(items, found) if word is None]))
+        self._num_timeouts = 0
+        return [next(asked) if word is None else word for word in found]
+
+    def words(self, items: Sequence[Item]) -> list[Word]:
         """(right, "") of each item, or (None, why there is no verdict)."""
+        with self._one_asks:
+            return self._words(items)
+
+    def _words(self, items: Sequence[Item]) -> list[Word]:
         asked = self.judges_cut or is_built_in(self.spec)
-        found: list[tuple[bool | None, str] | None] = [
-            None if asked or item[3] else (False, "") for item in items
-        ]
+        found: list[Word | None] = [None if asked or item[3] else (False, "") for item in items]
         waiting = deque(place for place, each in enumerate(found) if each is None)
-        num_timeouts = 0
         while waiting or any(worker.place >= 0 for worker in self._workers):
+            if self._ended.is_set():  # so does the run
+                break
             while waiting and (worker := self._idle()):
                 worker.place, worker.deadline = waiting.popleft(), time.monotonic() + self.timeout_s
                 try:
@@ -171,22 +208,24 @@ class Verifier:
             first = min(worker.deadline for worker in busy)
             ready = wait([worker.pipe for worker in busy], max(0.0, first - time.monotonic()))
             for worker in busy:
-                answered: tuple[bool | None, str]
+                answered: Word
                 if worker.pipe in ready:
                     try:
-                        answered, num_timeouts = tuple(json.loads(worker.pipe.recv_bytes())), 0
+                        answered = tuple(json.loads(worker.pipe.recv_bytes()))
+                        self._num_timeouts = 0
                     except (EOFError, OSError):
                         answered = (None, "its process died")
                 elif worker.deadline <= time.monotonic():
-                    answered, num_timeouts = self._late(items[worker.place]), num_timeouts + 1
+                    answered = self._late(items[worker.place])
+                    self._num_timeouts += 1
                 else:
                     continue
                 found[worker.place], worker.place = answered, -1
                 if worker.pipe not in ready or answered[1] == "its process died":
                     self._drop(worker)
-            if waiting and num_timeouts >= MOST_TIMEOUTS:
+            if waiting and self._num_timeouts >= MOST_TIMEOUTS:
                 say(
-                    f"! verifier: {num_timeouts} answers in a row took longer than "
+                    f"! verifier: {self._num_timeouts} answers in a row took longer than "
                     f"{self.timeout_s} s: the other {len(waiting)} of this batch are not asked"
                 )
                 for place in waiting:
@@ -210,11 +249,12 @@ class Verifier:
         return None
 
     def close(self) -> None:
-        """End the processes, with what they have started."""
-        for worker in self._workers:
-            worker.pipe.close()
-        self._workers = []
+        """End the processes, with what they have started; what was begun `ahead` is given up."""
         self._close()
+        with self._one_asks:  # who asked has seen it
+            for worker in self._workers:
+                worker.pipe.close()
+            self._workers = []
 
     # ------------------------------------------------------------------------- before the run
     def try_out(
@@ -287,6 +327,11 @@ class Verifier:
             )
 
 
+def _key(item: Item) -> tuple[str, int, bool]:
+    """Items with the same key have the same answer and row."""
+    return item[0], id(item[2]), item[3]
+
+
 def _as_text(answer: Any, spec: str) -> str:
     """A right answer as a completion would have it; empty if there is none."""
     if is_built_in(spec):
@@ -296,7 +341,8 @@ def _as_text(answer: Any, spec: str) -> str:
     return json.dumps(answer, ensure_ascii=False, default=str)
 
 
-def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+def _end(control: socket.socket, process: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    ended.set()
     control.close()  # it kills those that it has forked, and ends
     try:
         process.wait(5.0)

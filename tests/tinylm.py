@@ -29,6 +29,9 @@ class Verdicts:
     def __init__(self, of_items):
         self.of_items = of_items
 
+    def ahead(self, items):
+        pass
+
     def __call__(self, items):
         return self.of_items(items)
 

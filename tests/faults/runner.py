@@ -167,6 +167,9 @@ class _InProcess:
     def __init__(self, spec: str, timeout_s: float, num_workers: int) -> None:
         pass
 
+    def ahead(self, items: list[verifiers.Item]) -> None:
+        pass
+
     def __call__(self, items: list[verifiers.Item]) -> list[float]:
         return [1.0 if sum(text.encode()) % 2 else -1.0 for text, *_ in items]
 

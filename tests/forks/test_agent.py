@@ -39,10 +39,16 @@ class Echo:
         return str(SAYS[int(text)]), self.num == 2, int(text) == 2
 
 
+TOLD = tinylm.Verdicts(lambda items: [2.0 * row["success"] - 1.0 for _, _, row, _ in items])
+
+
 class Digits:
     """A tokenizer of the digits."""
 
     chat_template = None
+
+    def batch_decode(self, rows, skip_special_tokens=True):
+        return ["".join(map(str, row.tolist())) for row in rows]
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(map(str, ids))
@@ -72,7 +78,8 @@ def played(monkeypatch, actions: list[tuple[int, int]]):
     models = {"student": TableLM(VOCAB, 3, 1)}
     prompts = [agent_opd.Prompt((0,), "", "", "", {})] * len(actions)
     uniform = torch.zeros(len(actions), 5)
-    out = agent_opd.generate(models, "student", prompts, uniform, args, (1.0, 1.0, 0), Digits())
+    how = (1.0, 1.0, 0)
+    out = agent_opd.generate(models, "student", prompts, uniform, args, how, Digits(), TOLD)
     return out, begun
 
 
@@ -89,6 +96,7 @@ def test_a_rollout_is_turn_observation_turn(monkeypatch):
     assert torch.equal(out.extra["turn"], turns)
     assert out.completion_mask.all() and not out.prefix_mask.any() and out.ended.all()
     assert [p.row["success"] for p in out.prompts] == [b == 2 for _, b in ACTIONS]
+    assert (out.verdict > 0).tolist() == [b == 2 for _, b in ACTIONS]
 
 
 def test_gradient_is_the_reverse_kl_of_the_turns(monkeypatch):
@@ -156,7 +164,7 @@ def test_turns_of_a_real_model(folder):
     )[:6]
     uniform = agent_opd.uniforms(6, "rollouts", 0, args)
     how = (1.0, 1.0, 0)
-    out = agent_opd.generate(models, "student", prompts, uniform, args, how, tokenizer)
+    out = agent_opd.generate(models, "student", prompts, uniform, args, how, tokenizer, TOLD)
     logp = agent_opd.token_logp(models["student"], out, args)
     mask = out.response_mask
     assert mask.any() and torch.allclose(logp[mask], out.behaviour_logp[mask], atol=1e-4)
@@ -168,7 +176,9 @@ def test_turns_of_a_real_model(folder):
         said = tokenizer.decode(first, skip_special_tokens=True)
         text = tokenizer.decode(between).replace(" ", "")
         assert text == f"<user>yousaid{said}<bot>".replace(" ", "")
-    again = agent_opd.generate(models, "student", prompts[:2], uniform[:2], args, how, tokenizer)
+    again = agent_opd.generate(
+        models, "student", prompts[:2], uniform[:2], args, how, tokenizer, TOLD
+    )
     width = again.completion_ids.shape[1]
     assert torch.equal(again.completion_ids, out.completion_ids[:2, :width])
 

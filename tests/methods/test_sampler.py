@@ -177,6 +177,42 @@ def test_samples_do_not_depend_on_the_batch(student):
     assert len({tuple(row) for row in whole.completion_ids[[0, 2, 4]].tolist()}) == 3
 
 
+class Checker:
+    """A verifier that notes when it is asked."""
+
+    judges_cut = True
+
+    def __init__(self, told):
+        self.told = told
+
+    def ahead(self, items):
+        self.told.append(("ahead", items))
+
+    def __call__(self, items):
+        self.told.append(("batch", items))
+        return [float(len(text) % 2) for text, *_ in items]
+
+
+def test_what_is_finished_is_verified_while_the_rest_is_generated(student, monkeypatch):
+    model, args, tokenizer = prepared(student, "--sampler-batch-size", "2")
+    chosen, told, decode = prompts(tokenizer, "1+2=", "a", "12+345=", "9", "7"), [], opd.decode
+
+    def noted(*inputs):
+        told.append(("generate", inputs[-1].tolist()))
+        decode(*inputs)
+
+    monkeypatch.setattr(opd, "decode", noted)
+    uniform = opd.uniforms(5, "rollouts", 0, args)
+    how, models_ = (1.0, 1.0, 0), {"student": model}
+    rollout = opd.generate(models_, "student", chosen, uniform, args, how, tokenizer, Checker(told))
+    assert [name for name, _ in told] == [*("generate", "ahead") * 3, "batch"]
+    assert [each for _, each in told[::2][:3]] == [[0, 1], [2, 3], [4]]
+    batch = told[-1][1]
+    assert [item for name, items in told if name == "ahead" for item in items] == batch
+    assert [row for _, _, row, _ in batch] == [prompt.row for prompt in chosen]
+    assert rollout.verdict.tolist() == [float(len(text) % 2) for text, *_ in batch]
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_eos_is_in_the_masks_and_nothing_after_it(tmp_path, pad_is_eos):
     """Trap 10: the EOS that ends a completion is trained, also where pad and EOS are one token."""

@@ -64,6 +64,37 @@ def test_a_verifier_that_always_hangs_is_not_asked_for_ever(capsys):
     pool.close()
 
 
+def test_what_was_begun_ahead_is_asked_once(tmp_path):
+    """Its words are those of the batch, wherever its items stand in it, cut or not."""
+    note = tmp_path / "note"
+    pool = Verifier(f"{FLAKY}:slow_if_asked", 5.0, 2)
+    row = {"note": str(note)}
+    batch = [(f"noted {each}", "", row, each < 3) for each in (0, 1, 2, 1, 3)]
+    pool.ahead(batch[3:])
+    pool.ahead(batch[:1])
+    assert pool(batch) == [-1, 1, -1, 1, -1]
+    asked = ["noted 0", "noted 1", "noted 1", "noted 2"]  # a cut one is wrong unasked
+    assert sorted(note.read_text().splitlines()) == asked
+    assert pool(batch) == [-1, 1, -1, 1, -1]  # the next batch is asked anew
+    assert sorted(note.read_text().splitlines()) == sorted(asked * 2)
+    pool.ahead([("raise", "", row, True)])
+    assert pool([("raise", "", row, True)]) == [0] and "cannot read this" in pool.last_error
+    pool.close()
+
+
+def test_beginning_ahead_waits_for_nothing():
+    pool = Verifier(f"{FLAKY}:slow_if_asked", 1.0, 1)
+    start = time.monotonic()
+    pool.ahead(items("hang"))
+    assert time.monotonic() - start < 0.5
+    pool.ahead(items("1"))
+    assert pool(items("1", "hang")) == [1, 0]
+    pool.ahead(items(*["hang"] * 9))
+    start = time.monotonic()
+    pool.close()  # gives up what was begun
+    assert time.monotonic() - start < 4
+
+
 def gone(pid: int) -> bool:
     """Whether a process ends within some seconds (a zombie has)."""
     for _ in range(100):
@@ -84,7 +115,7 @@ def test_what_a_verifier_started_ends_with_it(verifier, tmp_path):
     assert gone(int(note.read_text()))
 
 
-@pytest.mark.parametrize("how", ["killed", "ends"])
+@pytest.mark.parametrize("how", ["killed", "ends", "ends ahead"])
 def test_a_spinning_verifier_does_not_outlive_the_run(tmp_path, how):
     """Not after kill -9 of the run, and the run's own end does not wait for it."""
     note = tmp_path / "pid"
@@ -93,7 +124,10 @@ import os, sys, threading, time
 from opd_run.verifier import Verifier
 pool = Verifier({FLAKY + ":slow_if_asked"!r}, 1e300, 1)
 pool([("pid", "", {{"pid": {str(note)!r}}}, True)])
-pool._workers[0].pipe.send(("stubborn", "", {{}}, True))
+if {how!r} == "ends ahead":
+    pool.ahead([("stubborn", "", {{}}, True)] * 3)
+else:
+    pool._workers[0].pipe.send(("stubborn", "", {{}}, True))
 time.sleep(0.5)
 if {how!r} == "killed":
     os.kill(os.getpid(), 9)

@@ -22,6 +22,10 @@ def slow_if_asked(text, answer, row):
     if text == "pid":
         Path(row["pid"]).write_text(str(os.getpid()))
         return True
+    if text.startswith("noted"):
+        with Path(row["note"]).open("a") as note:
+            note.write(text + "\n")
+        return text == "noted 1"
     if text == "key":
         return "OPD_TEST_API_KEY" in os.environ
     if text == "raise":
