@@ -74,7 +74,7 @@ def measure(name: str, folder: Path) -> None:
     argv += ["--prompts", f"{folder}/prompts.jsonl", "--run-dir", f"{folder}/run"]
     args = opd.parse_args(argv)
     tokenizer, facts = setup.prepare(opd.model_paths(args), args, opd.render)
-    prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, facts, args)
     longest = max(len(prompt.ids) for prompt in prompts)
     found = memory.estimate(opd.model_paths(args), longest, args)
     load, start = setup.load_models, []

@@ -117,7 +117,7 @@ def main() -> None:
     )
     loaded, tokenizer, facts = setup.models_of(opd, args, {"student": own.model})
     model = loaded["student"]
-    prompts = opd.load_prompts(own.prompts, args.seed, tokenizer, facts, args)
+    prompts = setup.prompts_of(opd, own.prompts, tokenizer, facts, args)
     chosen = prompts[: own.num_prompts]
     kinds = {
         "opd.sample": (ours, model),

@@ -167,7 +167,7 @@ def load_ours(folder: Path, case: argparse.Namespace, objective: str) -> tuple[A
     models, tokenizer, facts = setup.models_of(opd, args)
     for model in models.values():
         model.facts = dataclasses.replace(facts, eos_ids={})  # nothing ends a rollout
-    prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, facts, args)
     return args, tokenizer, models, prompts
 
 

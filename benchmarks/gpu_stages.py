@@ -640,13 +640,15 @@ def sample(task: Task) -> None:
     import bench_step
     import opd
 
+    from opd_run import setup
+
     for rollouts in (64, 256) if task.cuda else (4, 8):
         case = case_of(task, rollouts, 64 if task.cuda else 8)
         with tempfile.TemporaryDirectory() as name, bench_step.random_weights(task.device):
             bench_step.make_inputs(Path(name), case)
             args = bench_step.our_args(Path(name), case, "sampled")
             model, tokenizer = bench_step.load_student(args)
-            prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, model.facts, args)
+            prompts = setup.prompts_of(opd, args.prompts, tokenizer, model.facts, args)
             prompts = prompts[:rollouts]
         for who, call in (("opd.sample", bench_sampler.ours),
                           ("transformers.generate", bench_sampler.generate)):  # fmt: skip

@@ -48,7 +48,7 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
     args = method.parse_args([*flags.split(), "--device", "cpu", "--seed", str(seed)])
     ranks.start(args)
     loaded, tokenizer, facts = setup.models_of(method, args)
-    prompts = method.load_prompts(args.prompts, args.seed, tokenizer, facts, args)
+    prompts = setup.prompts_of(method, args.prompts, tokenizer, facts, args)
     child = verifier.Verifier(args.verifier, args.verifier_timeout_s)
     chosen = method.prompts_of_step(prompts, 0, args)
     found = []

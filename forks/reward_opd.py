@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import opd_ops
@@ -163,22 +162,6 @@ def told(
     return replace(prompt, views=read)
 
 
-def show_attempts(rollout: Rollout, tokenizer: Any, args: Args) -> list[Prompt]:
-    """The prompts; functions in --teacher-prompt are asked again, with the group's attempts."""
-    texts, verdicts = texts_of(rollout, tokenizer), rollout.verdict.tolist()
-    attempts = views.attempts(rollout.prompts, texts, verdicts)
-    return [told(prompt, tokenizer, args, each) for prompt, each in zip(rollout.prompts, attempts)]
-
-
-def load_prompts(
-    spec: str | None, seed: int, tokenizer: Any, facts: Facts, args: Args, test: str | None = None
-) -> list[Prompt]:
-    """Those that are too long are left out and counted. `test`: a test set's name."""
-    source = data.source_of(spec, seed, args, test)
-    every = data.load(source, partial(make_prompt, tokenizer=tokenizer, args=args))
-    return data.check_prompts(source, every, facts.num_positions, args)  # those that fit
-
-
 def prompts_of_step(prompts: list[Prompt], step: int, args: Args) -> list[Prompt]:
     """A function of seed and step alone, so that resuming needs no state; reshuffled each epoch."""
     positions = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
@@ -195,15 +178,13 @@ def texts_of(rollout: Rollout, tokenizer: Any) -> list[str]:
     return list(tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
-def to_verify(rollout: Rollout, tokenizer: Any) -> list[tuple[str, Any, Row, bool]]:
-    """What a verifier is told: completion, right answer, row, and whether EOS was sampled."""
+def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier, ahead: bool = False) -> None:
+    """Write the verdicts: +1 right, -1 wrong, 0 unverified. `ahead`: begin to ask, and go on."""
     of_row = zip(texts_of(rollout, tokenizer), rollout.prompts, rollout.ended.tolist())
-    return [(text, prompt.answer, prompt.row, ended) for text, prompt, ended in of_row]
-
-
-def verify(rollout: Rollout, tokenizer: Any, verifier: Verifier) -> None:
-    """Write the verdicts: +1 right, -1 wrong, 0 unverified."""
-    verdict = torch.tensor(verifier(to_verify(rollout, tokenizer)), device=rollout.verdict.device)
+    items = [(text, prompt.answer, prompt.row, ended) for text, prompt, ended in of_row]
+    if ahead:
+        return verifier.ahead(items)
+    verdict = torch.tensor(verifier(items), device=rollout.verdict.device)
     # A completion that was cut is wrong, unless the verifier is told (a parameter `ended`).
     cut_but_right = ~rollout.ended & (verdict > 0) & (not verifier.judges_cut)
     rollout.verdict = verdict.masked_fill(cut_but_right, -1.0)
@@ -283,13 +264,6 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
     mask, device = rollout.trained_mask, model.device
     prompt_ids, prompt_mask = prompt_of(model, rollout)
     attention_mask = torch.cat([prompt_mask, rollout.completion_mask], 1).to(device)
-
-    def scattered(values: Tensor) -> Tensor:
-        if values.dim() == 0:
-            return values
-        values = values.to(mask.device)
-        return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
-
     outputs = model(
         read,
         F.pad(mask, (prompt_ids.shape[1] - 1, 1)).to(device),  # t - 1 predicts t
@@ -298,7 +272,7 @@ def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> 
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     )
-    return tree_map(scattered, outputs)
+    return rollouts.scattered(outputs, mask)
 
 
 def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
@@ -310,14 +284,9 @@ def token_logp(model: CausalLM, rollout: Rollout, args: Args) -> Tensor:
 
 
 def loss_of_tokens(
-    student: CausalLM,
-    rollout: Rollout,
-    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    values: Sequence[Tensor],
-    args: Args,
-    ids: Tensor | None = None,
-    together: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    student: CausalLM, rollout: Rollout, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    values: Sequence[Tensor], args: Args, ids: Tensor | None = None, together: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The sum over trained tokens of `loss_of(student_logp, *values)`, and what it logs, [B, T].
 
     `student_logp` is of the sampled tokens, or of `ids` [B, T, M]. `loss_of` sees a few of the N
@@ -331,11 +300,8 @@ def loss_of_tokens(
         return torch.where(mask, loss, 0.0).sum(), logged
     ids = (rollout.completion_ids if ids is None else ids)[mask].to(student.device)
     pieces = [value[mask].to(student.device) for value in values]  # [N] each
-    found = read_tokens(
-        student,
-        rollout,
-        lambda hidden, head: opd_ops.gated_kl(hidden, head, ids, loss_of, pieces, **law),
-    )
+    read = partial(opd_ops.gated_kl, token_ids=ids, loss_of=loss_of, values=pieces, **law)
+    found = read_tokens(student, rollout, read)
     return found.loss, found.logged
 
 
@@ -344,12 +310,11 @@ def loss_law(model: CausalLM, args: Args) -> dict[str, Any]:
     return {"temperature": args.loss_temperature, "valid_vocab": model.facts.valid_vocab}
 
 
-STREAMS = {"data": 1, "rollouts": 2, "evaluation": 3, "teacher": 4, "method": 5, "teacher_file": 6}
-STREAMS |= {"diagnostics": 7}  # every random draw belongs to one of these
+STREAMS = dict(data=1, rollouts=2, evaluation=3, teacher=4, method=5, teacher_file=6, diagnostics=7)
 
 
 def seed_of(stream: str, step: int, args: Args) -> list[int]:
-    """One stream at one step: no draw depends on an earlier one, so resuming needs no state."""
+    """Every draw is of one stream at one step, and of no earlier one: resuming needs no state."""
     return [args.seed, STREAMS[stream], step]
 
 
@@ -405,14 +370,10 @@ def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tenso
 
 @torch.no_grad()
 def sample(
-    model: CausalLM,
-    prompts: list[Prompt],
-    uniform: Tensor,
-    args: Args,
-    sampling: Sampling = (1.0, 1.0, 0),
-    prefixes: Sequence[Ids] = (),
+    model: CausalLM, prompts: list[Prompt], uniform: Tensor, args: Args,
+    sampling: Sampling = (1.0, 1.0, 0), prefixes: Sequence[Ids] = (),
     done: Callable[[Rollout], None] | None = None,
-) -> Rollout:
+) -> Rollout:  # fmt: skip
     """One completion per prompt; `uniform` [B, T] are its random numbers, one per sampled token.
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
@@ -425,15 +386,13 @@ def sample(
     out.completion_ids[:], out.prefix_mask = rollouts.right_padded(prefixes, width, device)
     out.completion_mask = out.prefix_mask.clone()
     share = torch.arange(num, device=device)[ranks.share(num)]  # the rollouts of this process
-    bar = tqdm(total=len(share), unit="rollout", desc="sample", leave=False, disable=None)
     model.eval()
     if model.engine:
         fill_by_vllm(model, out, share, uniform, stop_ids(model.facts), args, sampling)
     else:
         with ranks.unsharded(model), model.autocast():  # for all tokens: weights are cast once
-            work = partial(decode, model, out, uniform, sampling, args, bar)
+            work = partial(decode, model, out, uniform, sampling, args)
             retry.in_chunks(work, out, share, args, done)
-    bar.close()
     out = rollouts.gather(out)
     renamed = torch.tensor(model.facts.renamed_ids, device=device)
     kept = out.completion_mask & ~torch.isin(out.completion_ids, renamed)
@@ -442,13 +401,7 @@ def sample(
 
 
 def decode(
-    model: CausalLM,
-    out: Rollout,
-    uniform: Tensor,
-    sampling: Sampling,
-    args: Args,
-    bar: Any,
-    rows: Tensor,
+    model: CausalLM, out: Rollout, uniform: Tensor, sampling: Sampling, args: Args, rows: Tensor
 ) -> None:
     """Go on with the rollouts `rows` of `out`, by a key/value cache, until all of them end.
 
@@ -466,6 +419,7 @@ def decode(
     seen, column = seen[copies], out.prefix_mask[rows].sum(1)  # [n], where the next token goes
     alive = torch.ones_like(rows, dtype=torch.bool)  # [n], has not ended
     grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
+    bar = tqdm(total=len(rows), unit="rollout", desc="sample", leave=False, disable=None)
     look_every = 1 if device.type == "cpu" else 8  # tokens; to look, a GPU has to be waited for
     for t in range(width):
         token, *logp = draw(logits, uniform[rows, t], sampling, law)
@@ -488,7 +442,7 @@ def decode(
         if t + 1 < width:
             seen, column = F.pad(seen, (0, 1), value=True), (column + 1).clamp(max=width - 1)
             logits = next_logits(model, cache, token[:, None], seen)
-    bar.update(len(rows))
+    bar.close()
 
 
 # ==== 4. The method ===============================================================================
@@ -532,11 +486,8 @@ def generate(
     tokenizer: Any, verifier: Verifier,
 ) -> Rollout:  # fmt: skip
     """FORK: how a model answers, while training and in evaluation: by one completion, verified."""
-
-    def ahead(finished: Rollout) -> None:  # beside the generation of the others
-        verifier.ahead(to_verify(finished, tokenizer))
-
-    rollout = sample(models[name], prompts, uniform, args, how, done=ahead)
+    begin = partial(verify, tokenizer=tokenizer, verifier=verifier, ahead=True)
+    rollout = sample(models[name], prompts, uniform, args, how, done=begin)
     verify(rollout, tokenizer, verifier)
     return rollout
 
@@ -678,16 +629,8 @@ def evaluate(
     uniform = uniforms(len(asked), "evaluation", 0, args)  # the same numbers in every evaluation
     sampling = args.eval_temperature, args.eval_top_p, 0
     rollout = generate(models, name, asked, uniform, args, sampling, tokenizer, verifier)
-    metrics = diagnose.rollout_metrics(rollout)
-    metrics |= diagnose.pass_metrics(rollout.verdict.view(len(prompts), -1), prompts)
-    logs = {"evaluations.jsonl": diagnose.of_prompts(rollout, tokenizer, args.eval_samples)}
-    if name == "student":
-        first = rollouts.select(rollout, torch.arange(0, len(asked), args.eval_samples))
-        functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
-        few = retry.micro_batches(first, args)
-        metrics |= diagnose.exact_divergences(models, few, args, names=["reverse_kl"], **functions)
-        logs["tokens.jsonl"] = diagnose.traces(models, first, tokenizer, args, **functions)
-    return metrics, logs
+    functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
+    return diagnose.of_evaluation(models, name, rollout, tokenizer, args, **functions)
 
 
 # ==== 6. Main loop ================================================================================
@@ -700,11 +643,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks.start(args)
     paths = model_paths(args)
     tokenizer, facts = setup.prepare(paths, args, render)
-    how, sets = (args.seed, tokenizer, facts, args), data.test_sets(args)
-    prompts = load_prompts(None if args.eval_only else args.prompts, *how)
-    tests = {name: load_prompts(spec, *how, test=name) for name, spec in sets.items()}
+    make = partial(make_prompt, tokenizer=tokenizer, args=args)
+    prompts, tests = data.load_sets(make, facts.num_positions, args)
     held_out = [prompt for test in tests.values() for prompt in test]
-    data.say_overlap(prompts, held_out)
     flags.refuse(check_method_data(tokenizer, prompts + held_out, facts, args))
     verifier = Verifier(args.verifier, args.verifier_timeout_s, args.verifier_workers)
     verifier.try_out(prompts, tests, tokenizer)
@@ -730,8 +671,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.stop_if_asked(step, save)
         last = step == args.steps or args.eval_only
         if args.eval_every and (last or step % args.eval_every == 0):
-            names = ("teacher", "student") if step == 0 and args.eval_teacher else ("student",)
-            run.evaluate(step, names, tests, partial(evaluate, models, tokenizer, verifier, args))
+            run.evaluate(step, tests, partial(evaluate, models, tokenizer, verifier, args))
         if last or (args.save_every and step and step % args.save_every == 0):
             save()
         if last:
@@ -740,8 +680,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             chosen = prompts_of_step(prompts, step, args)
             rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
             if views.ask_for_attempts(args):
-                rollout.prompts = ranks.first(show_attempts, rollout, tokenizer, args)
-                metrics |= views.leave_out_long(rollout, facts.num_positions)
+                tell = partial(told, tokenizer=tokenizer, args=args)
+                texts = texts_of(rollout, tokenizer)
+                metrics |= views.show_attempts(rollout, texts, tell, facts.num_positions)
         with run.phase("teacher"):
             pieces = retry.micro_batches(rollout, args)
             batch = [(micro, score(models, micro, args)) for micro in pieces]
@@ -751,8 +692,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seed = seed_of("diagnostics", step, args)
                 functions = dict(read_tokens=read_tokens, loss_law=loss_law, teacher_of=teacher_of)
                 functions |= {"score": score, "token_loss": token_loss}
-                few = partial(retry.micro_batches, args=args)
-                found = diagnose.of_step(models, rollout, tokenizer, args, seed, few, **functions)
+                found = diagnose.of_step(models, rollout, tokenizer, args, seed, **functions)
                 metrics |= found[0]
                 run.trace(step + 1, found[1])
         with run.phase("student"):
@@ -765,8 +705,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             student.zero_grad()  # no memory for gradients while rollouts are made
         run.log_step(step + 1, metrics, diagnose.samples(rollout, tokenizer))
         if metrics["bad_step"]:
-            functions = {"token_loss": token_loss, "must_be_finite": MUST_BE_FINITE}
-            alone = diagnose.offending(student, batch, tokenizer, args, **functions)
+            alone = diagnose.offending(student, batch, tokenizer, args, token_loss, MUST_BE_FINITE)
             run.bad_step(step + 1, metrics, state["num_bad_steps"], alone, save)
             state["num_bad_steps"] += 1
     run.finish()

@@ -127,6 +127,31 @@ def source_of(spec: str | None, seed: int, args: Any, test: str | None = None) -
     return Source(spec, seed, prompt_field, answer_field or "", "test")
 
 
+def load_prompts(
+    spec: str | None,
+    make: Callable[[Row, Source], Prompt],
+    num_positions: float,
+    args: Any,
+    test: str | None = None,
+) -> list[Prompt]:
+    """The prompts of one data set that fit (`check_prompts`). `test`: the name of a test set."""
+    source = source_of(spec, args.seed, args, test)
+    return check_prompts(source, load(source, make), num_positions, args)
+
+
+def load_sets(
+    make: Callable[[Row, Source], Prompt], num_positions: float, args: Any
+) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+    """The training prompts (none with `--eval-only`), and the test prompts by the set's name."""
+    sets = test_sets(args)
+    train = load_prompts(None if args.eval_only else args.prompts, make, num_positions, args)
+    tests = {
+        name: load_prompts(spec, make, num_positions, args, name) for name, spec in sets.items()
+    }
+    say_overlap(train, [prompt for test in tests.values() for prompt in test])
+    return train, tests
+
+
 def _named(values: Sequence[str] | None, flag: str) -> dict[str, str]:
     """`NAME=VALUE` by name; without one, the name is empty. A name has no `/`, `.` or `:`."""
     found: dict[str, str] = {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import opd_ops
-from opd_run import ranks, rollouts, served_teacher
+from opd_run import ranks, retry, rollouts, served_teacher
 
 SUPPORT_SIZE = 5  # of the tokens of `tokens.jsonl`
 NUM_TRAINED, NUM_TESTED = 2, 8  # rollouts of a training step, and of an evaluation
@@ -239,7 +239,6 @@ def of_step(
     tokenizer: Any,
     args: argparse.Namespace,
     seed: Sequence[int],
-    micro_batches: Callable[[Any], Iterable[Any]],
     *,
     score: Callable[..., Any],
     token_loss: Callable[..., Any],
@@ -247,11 +246,36 @@ def of_step(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`exact_divergences` at `--diagnostic-tokens` tokens that `seed` chooses, and `traces`."""
     few = thin(rollout, args.diagnostic_tokens, seed)
-    metrics = exact_divergences(models, micro_batches(few), args, **functions)
+    metrics = exact_divergences(models, retry.micro_batches(few, args), args, **functions)
     if any("teacher" in prompt.views for prompt in few.prompts):
-        metrics |= right_minus_wrong(models, micro_batches(few), args, **functions)
+        pieces = retry.micro_batches(few, args)
+        metrics |= right_minus_wrong(models, pieces, args, **functions)
     functions |= {"score": score, "token_loss": token_loss}
     return metrics, traces(models, rollout, tokenizer, args, **functions)
+
+
+def of_evaluation(
+    models: dict[str, Any],
+    name: str,
+    rollout: Any,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    **functions: Any,
+) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
+    """Metrics of `--eval-samples` rollouts of each test prompt, and rows by log file.
+
+    Of the student also, on the first sample of each prompt, the reverse KL and `traces`.
+    """
+    num = args.eval_samples
+    metrics = rollout_metrics(rollout)
+    metrics |= pass_metrics(rollout.verdict.view(-1, num), rollout.prompts[::num])
+    logs = {"evaluations.jsonl": of_prompts(rollout, tokenizer, num)}
+    if name == "student":
+        first = rollouts.select(rollout, torch.arange(0, len(rollout.prompts), num))
+        pieces = retry.micro_batches(first, args)
+        metrics |= exact_divergences(models, pieces, args, names=["reverse_kl"], **functions)
+        logs["tokens.jsonl"] = traces(models, first, tokenizer, args, **functions)
+    return metrics, logs
 
 
 @torch.no_grad()
@@ -378,7 +402,6 @@ def offending(
     batch: Iterable[tuple[Any, dict[str, Any]]],
     tokenizer: Any,
     args: argparse.Namespace,
-    *,
     token_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     must_be_finite: Sequence[str],
 ) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from opd_run import ranks
 
@@ -54,6 +55,19 @@ def right_padded(
     mask = torch.arange(width) < lengths[:, None]
     ids[mask] = torch.tensor([each for row in rows for each in row], dtype=torch.int64)
     return ids.to(device), mask.to(device)
+
+
+def scattered(values: Any, mask: Tensor) -> Any:
+    """Tensors [N, ...] of the N tokens of `mask` [B, T], in tuples or dicts, as [B, T, ...], zero
+    elsewhere; a sum [] stays as it is. Differentiable."""
+
+    def of_one(each: Tensor) -> Tensor:
+        if each.dim() == 0:
+            return each
+        each = each.to(mask.device)
+        return each.new_zeros(*mask.shape, *each.shape[1:]).index_put((mask,), each)
+
+    return tree_map(of_one, values)
 
 
 def begun(rollout: Any, row: int, role: str) -> tuple[int, ...]:

@@ -217,7 +217,7 @@ class Run:
     ) -> None:
         self.path = Path(args.run_dir)
         self.keep, self.steps, self.eval_only = args.keep_checkpoints, args.steps, args.eval_only
-        self.eval_samples = args.eval_samples
+        self.eval_samples, self.eval_teacher = args.eval_samples, args.eval_teacher
         self.stop_signal = 0
         self.phases: dict[str, float] = {}
         self.checkpoints = self.path / "checkpoints"
@@ -440,15 +440,17 @@ class Run:
     def evaluate(
         self,
         step: int,
-        names: Sequence[str],
         tests: dict[str, Any],
         evaluate: Callable[[str, Any], tuple[dict[str, float], dict[str, list[dict[str, Any]]]]],
     ) -> None:
         """Log `evaluate(name, test)` of each model and test set, where a resumed run has not yet.
 
+        The models are the student, and with `--eval-teacher` at step 0 the teacher.
+
         It returns metrics, whose keys become `eval/MODEL/KEY`, of a test set with a name
         `eval/MODEL/TEST/KEY`, and rows of other log files, by the file's name.
         """
+        names = ("teacher", "student") if step == 0 and self.eval_teacher else ("student",)
         for name, (each, test) in itertools.product(names, tests.items()):
             prefix = f"eval/{name}/{each}/" if each else f"eval/{name}/"
             if not self.has(step, f"{prefix}length_mean"):
@@ -458,7 +460,7 @@ class Run:
                 for file, rows in logs.items():
                     whose = {"model": name, "test": each}
                     self._append(file, step, [whose | row for row in rows])
-        if set(names) == {"teacher", "student"}:
+        if "teacher" in names:
             ranks.first(self._say_gap, step, tests)
 
     def _say_gap(self, step: int, tests: dict[str, Any]) -> None:

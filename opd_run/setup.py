@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opd_run import compat, offload, ranks, served_teacher, views, vllm_sampler
+from opd_run import compat, data, offload, ranks, served_teacher, views, vllm_sampler
 from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in, names_in_files
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
@@ -381,6 +381,23 @@ def models_of(
     tokenizer, facts = prepare(paths, args, method.render)
     load = partial(method.load, facts=facts, args=args)
     return load_models(load, paths, args, facts), tokenizer, facts
+
+
+def prompts_of(
+    method: Any,
+    spec: str | None,
+    tokenizer: Any,
+    facts: Facts,
+    args: argparse.Namespace,
+    test: str | None = None,
+) -> list[data.Prompt]:
+    """The prompts of one data set, as `main` of a method file has them: for tests and benchmarks.
+
+    Args:
+        method: the module.  test: the name of a test set.
+    """
+    make = partial(method.make_prompt, tokenizer=tokenizer, args=args)
+    return data.load_prompts(spec, make, facts.num_positions, args, test)
 
 
 def zero_moments(optimizer: torch.optim.Optimizer) -> None:

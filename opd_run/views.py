@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from opd_run import data, verdicts
+from opd_run import data, ranks, verdicts
 from opd_run.console import RunError, one_line
 
 Attempts = tuple[Sequence[str], Sequence[float], "int | None"]
@@ -136,6 +136,24 @@ def attempts(
         for place, row in enumerate(rows):
             found[row] = [texts[each] for each in rows], [of_text[each] for each in rows], place
     return [found[row] for row in range(len(prompts))]
+
+
+def show_attempts(
+    rollout: Any, texts: Sequence[str], tell: Callable[..., data.Prompt], num_positions: float
+) -> dict[str, float]:
+    """Ask the functions of `--teacher-prompt` again, with the group's attempts; `leave_out_long`.
+
+    Args:
+        texts: of the completions.  tell: `tell(prompt, attempts=...)`, the prompt with what others
+            read in its place then.
+    """
+    every = attempts(rollout.prompts, texts, rollout.verdict.tolist())
+
+    def asked() -> list[data.Prompt]:
+        return [tell(each, attempts=of_group) for each, of_group in zip(rollout.prompts, every)]
+
+    rollout.prompts = ranks.first(asked)
+    return leave_out_long(rollout, num_positions)
 
 
 def leave_out_long(rollout: Any, num_positions: float) -> dict[str, float]:

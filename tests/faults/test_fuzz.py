@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import opd_ops
 from opd_ops import reference
-from opd_run import compat, console, verdicts
+from opd_run import compat, console, setup, verdicts
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -38,7 +38,7 @@ def test_prompts_of_any_rows(tmp_path_factory, rows, end, ascii_only, template):
     args = opd.parse_args([] if template else ["--no-chat-template"])
     try:
         facts = compat.Facts(46, {}, 10**9)
-        found = opd.load_prompts(str(path), 0, tinylm.tokenizer(), facts, args)
+        found = setup.prompts_of(opd, str(path), tinylm.tokenizer(), facts, args)
     except console.RunError as error:
         assert "rows.jsonl" in str(error)
         prompts = [row.get("prompt") for row in rows]

@@ -13,7 +13,7 @@ import transformers
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 from tinylm import weights
 
-from opd_run import alarms, data, diagnose, files, rollouts, views
+from opd_run import alarms, data, diagnose, files, rollouts, setup, views
 from opd_run.console import RunError
 from opd_run.models import ReadAs
 
@@ -112,7 +112,7 @@ def test_completions_are_aligned_whatever_the_prompts_length(folder, lengths):
     args = opd.parse_args(flags(folder, "aligned"))
     models, tokenizer = tinylm.load(opd, args)
     facts = models["student"].facts
-    prompts = opd.load_prompts(args.prompts, 0, tokenizer, facts, args)[:3]
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, facts, args)[:3]
     read = [tuple(range(3, 3 + length)) for length in lengths]
     prompts = [
         data.Prompt(p.ids, p.text, p.answer, "", p.row, views={"teacher": ids})
@@ -264,11 +264,11 @@ def test_rows_of_a_test_set_may_lack_a_field(folder, capsys):
     )  # fmt: skip
     models, tokenizer = tinylm.load(opd, args)
     facts = models["student"].facts
-    train = opd.load_prompts(f"{folder}/hints.jsonl", 0, tokenizer, facts, args)
+    train = setup.prompts_of(opd, f"{folder}/hints.jsonl", tokenizer, facts, args)
     assert all(prompt.views for prompt in train)
     with pytest.raises(RunError, match="no field 'hint'"):
-        opd.load_prompts(f"{folder}/prompts.jsonl", 0, tokenizer, facts, args)
-    test = opd.load_prompts(f"{folder}/prompts.jsonl", 0, tokenizer, facts, args, test="")
+        setup.prompts_of(opd, f"{folder}/prompts.jsonl", tokenizer, facts, args)
+    test = setup.prompts_of(opd, f"{folder}/prompts.jsonl", tokenizer, facts, args, test="")
     assert not any(prompt.views for prompt in test)
     assert f"{len(rows)} rows lack a field of --teacher-prompt" in capsys.readouterr().out
 
@@ -302,7 +302,7 @@ def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
     args = opd.parse_args(argv)
     models, tokenizer = tinylm.load(opd, args)
     assert isinstance(models["teacher"], ReadAs) and models["teacher"].lm is models["student"].lm
-    prompts = opd.load_prompts(args.prompts, 0, tokenizer, models["student"].facts, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)
     optimizer = opd.make_optimizer(models["student"], args)
     copied = opd.parse_args(flags(folder, "copy", *more))
     for step in range(2):

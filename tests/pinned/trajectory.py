@@ -35,7 +35,7 @@ def store_rollouts() -> None:
     """16 completions of the tiny student, with verdicts and coins, into rollouts.safetensors."""
     args = opd.parse_args(FLAGS)
     loaded, tokenizer, facts = setup.models_of(opd, args)
-    prompts = opd.load_prompts(args.prompts, args.seed, tokenizer, facts, args)[:16]
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, facts, args)[:16]
     uniform = opd.uniforms(16, "rollouts", 0, args)
     rollout = opd.sample(loaded["student"], prompts, uniform, args)
     child = verifier.Verifier("exact", 10.0)

@@ -15,7 +15,7 @@ import tinylm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_run import compat, console, data, verdicts
+from opd_run import compat, console, data, setup, verdicts
 
 CASES = Path(__file__).parent / "cases"
 TINY = opd.TINY / "student"
@@ -27,7 +27,7 @@ def arguments(*flags: str):
 
 def load(path: str, args, tokenizer=None) -> list[data.Prompt]:
     facts = compat.Facts(46, {}, 256)
-    return opd.load_prompts(path, 0, tokenizer or tinylm.tokenizer(), facts, args)
+    return setup.prompts_of(opd, path, tokenizer or tinylm.tokenizer(), facts, args)
 
 
 def write(path, *rows: dict) -> str:
@@ -78,7 +78,7 @@ def test_prompts_beyond_the_positions_are_counted_not_the_end(tmp_path, capsys):
     """One prompt too long for the models ended the run; all of them still do, in one line."""
     path = write(tmp_path / "p.jsonl", {"prompt": "1"}, {"prompt": "1" * 20}, {"prompt": "2"})
     args, facts = arguments("--max-completion-tokens", "8"), compat.Facts(46, {}, 20)
-    found = opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
+    found = setup.prompts_of(opd, path, tinylm.tokenizer(), facts, args)
     assert [prompt.text for prompt in found] == ["1", "2"]
     assert (
         "2 prompts; 1 left out as too long: longer than 12 tokens, which is what "
@@ -87,7 +87,7 @@ def test_prompts_beyond_the_positions_are_counted_not_the_end(tmp_path, capsys):
     for positions in (9, 8, 3):
         facts = compat.Facts(46, {}, positions)
         with pytest.raises(console.RunError, match=r"all 3 are longer than [01] tokens, [^\n]*$"):
-            opd.load_prompts(path, 0, tinylm.tokenizer(), facts, args)
+            setup.prompts_of(opd, path, tinylm.tokenizer(), facts, args)
 
 
 @given(st.binary(max_size=60))
@@ -122,7 +122,7 @@ def tiny():
 
 def case(name: str, tokenizer, *flags: str, test: str | None = None) -> list[data.Prompt]:
     facts = compat.Facts(692, {}, 10**6)
-    return opd.load_prompts(str(CASES / name), 0, tokenizer, facts, arguments(*flags), test)
+    return setup.prompts_of(opd, str(CASES / name), tokenizer, facts, arguments(*flags), test)
 
 
 def first_lines(prompts) -> list[str]:

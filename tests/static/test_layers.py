@@ -17,8 +17,8 @@ LAYERS = [
     ["models", "views"],
     ["adapters", "offload"],
     ["vllm_sampler", "served_teacher"],
-    ["setup", "memory"],
-    ["diagnose", "retry", "selfcheck"],
+    ["setup", "memory", "retry"],
+    ["diagnose", "selfcheck"],
     ["run", "flags"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -99,19 +99,12 @@ def test_the_packages_of_users_are_imported_where_they_are_used(path):
 PLUMBING = {
     "compat": {"Facts", "check_prompts", "prompt_ids"},
     "data": {
-        *("Prompt", "Source", "check_prompts", "completions_of", "load", "messages_of", "plain"),
-        *("say_overlap", "source_of", "test_sets", "user_text", "value_of"),
+        *("Prompt", "Source", "completions_of", "load_sets", "messages_of", "plain", "user_text"),
+        "value_of",
     },
     "diagnose": {
-        *(
-            "exact_divergences",
-            "num_not_finite",
-            "of_prompts",
-            "of_step",
-            "offending",
-            "pass_metrics",
-        ),
-        *("places", "rollout_metrics", "samples", "token_metrics", "traces"),
+        *("num_not_finite", "of_evaluation", "of_step", "offending", "pass_metrics", "places"),
+        *("rollout_metrics", "samples", "token_metrics"),
     },
     "environments": {"of"},
     "files": {"TINY"},
@@ -119,18 +112,18 @@ PLUMBING = {
     "memory": {"say"},
     "models": {"CausalLM"},
     "ranks": {
-        *("cat", "first", "share", "start", "sum_gradients", "total", "unsharded", "whole"),
+        *("cat", "share", "start", "sum_gradients", "total", "unsharded", "whole"),
     },
     "retry": {"fit_memory", "in_chunks", "micro_batches", "of_tokens"},
     "rollouts": {
-        *("begun", "blank", "by_teacher", "clear", "gather", "join", "left_padded"),
-        *("right_padded", "select", "shaped"),
+        *("begun", "blank", "by_teacher", "gather", "join", "left_padded", "right_padded"),
+        *("scattered", "select", "shaped"),
     },
     "run": {"Run", "command", "load_checkpoint", "save_checkpoint", "say_plan"},
     "selfcheck": {"check_models"},
     "setup": {"load_lm", "load_models", "prepare", "token_ids", "zero_moments"},
     "verifier": {"Verifier"},
-    "views": {"ask_for_attempts", "attempts", "decay_of", "leave_out_long", "of"},
+    "views": {"ask_for_attempts", "decay_of", "of", "show_attempts"},
     "vllm_sampler": {"fill_by_vllm"},
 }
 
