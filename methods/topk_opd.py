@@ -68,16 +68,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = partial(flags.flag, parser.add_argument_group("data"))
     add("--seed", 0, "seed of data order and sampling", "[0,inf)")
     add("--prompts", str(TINY / "prompts/train.jsonl"), "file, folder or hub name: docs/data.md")
-    many = {"action": "append", "metavar": "[NAME=]..."}
-    add("--test-prompts", None, "held-out prompts; repeat for several sets", **many)
+    repeated = {"action": "append", "metavar": "[NAME=]..."}
+    add("--test-prompts", None, "held-out prompts; repeat for several sets", **repeated)
     add("--prompt-field", None, "field with text or messages [prompt, messages, question, ...]")
-    add("--test-prompt-field", None, "the same of a test set, where it differs", **many)
+    add("--test-prompt-field", None, "the same of a test set, where it differs", **repeated)
     add("--answer-field", "answer", "field with the right answer; a.b is b in a")
-    add("--test-answer-field", None, "the same of a test set, where it differs", **many)
+    add("--test-answer-field", None, "the same of a test set, where it differs", **repeated)
     add("--system", None, "put this system message before each prompt")
     add("--prompt-template", None, "the user's message, with {field} of the row; @FILE reads it")
     add("--chat-template", True, "render prompts with the tokenizer's chat template, if any")
-    add("--chat-template-from", "student", "whose chat template", choices=["student", "teacher"])
+    add("--chat-template-from", "student", "whose to use", choices=["student", "teacher"])
     add("--chat-template-args", "{}", 'its arguments, such as {"enable_thinking": false}')
     add("--teacher-prompt", None, "the teacher reads this in place of the user's last message: a "
         "template with {field}, module:function or file.py:function: docs/recipes.md")  # fmt: skip
@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-url", None, "http://HOST:PORT of a vLLM server that has the teacher instead")
     add("--dtype", "auto", "type the student computes in; its weights stay float32", choices=types)
     add("--teacher-dtype", "auto", "type of the frozen models' weights and products", choices=types)
-    add("--allow-renamed-tokens", False, "special tokens may differ; they then leave the loss")
+    add("--allow-renamed-tokens", False, "special tokens may differ by name; they are not trained")
     add("--lora-rank", 0, "train adapters of this rank instead of all weights; 0: off", "[0,inf)")
     add("--lora-alpha", 32.0, "scale of the adapters, divided by --lora-rank", "(0,inf)")
     add = partial(flags.flag, parser.add_argument_group("rollout"))
@@ -514,12 +514,12 @@ def teacher_of(prompt: Prompt, args: Args) -> str:
 
 
 def generate(
-    models: Models, name: str, prompts: list[Prompt], uniform: Tensor, args: Args, how: Sampling,
-    tokenizer: Any, verifier: Verifier,
+    models: Models, name: str, prompts: list[Prompt], uniform: Tensor,
+    args: Args, sampling: Sampling, tokenizer: Any, verifier: Verifier,
 ) -> Rollout:  # fmt: skip
     """FORK: how a model answers, while training and in evaluation: by one completion, verified."""
     begin = partial(verify, tokenizer=tokenizer, verifier=verifier, ahead=True)
-    rollout = sample(models[name], prompts, uniform, args, how, done=begin)
+    rollout = sample(models[name], prompts, uniform, args, sampling, done=begin)
     verify(rollout, tokenizer, verifier)
     return rollout
 
@@ -697,8 +697,8 @@ def make_optimizer(student: CausalLM, args: Args) -> torch.optim.Optimizer:
         {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    how = {"weight_decay": args.weight_decay, "fused": args.device.startswith("cuda")}
-    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, args.adam_beta2), **how)
+    settings = {"weight_decay": args.weight_decay, "fused": args.device.startswith("cuda")}
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, args.adam_beta2), **settings)
     setup.zero_moments(optimizer)  # now, so that a checkpoint before the first step is exact
     return optimizer
 
@@ -732,14 +732,14 @@ def train_step(
     loss, grad_norm = ranks.total(loss), float(ranks.whole(grad_norm))
     tokens = {name: ranks.cat(torch.cat(parts)) for name, parts in tokens.items()}
     num_bad = diagnose.num_not_finite(tokens, MUST_BE_FINITE)
-    metrics = diagnose.token_metrics(tokens) | {"num_bad_log_ratios": float(num_bad)}
+    metrics = diagnose.token_metrics(tokens, MUST_BE_FINITE)
     good = math.isfinite(loss + grad_norm) and not num_bad
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
-    done = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
-    return metrics | done | {"bad_step": float(not good)}
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
+    return metrics | {"num_bad_log_ratios": float(num_bad), "bad_step": float(not good)}
 
 
 @torch.no_grad()

@@ -72,15 +72,17 @@ def rollout_metrics(rollout: Any) -> dict[str, float]:
     }
 
 
-def token_metrics(tokens: dict[str, Tensor]) -> dict[str, float]:
+def token_metrics(
+    tokens: dict[str, Tensor], must_be_finite: Sequence[str] = ("log_ratio", "policy_log_ratio")
+) -> dict[str, float]:
     """Means over trained tokens of what `token_loss` reports; quantiles of the log-ratio.
 
     `decile` and `end`, from `places`, split the mean of the log-ratio. What does not apply to a
-    token is NaN there, and no part of its mean; of a log-ratio it is an error, and stays.
+    token is NaN there, and no part of its mean; in what `must_be_finite` it is an error, and stays.
     """
     decile, end = tokens.pop("decile", None), tokens.pop("end", None)
     metrics = {
-        f"{name}_mean": _mean(values if "log_ratio" in name else values[~values.isnan()])
+        f"{name}_mean": _mean(values if name in must_be_finite else values[~values.isnan()])
         for name, values in tokens.items()
     }
     if "log_ratio" in tokens:

@@ -230,6 +230,18 @@ def test_documents_name_files_that_exist():
             assert (path.parent / link).exists(), (path.name, link)
 
 
+def test_links_into_a_page_find_their_heading():
+    """As GitHub makes anchors: lower case, hyphens, no other signs."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text()):
+            text = (path.parent / link if link else path).read_text()
+            heads = re.findall(
+                r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
+            )
+            made = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in heads}
+            assert anchor in made, (path.name, link, anchor)
+
+
 def test_every_flag_has_help():
     parser_text = REFERENCE.split("# ==== 2.")[0]
     for name, text in re.findall(r'add\("(--[a-z0-9-]+)", [^"]*?"([^"]*)"', parser_text):
