@@ -73,7 +73,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--system", None, "put this system message before each prompt")
     add("--prompt-template", None, "the user's message, with {field} of the row; @FILE reads it")
     add("--chat-template", True, "render prompts with the tokenizer's chat template, if any")
-    add("--chat-template-from", "student", "whose to use", choices=["student", "teacher"])
+    add("--chat-template-from", "student", "whose template is used", choices=["student", "teacher"])
     add("--chat-template-args", "{}", 'its arguments, such as {"enable_thinking": false}')
     add("--teacher-prompt", None, "the teacher reads this in place of the user's last message: a "
         "template with {field}, module:function or file.py:function: docs/recipes.md")  # fmt: skip
