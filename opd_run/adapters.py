@@ -138,6 +138,12 @@ def names_in(file: Path) -> list[str]:
 
 def names_in_files(path: str) -> set[str]:
     """Names of all weights in the safetensors of a folder or hub name."""
+    return set(_places(path))
+
+
+def _places(path: str) -> dict[str, Path]:
+    """In which of these files each weight is; empty for weights that were not read from files:
+    benchmarks make some at random."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     index, whole = (
@@ -145,9 +151,26 @@ def names_in_files(path: str) -> set[str]:
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
     )
     if index is not None:
-        return set(json.loads(Path(index).read_text())["weight_map"])
-    # None: weights that were not read from files; benchmarks make some at random
-    return set(names_in(Path(whole))) if whole is not None else set()
+        found = json.loads(Path(index).read_text())["weight_map"]
+        return {name: Path(index).with_name(place) for name, place in found.items()}
+    return dict.fromkeys(names_in(Path(whole)), Path(whole)) if whole is not None else {}
+
+
+def source_dtype(path: str, config: Any) -> torch.dtype:
+    """Type that a model came in: as its configuration says, else that of its first floating weight
+    in its files."""
+    from safetensors import safe_open
+
+    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    if config.dtype is not None:
+        return config.dtype  # type: ignore[no-any-return]
+    for name, file in _places(path).items():
+        if file.is_file():
+            with safe_open(file, "pt") as opened:
+                kind = opened.get_slice(name).get_dtype()
+            if kind in known:
+                return known[kind]
+    return torch.float32
 
 
 def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:
