@@ -19,6 +19,8 @@ from opd_run import ranks
 from opd_run.console import RunError, optional, say
 from opd_run.models import CausalLM
 
+NO_LAYER = "--lora-rank: {} has no torch.nn.Linear but its head"
+
 
 class WithoutAdapter(CausalLM):
     """The student as it was before its adapters were trained: a reference without a second copy."""
@@ -51,7 +53,7 @@ def add_adapters(lm: Any, layers: Sequence[str], rank: int, alpha: float, seed: 
     """
     peft = optional("peft", "--lora-rank")
     if not layers:
-        raise RunError(f"--lora-rank: {lm.config.model_type} has no torch.nn.Linear but its head")
+        raise RunError(NO_LAYER.format(lm.config.model_type))
     # As a part of something without a configuration: of a model type that it knows, peft would turn
     # the layers of these names into other targets, and leave dense and shared experts out.
     whole = torch.nn.ModuleDict({"lm": lm})

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_run import ranks, served_teacher, views, vllm_sampler
-from opd_run.adapters import source_dtype
-from opd_run.console import one_line
+from opd_run.adapters import NO_LAYER, source_dtype
+from opd_run.console import RunError, one_line
 from opd_run.console import say as say_lines
 from opd_run.models import num_parameters
 
@@ -194,6 +194,8 @@ class _Shape:
         has its own way to ask for data that is not there."""
         try:
             return count(*args)
+        except RunError:
+            raise
         except Exception as error:
             self.left_out[name] = f"{type(error).__name__}: {one_line(error, 80)}"
             return None
@@ -223,11 +225,14 @@ class _Shape:
 def _pretend_adapters(lm: Any, rank: int) -> None:
     """What adapters have and keep; peft itself moves weights about, which have no data here."""
     lm.requires_grad_(False)
-    for module in list(lm.modules()):
-        if type(module) is torch.nn.Linear and module is not lm.get_output_embeddings():
-            module.down = torch.nn.Parameter(torch.zeros(rank, module.in_features))
-            module.up = torch.nn.Parameter(torch.zeros(module.out_features, rank))
-            module.register_forward_hook(_adapt)
+    head = lm.get_output_embeddings()
+    layers = [e for e in lm.modules() if type(e) is torch.nn.Linear and e is not head]
+    if not layers:
+        raise RunError(NO_LAYER.format(lm.config.model_type))
+    for module in layers:
+        module.down = torch.nn.Parameter(torch.zeros(rank, module.in_features))
+        module.up = torch.nn.Parameter(torch.zeros(module.out_features, rank))
+        module.register_forward_hook(_adapt)
 
 
 def _adapt(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

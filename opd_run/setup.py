@@ -70,7 +70,9 @@ def prepare(
             _check_layers(name, path, transformers.PretrainedConfig.get_config_dict(path)[0])
             configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
             tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
-        except (OSError, ValueError, KeyError) as error:
+        except RunError:
+            raise
+        except Exception as error:  # whatever the classes of a model type say of its files
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
             ) from error
@@ -101,8 +103,11 @@ def prepare(
                 f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
                 f"{config.model_type}: {one_line(error, 100)}"
             ) from error
-        except ImportError as error:  # of attention kernels that its configuration asks for
-            raise RunError(f"--{name.split('/')[0]} {paths[name]}: {one_line(error)}") from error
+        except Exception as error:  # of kernels, of sizes: each type has its own way
+            raise RunError(
+                f"--{name.split('/')[0]} {paths[name]}: no {config.model_type} can be made of its "
+                f"configuration: {one_line(error)}"
+            ) from error
         num = _num_layers(list(lm.state_dict()))  # configurations count layers in unlike ways
         if 0 < (found := _num_layers(stored[name])) < num:
             raise RunError(

@@ -431,6 +431,14 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_read(tmp_path,
         setup.prepare(opd.model_paths(args), args, opd.render)
 
 
+def test_a_configuration_that_makes_no_model_is_named(tmp_path):
+    """A padding token that was added to the tokenizer, and not to the embedding."""
+    tinylm.save_config(tmp_path, pad_token_id=46)
+    args = opd.parse_args(["--student", str(tmp_path)])
+    with pytest.raises(RunError, match=r"^--student .*: no qwen3 can be made of its conf.*: Padd"):
+        setup.prepare(opd.model_paths(args), args, opd.render)
+
+
 def test_weights_of_another_shape_than_the_configuration_has_are_refused(tmp_path):
     path = tinylm.save_model(tmp_path / "m", 0)
     config = json.loads((tmp_path / "m/config.json").read_text())
@@ -687,8 +695,17 @@ def test_a_student_alone_is_told_that_no_teacher_was_given(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- dry run
+def test_dry_run_says_that_nothing_can_be_adapted(made, tmp_path, capsys):
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    argv = modelzoo.flags(made("gpt2"), "--prompts", prompts, "--dry-run", "--lora-rank", "4")
+    with pytest.raises(SystemExit):
+        opd.main(argv)
+    assert "gpt2 has no torch.nn.Linear but its head" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", each_type(["gpt_oss", "deepseek_v3", "gemma3", "qwen3_next",
-                                            "mamba", "llama4_text", "gemma3n_text"]))  # fmt: skip
+                                            "mamba", "llama4_text", "gemma3n_text", "qwen3_moe",
+                                            "qwen3_5_text", "lfm2", "rwkv"]))  # fmt: skip
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "4"], ["--dtype", "bfloat16"]])
 def test_dry_run_counts_what_can_be_counted(made, tmp_path, capsys, name, more):
     prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
