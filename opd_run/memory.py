@@ -217,7 +217,8 @@ class _Shape:
     def _count_cache(lm: Any, compute: torch.dtype, layers: int) -> int:
         """Bytes of a token in the cache."""
         ids = torch.zeros(1, 1, dtype=torch.int64)
-        cache = lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+        with torch.autocast("cpu", compute, compute != torch.float32):
+            cache = lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values
         floats: int = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
         return floats * compute.itemsize * (layers + 1) // layers  # one is copied
 

@@ -716,6 +716,14 @@ def test_dry_run_counts_what_can_be_counted(made, tmp_path, capsys, name, more):
         assert text in out
 
 
+def test_dry_run_counts_the_cache_under_adapters_in_bfloat16(made, tmp_path, capsys):
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    more = ["--lora-rank", "4", "--dtype", "bfloat16", "--dry-run"]
+    opd.main(modelzoo.flags(made("qwen3"), "--prompts", prompts, *more))
+    out = capsys.readouterr().out
+    assert "memory: generate: cache" in out and "cannot be counted" not in out
+
+
 @pytest.mark.parametrize("more", [[], ["--export-dtype", "float32"], ["--lora-rank", "4"]])
 def test_the_disk_line_is_what_a_checkpoint_takes(tmp_path, more):
     path = tinylm.save_model(tmp_path / "s", 0, hidden_size=192, intermediate_size=256)
