@@ -98,7 +98,8 @@ def _adapted(lm: Any) -> dict[str, Any]:
 
 
 def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Adapters added to the weights that they adapt, under the names of the plain model.
+    """Adapters added to the weights that they adapt, under the names of the plain model; the sums
+    are float32.
 
     Sharded weights are put together, one at a time; all ranks have to ask for all of them.
     """
@@ -111,7 +112,7 @@ def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if at and rest == "weight":
             names = (f"{layer}.lora_{side}.default.weight" for side in "AB")
             down, up = (ranks.whole(weights[each]).float() for each in names)
-            weight = (weight.float() + scale[layer] * (up @ down)).to(weight.dtype)
+            weight = weight.float() + scale[layer] * (up @ down)
         yield name.replace(".base_layer.", "."), weight
 
 

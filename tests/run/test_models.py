@@ -377,6 +377,21 @@ def test_a_configuration_that_names_no_type_leaves_it_to_the_files(tmp_path, cap
     assert counted.checkpoint_bytes == (2 + 4 + 8) * counted.num_parameters
 
 
+def test_adapters_on_bfloat16_are_rounded_once_to_the_type_of_the_export(tmp_path):
+    from opd_run import adapters
+
+    flags = ["--export-dtype", "float32", "--lora-rank", "4", "--dtype", "bfloat16"]
+    path = tinylm.save_model(tmp_path / "m", 0)
+    student, tokenizer, _, _ = modelzoo.loaded(path, *flags)
+    layer = student.lm.model.layers[0].mlp.up_proj
+    down, up = (getattr(layer, f"lora_{side}")["default"].weight for side in "AB")
+    torch.nn.init.normal_(up)
+    adapters.export(student, tokenizer, tmp_path / "model")
+    found = modelzoo.read(tmp_path / "model")["model.layers.0.mlp.up_proj.weight"]
+    want = layer.base_layer.weight.float() + 8.0 * (up @ down)  # alpha 32 by rank 4
+    assert torch.equal(found, want)
+
+
 def test_an_export_keeps_what_transformers_keeps_in_float32(made, tmp_path):
     from opd_run import adapters
 
