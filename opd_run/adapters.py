@@ -19,6 +19,8 @@ from opd_run import ranks
 from opd_run.console import RunError, optional, say
 from opd_run.models import CausalLM
 
+NO_LAYER = "--lora-rank: {} has no torch.nn.Linear but its head"
+
 
 class WithoutAdapter(CausalLM):
     """The student as it was before its adapters were trained: a reference without a second copy."""
@@ -51,7 +53,7 @@ def add_adapters(lm: Any, layers: Sequence[str], rank: int, alpha: float, seed: 
     """
     peft = optional("peft", "--lora-rank")
     if not layers:
-        raise RunError(f"--lora-rank: {lm.config.model_type} has no torch.nn.Linear but its head")
+        raise RunError(NO_LAYER.format(lm.config.model_type))
     # As a part of something without a configuration: of a model type that it knows, peft would turn
     # the layers of these names into other targets, and leave dense and shared experts out.
     whole = torch.nn.ModuleDict({"lm": lm})
@@ -96,7 +98,8 @@ def _adapted(lm: Any) -> dict[str, Any]:
 
 
 def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Adapters added to the weights that they adapt, under the names of the plain model.
+    """Adapters added to the weights that they adapt, under the names of the plain model; the sums
+    are float32.
 
     Sharded weights are put together, one at a time; all ranks have to ask for all of them.
     """
@@ -109,7 +112,7 @@ def merged(lm: Any, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if at and rest == "weight":
             names = (f"{layer}.lora_{side}.default.weight" for side in "AB")
             down, up = (ranks.whole(weights[each]).float() for each in names)
-            weight = (weight.float() + scale[layer] * (up @ down)).to(weight.dtype)
+            weight = weight.float() + scale[layer] * (up @ down)
         yield name.replace(".base_layer.", "."), weight
 
 
@@ -138,6 +141,12 @@ def names_in(file: Path) -> list[str]:
 
 def names_in_files(path: str) -> set[str]:
     """Names of all weights in the safetensors of a folder or hub name."""
+    return set(_places(path))
+
+
+def _places(path: str) -> dict[str, Path]:
+    """In which of these files each weight is; empty for weights that were not read from files:
+    benchmarks make some at random."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     index, whole = (
@@ -145,9 +154,26 @@ def names_in_files(path: str) -> set[str]:
         for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
     )
     if index is not None:
-        return set(json.loads(Path(index).read_text())["weight_map"])
-    # None: weights that were not read from files; benchmarks make some at random
-    return set(names_in(Path(whole))) if whole is not None else set()
+        found = json.loads(Path(index).read_text())["weight_map"]
+        return {name: Path(index).with_name(place) for name, place in found.items()}
+    return dict.fromkeys(names_in(Path(whole)), Path(whole)) if whole is not None else {}
+
+
+def source_dtype(path: str, config: Any) -> torch.dtype:
+    """Type that a model came in: as its configuration says, else that of its first floating weight
+    in its files."""
+    from safetensors import safe_open
+
+    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    if config.dtype is not None:
+        return config.dtype  # type: ignore[no-any-return]
+    for name, file in _places(path).items():
+        if file.is_file():
+            with safe_open(file, "pt") as opened:
+                kind = opened.get_slice(name).get_dtype()
+            if kind in known:
+                return known[kind]
+    return torch.float32
 
 
 def export(model: CausalLM, tokenizer: Any, folder: Path) -> None:

@@ -113,18 +113,22 @@ def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
     for owner in (tokenizer, config, generation_config):
         value = getattr(owner, "eos_token_id", None)
         values = value if isinstance(value, (list, tuple)) else [value]
-        found |= {int(each) for each in values if each is not None}
+        found |= {int(each) for each in values if each is not None and each >= 0}  # -1: none
     return found
+
+
+def rope_laws(config: Any) -> list[dict[str, Any]]:
+    """How a model scales rotary positions: one law, or one for each kind of layer."""
+    law = getattr(config, "rope_parameters", None) or {}
+    return [each for each in law.values() if isinstance(each, dict)] or [law]
 
 
 def num_positions(config: Any) -> float:
     """The longest sequence that a model takes: of YaRN, linear and dynamic scaling the product of
     factor and original length, where `max_position_embeddings` was left at the latter."""
-    names = ("max_position_embeddings", "max_seq_len")
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
     limit = next(filter(None, (getattr(config, name, None) for name in names)), math.inf)
-    law = getattr(config, "rope_parameters", None) or {}
-    laws = [each for each in law.values() if isinstance(each, dict)] or [law]  # by kind of layer
-    for each in laws:
+    for each in rope_laws(config):
         if each.get("rope_type") in ("yarn", "linear", "dynamic") and limit != math.inf:
             original = each.get("original_max_position_embeddings") or limit
             limit = max(limit, int(each.get("factor") or 1) * original)
@@ -135,25 +139,24 @@ def check_prompts(prompts: Sequence[Any], tokenizer: Any, facts: Facts) -> None:
     """Refuse prompts with tokens that a model has no row for; say what else is odd about tokens.
 
     Args:
-        prompts: with attributes `ids` and `text`.  tokenizer: that made them.
+        prompts: as each model reads them (`Prompt.read_by`).  tokenizer: that made them.
 
     Raises:
         RunError: an id is beyond a model's embedding.
     """
     for model, size in facts.num_embeddings.items():
-        holders = [prompt for prompt in prompts if max(prompt.ids, default=0) >= size]
-        if holders:
-            first = next(each for each in holders[0].ids if each >= size)
+        role, known = model.partition("/")[0], facts.num_tokens[model]
+        tops = [max(prompt.read_by(role), default=0) for prompt in prompts]
+        if num := sum(top >= size for top in tops):
+            first = next(top for top in tops if top >= size)
             raise RunError(
-                f"{len(holders)} prompts hold {tokenizer.convert_ids_to_tokens(first)} {first}, "
+                f"{num} prompts hold {tokenizer.convert_ids_to_tokens(first)} {first}, "
                 f"for which the {model} has no row: its embedding has {size}"
             )
-        size = facts.num_tokens[model]
-        holders = [prompt for prompt in prompts if max(prompt.ids, default=0) >= size]
-        if holders:
-            first = next(each for each in holders[0].ids if each >= size)
+        if num := sum(top >= known for top in tops):
+            first = next(top for top in tops if top >= known)
             say(
-                f"! {len(holders)} prompts hold {tokenizer.convert_ids_to_tokens(first)} {first}, "
+                f"! {num} prompts hold {tokenizer.convert_ids_to_tokens(first)} {first}, "
                 f"which the {model}'s tokenizer has not: the {model} reads a row that was never "
                 "trained"
             )
@@ -175,7 +178,8 @@ def prompt_ids(tokenizer: Any, text: str, templated: bool) -> list[int]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
-    if len(ids) > 1 and ids[-1] == eos and not text.rstrip().endswith(tokenizer.eos_token):
+    meant = ids[-2:] != [eos, eos] and text.rstrip().endswith(tokenizer.eos_token or "")
+    if len(ids) > 1 and ids[-1] == eos and not meant:
         ids = ids[:-1]
     return ids
 

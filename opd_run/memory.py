@@ -8,6 +8,7 @@ tensors without data, and what autograd saves is counted.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_run import ranks, served_teacher, views, vllm_sampler
-from opd_run.console import one_line
+from opd_run.adapters import NO_LAYER, source_dtype
+from opd_run.console import RunError, one_line
 from opd_run.console import say as say_lines
 from opd_run.models import num_parameters
 
@@ -43,6 +45,7 @@ def _counted(
     paths = served_teacher.local(paths, args)
     trust = {"trust_remote_code": args.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(paths["student"], **trust)
+    config.dtype = source_dtype(paths["student"], config)
     compute = getattr(torch, args.dtype)
     length = longest_prompt + args.max_completion_tokens
     rows = max(1, args.micro_batch_tokens // length)
@@ -149,10 +152,11 @@ class _Shape:
         args: argparse.Namespace,
     ) -> None:
         import transformers
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses import fake_tensor
 
         trust = {"trust_remote_code": args.trust_remote_code}
         dtype = compute if args.lora_rank else torch.float32
+        source = config.dtype if args.export_dtype == "source" else torch.float32
 
         def make() -> Any:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
@@ -164,7 +168,8 @@ class _Shape:
         self.saved_bytes: int | None = None
         self.cache_bytes: int | None = None
         self.left_out: dict[str, str] = {}
-        with FakeTensorMode():
+        fake_tensor.log.setLevel(logging.CRITICAL)  # what it says is said below, in a line
+        with fake_tensor.FakeTensorMode():
             lm = self._try("activations and cache", make)
             if lm is not None:
                 counted = self._try("activations", self._count_saved, lm, compute, rows, length)
@@ -180,7 +185,6 @@ class _Shape:
         self.num_parameters = sum(weight.numel() for weight in weights)
         self.num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
         self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        source = (config.dtype if args.export_dtype == "source" else None) or torch.float32
         self.checkpoint_bytes = (  # model/, and in trainer/ weights and two moments
             source.itemsize * self.num_parameters + self.weight_bytes + 8 * self.num_trained
         )
@@ -190,6 +194,8 @@ class _Shape:
         has its own way to ask for data that is not there."""
         try:
             return count(*args)
+        except RunError:
+            raise
         except Exception as error:
             self.left_out[name] = f"{type(error).__name__}: {one_line(error, 80)}"
             return None
@@ -211,7 +217,8 @@ class _Shape:
     def _count_cache(lm: Any, compute: torch.dtype, layers: int) -> int:
         """Bytes of a token in the cache."""
         ids = torch.zeros(1, 1, dtype=torch.int64)
-        cache = lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+        with torch.autocast("cpu", compute, compute != torch.float32):
+            cache = lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values
         floats: int = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
         return floats * compute.itemsize * (layers + 1) // layers  # one is copied
 
@@ -219,11 +226,14 @@ class _Shape:
 def _pretend_adapters(lm: Any, rank: int) -> None:
     """What adapters have and keep; peft itself moves weights about, which have no data here."""
     lm.requires_grad_(False)
-    for module in list(lm.modules()):
-        if type(module) is torch.nn.Linear and module is not lm.get_output_embeddings():
-            module.down = torch.nn.Parameter(torch.zeros(rank, module.in_features))
-            module.up = torch.nn.Parameter(torch.zeros(module.out_features, rank))
-            module.register_forward_hook(_adapt)
+    head = lm.get_output_embeddings()
+    layers = [e for e in lm.modules() if type(e) is torch.nn.Linear and e is not head]
+    if not layers:
+        raise RunError(NO_LAYER.format(lm.config.model_type))
+    for module in layers:
+        module.down = torch.nn.Parameter(torch.zeros(rank, module.in_features))
+        module.up = torch.nn.Parameter(torch.zeros(module.out_features, rank))
+        module.register_forward_hook(_adapt)
 
 
 def _adapt(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

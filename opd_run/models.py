@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opd_run import ranks
-from opd_run.compat import Facts
+from opd_run.compat import Facts, rope_laws
 from opd_run.console import RunError
 
 
@@ -211,23 +211,26 @@ def head_is_product(model: Any, valid_vocab: int) -> bool:
     return bool(torch.allclose(product, logits, rtol=tolerance, atol=tolerance * 10))
 
 
-def num_parameters(config: Any, **trust: bool) -> int:
-    """Of a model with this configuration; a tied head is counted once, no weight is made."""
+def without_weights(config: Any, **trust: bool) -> Any:
+    """A model with this configuration whose weights have shapes and no data."""
     import transformers
 
     with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config, **trust)
-    return sum(weight.numel() for weight in lm.parameters())
+        return transformers.AutoModelForCausalLM.from_config(config, **trust)
+
+
+def num_parameters(config: Any, **trust: bool) -> int:
+    """Of a model with this configuration; a tied head is counted once, no weight is made."""
+    return sum(weight.numel() for weight in without_weights(config, **trust).parameters())
 
 
 def rope_boundary(config: Any) -> int:
     """From how many tokens on the longest row of a batch decides how positions are read, of all
     rows (LongRoPE, dynamic scaling); 0: never."""
     config = config.get_text_config()
-    law = getattr(config, "rope_parameters", None) or {}
-    if law.get("rope_type") not in ("longrope", "dynamic"):
-        return 0
-    return int(law.get("original_max_position_embeddings") or config.max_position_embeddings)
+    laws = [law for law in rope_laws(config) if law.get("rope_type") in ("longrope", "dynamic")]
+    name = "original_max_position_embeddings"
+    return min((int(law.get(name) or config.max_position_embeddings) for law in laws), default=0)
 
 
 def pin_longrope(lm: Any, longest: int) -> bool:

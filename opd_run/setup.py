@@ -13,11 +13,18 @@ from typing import Any
 import torch
 
 from opd_run import compat, data, offload, ranks, served_teacher, views, vllm_sampler
-from opd_run.adapters import WithoutAdapter, add_adapters, as_saved, names_in, names_in_files
+from opd_run.adapters import (
+    WithoutAdapter,
+    add_adapters,
+    as_saved,
+    names_in,
+    names_in_files,
+    source_dtype,
+)
 from opd_run.compat import Facts
 from opd_run.console import RunError, one_line, say
 from opd_run.files import TINY
-from opd_run.models import CausalLM, ReadAs, head_is_product, num_parameters, pin_longrope
+from opd_run.models import CausalLM, ReadAs, head_is_product, pin_longrope, without_weights
 
 MOST_LAYERS = 2000  # more than any model has
 MERGE_FIRST = "it has an adapter_config.json: merge the adapter into its model first"
@@ -55,7 +62,7 @@ def prepare(
     if (device := torch.device(args.device)).type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what timings and memory figures speak of
     trust = {"trust_remote_code": args.trust_remote_code}
-    tokenizers, configs, generation_configs = {}, {}, {}
+    tokenizers, configs, generation_configs, stored = {}, {}, {}, {}
     for name, path in paths.items():
         if (Path(path) / "adapter_config.json").exists():
             raise RunError(f"--{name.split('/')[0]} {path}: {MERGE_FIRST}", 2)
@@ -63,7 +70,9 @@ def prepare(
             _check_layers(name, path, transformers.PretrainedConfig.get_config_dict(path)[0])
             configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
             tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
-        except (OSError, ValueError, KeyError) as error:
+        except RunError:
+            raise
+        except Exception as error:  # whatever the classes of a model type say of its files
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
             ) from error
@@ -73,7 +82,7 @@ def prepare(
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no tokenizer: it has special tokens only"
             )
-        _check_files(name, path, configs[name])
+        stored[name] = _check_files(name, path)
         try:
             generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
         except OSError:
@@ -88,14 +97,24 @@ def prepare(
     )
     for name, config in configs.items():
         try:
-            size = num_parameters(config, **trust)
+            lm = without_weights(config, **trust)
         except ValueError as error:
             raise RunError(
                 f"--{name.split('/')[0]} {paths[name]}: expected a causal language model, got "
                 f"{config.model_type}: {one_line(error, 100)}"
             ) from error
-        except ImportError as error:  # of attention kernels that its configuration asks for
-            raise RunError(f"--{name.split('/')[0]} {paths[name]}: {one_line(error)}") from error
+        except Exception as error:  # of kernels, of sizes: each type has its own way
+            raise RunError(
+                f"--{name.split('/')[0]} {paths[name]}: no {config.model_type} can be made of its "
+                f"configuration: {one_line(error)}"
+            ) from error
+        num = _num_layers(list(lm.state_dict()))  # configurations count layers in unlike ways
+        if 0 < (found := _num_layers(stored[name])) < num:
+            raise RunError(
+                f"--{name.split('/')[0]} {paths[name]}: its config.json says {num} layers, its "
+                f"weights have {found}"
+            )
+        size = sum(weight.numel() for weight in lm.parameters())
         report.facts.append(
             f"{name}: {paths[name]}: {config.model_type}, {size / 1e6:.2f} M parameters"
         )
@@ -129,9 +148,9 @@ def _check_layers(name: str, path: str, config: Any) -> None:
         _check_layers(name, path, value)
 
 
-def _check_files(name: str, path: str, config: Any) -> None:
+def _check_files(name: str, path: str) -> list[str]:
     """Refuse what a folder from elsewhere may claim: files outside of it, or of a kind that is not
-    read, and more layers than its weights have.
+    read. The names of its weights, as far as the folder says them.
 
     Raises:
         RunError: it does.
@@ -159,9 +178,7 @@ def _check_files(name: str, path: str, config: Any) -> None:
         weights = list(weight_map)
     elif (file := Path(path) / "model.safetensors").is_file():
         weights = names_in(file)
-    num = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-    if 0 < (stored := _num_layers(weights)) < num:
-        raise RunError(f"{flag}: its config.json says {num} layers, its weights have {stored}")
+    return weights
 
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # the number in model.layers.5.mlp.up_proj.weight
@@ -242,7 +259,7 @@ def load_lm(
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **trust)
-        source_dtype = config.dtype or torch.float32
+        source = source_dtype(path, config)
         config.return_dict = True  # a tuple has no names
         if not frozen:
             configure(config)
@@ -291,7 +308,15 @@ def load_lm(
         lm.requires_grad_(False)
     if args.lora_rank and not frozen:
         add_adapters(lm, adapted_layers(lm), args.lora_rank, args.lora_alpha, args.seed)
-    plain = head_is_product(lm, facts.valid_vocab)
+    try:
+        plain = head_is_product(lm, facts.valid_vocab)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the architecture says of its configuration
+        raise RunError(
+            f"model {path} ({lm.config.model_type}): a plain forward pass ends in "
+            f"{type(error).__name__}: {one_line(error, 200)}"
+        ) from error
     if not plain:
         say(f"! {path}: the head is more than a matrix product: full [N, V] logits are held")
     if args.gradient_checkpointing and not frozen:
@@ -300,8 +325,8 @@ def load_lm(
     if offloaded:
         return offload.Offloaded(lm, plain, compute_dtype, facts, args.teacher_device).eval()
     model = CausalLM(lm, plain, compute_dtype, facts).eval()
-    if args.export_dtype == "source" and not frozen:
-        model.export_dtype = source_dtype
+    if not frozen:
+        model.export_dtype = source if args.export_dtype == "source" else torch.float32
     if sharded:
         ranks.shard(model, args)
     return model
@@ -355,6 +380,9 @@ def load_models(
         else:
             models[name] = load(name, path)
         models[name].role = role
+    if not args.eval_only:
+        kind = str(models["student"].export_dtype).removeprefix("torch.")
+        say(f"exports: model/ of a checkpoint is {kind} (--export-dtype {args.export_dtype})")
     if paths.get("teacher") == "live":
         models["teacher"] = ReadAs(models["student"], "teacher")
     if args.teacher_url:

@@ -88,6 +88,15 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "global_head_dim": 16, "vocab_size_per_layer_input": len(tinylm.WORDS),
         "hidden_size_per_layer_input": 0,
     }),
+    "gemma4": ("gemma4", IDS | {
+        "text_config": HEADS | SLIDING | {
+            "global_head_dim": 16, "vocab_size_per_layer_input": len(tinylm.WORDS),
+            "hidden_size_per_layer_input": 0, "attention_dropout": 0.1},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+                          "patch_size": 4},
+        "audio_config": None,
+    }),
     "mistral": ("mistral", HEADS | {"sliding_window": 8}),
     "ministral": ("ministral", HEADS | SLIDING),
     "phi": ("phi", FULL),
@@ -146,6 +155,12 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "mixtral": ("mixtral", HEADS | LOCAL),
     "mixtral with jitter": ("mixtral", HEADS | LOCAL | {"router_jitter_noise": 0.1}),
+    "dbrx with jitter": ("dbrx", IDS | {
+        "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8, "attn_pdrop": 0.1},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2,
+                       "moe_jitter_eps": 0.1}}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", HEADS | {"num_experts": 4, "moe_topk": [2, 2]}),
     "olmoe": ("olmoe", BASE | EXPERTS),
     "granitemoe": ("granitemoe", BASE | LOCAL),
     "jetmoe": ("jetmoe", BASE | LOCAL | {"kv_channels": 16}),
@@ -174,6 +189,10 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "decoder_sparse_step": 1}),
     "qwen3_5_text": ("qwen3_5_text", HEADS | LINEAR),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", HEADS | LINEAR | EXPERTS | SMALL | SHARED),
+    "kimi_linear": ("kimi_linear", FULL | SMALL | {
+        "layer_types": LINEAR["layer_types"], "num_experts": 4, "num_experts_per_token": 2,
+        "num_shared_experts": 1, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 16, "linear_num_heads": 2, "linear_head_dim": 16}),
     "olmo_hybrid": ("olmo_hybrid", BASE | {"layer_types": LINEAR["layer_types"]}),
     "jamba": ("jamba", BASE | {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,

@@ -228,6 +228,19 @@ def test_positions_that_the_longest_row_decides_are_tried_beyond_where_that_begi
         checked(path, "--max-prompt-tokens", "30", "--max-completion-tokens", "60")
 
 
+def test_the_same_where_each_kind_of_layer_has_its_own_scaling(tmp_path):
+    laws = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    laws["full_attention"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    sizes = modelzoo.TYPES["gemma3_text"][1] | {"max_position_embeddings": 64}
+    config = transformers.AutoConfig.for_model("gemma3_text", **sizes, rope_parameters=laws)
+    assert models.rope_boundary(config) == 64 and compat.num_positions(config) == 256
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tinylm.tokenizer().save_pretrained(tmp_path)
+    checked(str(tmp_path), "--max-prompt-tokens", "30", "--max-completion-tokens", "34")
+    with pytest.raises(RunError, match=r"off by|length of the whole row"):
+        checked(str(tmp_path), "--max-prompt-tokens", "30", "--max-completion-tokens", "60")
+
+
 def small_bert(folder: Path, kind: str, **more) -> str:
     torch.manual_seed(0)
     sizes = {k: v for k, v in modelzoo.BASE.items() if k != "num_key_value_heads"} | more
@@ -339,6 +352,46 @@ def test_an_export_has_the_type_of_the_source(tmp_path, more):
         assert torch.equal(back.lm_head.weight.float(), half.lm_head.weight.float())
 
 
+def test_a_configuration_that_names_no_type_leaves_it_to_the_files(tmp_path, capsys):
+    """And float32 is float32 where adapters are on weights in bfloat16."""
+    from opd_run import adapters
+
+    path = tinylm.save_model(tmp_path / "half", 0)
+    half = transformers.AutoModelForCausalLM.from_pretrained(path).to(torch.bfloat16)
+    half.save_pretrained(path)
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "half/config.json").write_text(json.dumps(config))
+    adapted = ["--lora-rank", "4", "--dtype", "bfloat16"]
+    for flag, dtype in (("source", torch.bfloat16), ("float32", torch.float32)):
+        for more in ([], adapted):
+            flags = modelzoo.flags(path, "--export-dtype", flag, *more)
+            args = opd.parse_args([*flags, *more])
+            every, tokenizer = tinylm.load(opd, args)
+            said = f"exports: model/ of a checkpoint is {str(dtype)[6:]} (--export-dtype {flag})"
+            assert said in capsys.readouterr().out
+            folder = tmp_path / flag / str(len(more))
+            adapters.export(every["student"], tokenizer, folder)
+            assert {weight.dtype for weight in modelzoo.read(folder).values()} == {dtype}
+    counted = memory._counted(opd.model_paths(args), 12, opd.parse_args(modelzoo.flags(path)))[1]
+    assert counted.checkpoint_bytes == (2 + 4 + 8) * counted.num_parameters
+
+
+def test_adapters_on_bfloat16_are_rounded_once_to_the_type_of_the_export(tmp_path):
+    from opd_run import adapters
+
+    flags = ["--export-dtype", "float32", "--lora-rank", "4", "--dtype", "bfloat16"]
+    path = tinylm.save_model(tmp_path / "m", 0)
+    student, tokenizer, _, _ = modelzoo.loaded(path, *flags)
+    layer = student.lm.model.layers[0].mlp.up_proj
+    down, up = (getattr(layer, f"lora_{side}")["default"].weight for side in "AB")
+    torch.nn.init.normal_(up)
+    adapters.export(student, tokenizer, tmp_path / "model")
+    found = modelzoo.read(tmp_path / "model")["model.layers.0.mlp.up_proj.weight"]
+    want = layer.base_layer.weight.float() + 8.0 * (up @ down)  # alpha 32 by rank 4
+    assert torch.equal(found, want)
+
+
 def test_an_export_keeps_what_transformers_keeps_in_float32(made, tmp_path):
     from opd_run import adapters
 
@@ -393,6 +446,14 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_read(tmp_path,
         setup.prepare(opd.model_paths(args), args, opd.render)
 
 
+def test_a_configuration_that_makes_no_model_is_named(tmp_path):
+    """A padding token that was added to the tokenizer, and not to the embedding."""
+    tinylm.save_config(tmp_path, pad_token_id=46)
+    args = opd.parse_args(["--student", str(tmp_path)])
+    with pytest.raises(RunError, match=r"^--student .*: no qwen3 can be made of its conf.*: Padd"):
+        setup.prepare(opd.model_paths(args), args, opd.render)
+
+
 def test_weights_of_another_shape_than_the_configuration_has_are_refused(tmp_path):
     path = tinylm.save_model(tmp_path / "m", 0)
     config = json.loads((tmp_path / "m/config.json").read_text())
@@ -401,6 +462,27 @@ def test_weights_of_another_shape_than_the_configuration_has_are_refused(tmp_pat
         RunError, match=r"embed_tokens.weight is \[46, 32\] in .* and \[60, 32\] by"
     ):
         modelzoo.loaded(path)
+
+
+@pytest.mark.parametrize("name", ["longcat_flash", "hrm_text"])
+def test_a_type_that_counts_a_block_as_several_layers_is_not_refused(made, name):
+    args = opd.parse_args(modelzoo.flags(made(name)))
+    setup.prepare(opd.model_paths(args), args, opd.render)
+
+
+def test_a_model_that_cannot_take_a_forward_pass_is_named(tmp_path, capfd):
+    """DBRX without a bound for its queries; a dry run says in a line what it cannot count."""
+    sizes = dict(modelzoo.TYPES["dbrx with jitter"][1])
+    sizes["attn_config"] = {"kv_n_heads": 1, "rope_theta": 1e4}
+    config = transformers.AutoConfig.for_model("dbrx", **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tinylm.tokenizer().save_pretrained(tmp_path / "m")
+    argv = modelzoo.flags(f"{tmp_path}/m", "--prompts", tinylm.save_prompts(tmp_path / "p.jsonl"))
+    opd.main([*argv, "--dry-run"])
+    out, err = capfd.readouterr()
+    assert "! memory: activations" in out and "Traceback" not in err
+    with pytest.raises(RunError, match=r"m \(dbrx\): a plain forward pass ends in RuntimeError"):
+        modelzoo.loaded(f"{tmp_path}/m")
 
 
 def test_weights_that_are_not_trained_are_said(made, tmp_path, capsys):
@@ -448,6 +530,8 @@ def test_eos_of_the_whole_configuration_comes_first():
     config = transformers.AutoConfig.for_model("gemma3", text_config={"eos_token_id": 7})
     config.eos_token_id = None
     assert compat.eos_ids(tokenizer, config, transformers.GenerationConfig()) == {7}
+    none = transformers.GenerationConfig(eos_token_id=-1)
+    assert compat.eos_ids(tokenizer, config, none) == {7}
 
 
 @pytest.mark.parametrize(
@@ -470,6 +554,7 @@ def test_positions_are_those_that_the_scaling_gives(law, want):
 
 def test_positions_of_a_model_that_calls_them_otherwise():
     assert compat.num_positions(transformers.MptConfig(max_seq_len=77)) == 77
+    assert compat.num_positions(transformers.WhisperConfig(max_target_positions=78)) == 78
 
 
 def prompt(*ids: int, text: str = "") -> opd.Prompt:
@@ -489,6 +574,11 @@ def test_tokens_without_a_row_are_refused_and_untrained_rows_are_said(capsys):
     assert "! 1 prompts hold <|task|> 46, which the teacher's tokenizer has not" in out
     compat.check_prompts([prompt(3)], tokenizer, facts)
     assert not capsys.readouterr().out
+    facts = compat.Facts(46, {}, 99, sizes, sizes)  # what a teacher reads in its place
+    other = replace(prompt(3), views={"teacher": (3, 46)})
+    with pytest.raises(RunError, match=r"1 prompts hold <\|task\|> 46, for which the teacher"):
+        compat.check_prompts([prompt(3), other], tokenizer, facts)
+    compat.check_prompts([replace(prompt(46), views={"teacher": (3,)})], tokenizer, facts)
 
 
 RENAMED = [*tinylm.WORDS[:2], "<role>", "<think>", *tinylm.WORDS[4:]]
@@ -572,6 +662,7 @@ def test_without_a_template_no_second_bos_and_no_eos_at_the_end():
     assert compat.prompt_ids(tokenizer, "<user>7", False) == [2, seven]
     assert compat.prompt_ids(tokenizer, "7", False) == [2, seven]
     assert compat.prompt_ids(tokenizer, "<user>7", True) == [2, seven]
+    assert compat.prompt_ids(tokenizer, "7<end>", False) == [2, seven, 1]  # the text's own
 
 
 def pair(**templates: str):
@@ -619,8 +710,17 @@ def test_a_student_alone_is_told_that_no_teacher_was_given(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- dry run
+def test_dry_run_says_that_nothing_can_be_adapted(made, tmp_path, capsys):
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    argv = modelzoo.flags(made("gpt2"), "--prompts", prompts, "--dry-run", "--lora-rank", "4")
+    with pytest.raises(SystemExit):
+        opd.main(argv)
+    assert "gpt2 has no torch.nn.Linear but its head" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", each_type(["gpt_oss", "deepseek_v3", "gemma3", "qwen3_next",
-                                            "mamba", "llama4_text", "gemma3n_text"]))  # fmt: skip
+                                            "mamba", "llama4_text", "gemma3n_text", "qwen3_moe",
+                                            "qwen3_5_text", "lfm2", "rwkv"]))  # fmt: skip
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "4"], ["--dtype", "bfloat16"]])
 def test_dry_run_counts_what_can_be_counted(made, tmp_path, capsys, name, more):
     prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
@@ -629,6 +729,14 @@ def test_dry_run_counts_what_can_be_counted(made, tmp_path, capsys, name, more):
     out = capsys.readouterr().out
     for text in ("memory: student weights", "memory: peak, calculated", "budget:", "disk: a check"):
         assert text in out
+
+
+def test_dry_run_counts_the_cache_under_adapters_in_bfloat16(made, tmp_path, capsys):
+    prompts = tinylm.save_prompts(tmp_path / "p.jsonl")
+    more = ["--lora-rank", "4", "--dtype", "bfloat16", "--dry-run"]
+    opd.main(modelzoo.flags(made("qwen3"), "--prompts", prompts, *more))
+    out = capsys.readouterr().out
+    assert "memory: generate: cache" in out and "cannot be counted" not in out
 
 
 @pytest.mark.parametrize("more", [[], ["--export-dtype", "float32"], ["--lora-rank", "4"]])
