@@ -154,7 +154,7 @@ def test_a_teacher_samples_under_its_own_prompt_and_the_student_gets_its_own_bac
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folder, method):
+def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folder, method, capsys):
     module = importlib.import_module(method)
     told = {"same": "{prompt}", "other": "{answer} {prompt}"}
     for name, more in {
@@ -162,6 +162,8 @@ def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folde
         **{k: ["--teacher-prompt", v] for k, v in told.items()},
     }.items():
         module.main(flags(folder, f"{method}_{name}", *more))
+        said = "! --teacher-prompt: the teacher reads what the student reads, in all prompts of"
+        assert (said in capsys.readouterr().out) == (name == "same")
     assert losses(folder, f"{method}_plain") == losses(folder, f"{method}_same")
     assert losses(folder, f"{method}_plain") != losses(folder, f"{method}_other")
     plain, same, other = (
@@ -227,6 +229,13 @@ def test_a_function_is_told_what_the_group_wrote(folder, method, monkeypatch):
         (["--teacher", "live"], "under its own prompt has nothing to teach"),
         (["--teacher", "ema:1.0"], "expected a number in (0, 1)"),
         (["--teacher", "ema:x"], "expected a number in (0, 1)"),
+        (["--teacher", "ema:"], "expected a number in (0, 1)"),
+        (["--teacher", "a=live"], "a student that teaches itself has no name"),
+        (["--teacher", "a=ema:0.9"], "a student that teaches itself has no name"),
+        (["--teacher", "live", "--teacher-prompt", "{prompt}"], "has nothing to teach"),
+        (["--teacher", "live", "--teacher-template-args", '{"no": 1}'], "has nothing to teach"),
+        (["--teacher", "live", "--teacher-url", "http://localhost:1"], "leave --teacher-url out"),
+        (["--teacher", "ema:0.9", "--teacher-offload", ""], "leave --teacher-offload out"),
         (["--teacher-template-args", "[1]"], "must be a JSON object"),
         (["--teacher-prompt", "{nothing}"], "no field 'nothing'"),
         (["--teacher-prompt", "no_module:f"], "expected a template, or module:function"),
@@ -239,6 +248,9 @@ def test_what_cannot_be_is_refused_in_one_line(folder, more, message, capsys):
     views.function_of.cache_clear()
     argv = flags(folder, "refused")
     for flag, value in zip(more[::2], more[1::2]):
+        if not value:
+            argv += [flag]
+            continue
         value = value.replace("{folder}", str(folder))
         argv = [*argv, flag, value] if flag not in argv else [
             value if argv[i - 1] == flag else word for i, word in enumerate(argv)
