@@ -8,9 +8,9 @@ SmolLM2-135M-Instruct reads a question about a plural; its teacher, the same mod
 examples before it (`assets/plurals`, docs/recipes.md). Every arm gets 20 steps of 32 rollouts (32
 words; tropd, which begins one rollout of each word with a prefix of the teacher, 16 words twice) at
 one learning rate, that of the recipe, which was chosen with opd. Accuracy is greedy, on 36 held-out
-words. Then the trained model answers the 32 questions of `elsewhere.jsonl`, two samples each, by
-the same random numbers as the untouched one: the lengths of the answers, and on one answer to each
-question the exact reverse KL to the untouched model, at each token.
+words. Then the trained model answers the 32 questions of `elsewhere.jsonl`, by the same random
+numbers as the untouched one: the lengths of the answers, and the exact reverse KL to the untouched
+model at each token of them.
 
 A cell is two processes; a finished one is a row of `benchmarks/results/plurals.csv` and a curve in
 `benchmarks/results/plurals/`, and is not run again. Its checkpoint (2 GB) is removed.
@@ -72,7 +72,7 @@ def training(arm: str, seed: int, model: str, steps: int) -> list[str]:
 def answering(student: str, model: str, name: str) -> list[str]:
     """The command by which a model answers other questions; the teacher is the untouched one."""
     flags = f"--student {student} --teacher {model} --test-prompts {WORDS}/elsewhere.jsonl "
-    flags += "--eval-only --eval-samples 2 --max-completion-tokens 128 --device cpu "
+    flags += "--eval-only --eval-samples 1 --max-completion-tokens 256 --device cpu "
     flags += f"--run-dir {FOLDER}/{name}-elsewhere --overwrite"
     return ["methods/opd.py", *flags.split()]
 

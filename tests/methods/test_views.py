@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import shutil
 
 import opd
@@ -461,6 +462,27 @@ def test_what_the_prompt_does_to_the_signal_is_logged(folder, capsys):
     assert set(names) <= row.keys()
     sample = json.loads((folder / "signal/samples.jsonl").read_text().splitlines()[0])
     assert sample["teacher_prompt"].startswith("<user> ") and len(sample["prompt"]) > 3
+
+
+def test_the_gap_is_said_before_a_step_is_made(folder, capsys):
+    """Teacher under its prompt less student under its own; and where there is little to learn."""
+    (folder / "even.py").write_text("def even(completion, answer, row): return len(completion) % 2")
+    more = ["--teacher-prompt", "{answer} {prompt}", "--test-prompts", f"{folder}/prompts.jsonl"]
+    more += ["--verifier", f"{folder}/even.py:even", "--eval-teacher", "--eval-every", "1"]
+    for teacher, few in (("teacher", False), ("student", True)):
+        more += ["--teacher-prompt", "{prompt}"] if few else []
+        argv = flags(folder, "gap", *more, "--overwrite", "--steps", "1", "--eval-samples", "8")
+        opd.main([word.replace(f"{folder}/teacher", f"{folder}/{teacher}") for word in argv])
+        said = capsys.readouterr().out
+        found = re.search(r"(! )?gap: test: teacher (\S+), student (\S+): (\S+) \(.*", said)
+        rows = {key: value for row in files.read_metrics(folder / "gap")
+                for key, value in row.items() if row["step"] == 0}  # fmt: skip
+        one, two = (rows[f"eval/{who}/avg@8"] for who in ("teacher", "student"))
+        shown = [float(text) for text in found.groups()[1:]]
+        assert shown == pytest.approx([one, two, one - two], abs=1e-3)
+        assert found.start() < said.index("step 1/1")
+        assert (one == two) == few and ("little to learn" in found[0]) == bool(found[1])
+        assert found[1] or not few
 
 
 def test_an_alarm_says_that_the_prompt_misleads():
