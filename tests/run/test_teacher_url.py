@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from dataclasses import replace
 
 import opd
 import pytest
@@ -47,8 +48,10 @@ def prepared(module, folder, *more: str):
     return loaded, args, tokenizer
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["", "told"])
 @pytest.mark.parametrize("method", OWN)
-def test_a_served_teacher_gives_the_step_of_a_local_one(folder, stub, method):
+def test_a_served_teacher_gives_the_step_of_a_local_one(folder, stub, method, told):
+    """Also behind a prompt of its own, shorter or longer than the student's."""
     module = importlib.import_module(method)
     local, args, tokenizer = prepared(module, folder)
     served, served_args, _ = prepared(module, folder, "--teacher-url", stub.url)
@@ -59,6 +62,13 @@ def test_a_served_teacher_gives_the_step_of_a_local_one(folder, stub, method):
     rollout = module.sample(local["student"], prompts, uniform, args)
     rollout.verdict = torch.tensor([1.0, -1.0, 1.0, 0.0])
     rollout.extra["coin"] = torch.full(rollout.completion_ids.shape, 0.5)
+    if told:
+        plain = module.score(local, rollout, args)
+        read = [tuple(tokenizer.encode(text)) for text in ("7", "1+2=3 b", "12+345=357 " * 3, "x")]
+        rollout.prompts = [replace(p, views={"teacher": ids}) for p, ids in zip(prompts, read)]
+        assert any(
+            not torch.equal(plain[k], v) for k, v in module.score(local, rollout, args).items()
+        )
     want, found = module.score(local, rollout, args), module.score(served, rollout, served_args)
     for name, values in want.items():
         if name in ("support_ids", "support_mask", "outside"):

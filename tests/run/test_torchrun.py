@@ -29,6 +29,18 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 REPLAY = (
     "--objective sampled --discount 0.9 --updates-per-rollout 2 --steps 4 --save-every 1".split()
 )
+TOLD = """
+import os
+def hint(row, completions, verdicts, index):  # another answer on another rank
+    return None if index is None else f"{completions[1 - index]} {os.environ.get('RANK', 0)}"
+"""
+VIEWS = {  # method and flags of a teacher with another prompt, and of a student that teaches itself
+    "average": ["opd", "--teacher", "ema:0.5"],
+    "live": ["opd", "--teacher", "live"],
+    "adapters": ["opd", "--teacher", "ema:0.5", "--lora-rank", "2"],
+    "template": ["exopd"],
+    "told": ["topk_opd", "--teacher-prompt", "told.py:hint"],
+}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
@@ -60,7 +72,18 @@ def flags(folder: Path, method: str, run: str, *more: str) -> list[str]:
     teachers = ["--teacher", str(folder / "teacher")]
     if method == "exopd":  # prompts of one domain may all be on one rank
         teachers = [f"--teacher={name}={folder / 'teacher'}" for name in "ab"]
+    if "--teacher" in more:
+        teachers = []
     return [*named, *sizes.split(), *teachers, *own.get(method, []), *more]
+
+
+def view_flags(folder: Path, kind: str, run: str, *more: str) -> list[str]:
+    """The method of a kind of VIEWS, with its flags."""
+    method, *own = VIEWS[kind]
+    own = [f"{folder}/{each}" if each.startswith("told.py") else each for each in own]
+    own = own if "--teacher-prompt" in own else [*own, "--teacher-prompt", "{answer} {prompt}"]
+    own += ["--objective", "sampled"] if method == "opd" else []
+    return [method, flags(folder, method, f"{run}-{kind}", *own, *more)]
 
 
 def save_rollouts(path: Path, tokenizer, steps: int) -> str:
@@ -112,6 +135,12 @@ def folder(tmp_path_factory):
     lora = ["--lora-rank", "2"]
     importlib.import_module("exopd").main(flags(folder, "exopd", "one-lora", *lora))
     jobs.append(["exopd", flags(folder, "exopd", "fsdp-lora", *lora, "--shard", "fsdp")])
+    (folder / "told.py").write_text(TOLD)
+    for kind in VIEWS:
+        method, one = view_flags(folder, kind, "one")
+        importlib.import_module(method).main(one)
+        for mode, more in MODES.items():
+            jobs.append(view_flags(folder, kind, mode, *more))
     half = ["--dtype", "bfloat16", "--gradient-checkpointing", "--steps", "1", *MODES["fsdp"]]
     jobs.append(["opd", flags(folder, "opd", "half-lora", *lora, *half)])
     jobs.append(["opd", flags(folder, "opd", "half", *half)])
@@ -227,6 +256,28 @@ def test_adapters_are_sharded_too(folder):
     assert not differences(folder / "one-lora-exopd", folder / "fsdp-lora-exopd")
     assert apart(folder / "one-lora-exopd", folder / "fsdp-lora-exopd") < 1e-5
     assert lines(folder / "half-lora-opd", "metrics.jsonl")[1]["bad_step"] == 0.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", VIEWS)
+def test_teachers_with_another_prompt_are_one_on_two_processes(folder, kind, mode):
+    """Averages and adapters sharded like the student, frozen teachers sharded too; a function of
+    the user is asked by the first process alone."""
+    one, two = (folder / f"{each}-{kind}-{VIEWS[kind][0]}" for each in ("one", mode))
+    assert not differences(one, two)
+    assert apart(one, two) < 1e-5
+    plain = folder / f"one-{VIEWS[kind][0]}"
+    assert lines(one, "metrics.jsonl")[1]["loss"] != lines(plain, "metrics.jsonl")[1]["loss"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_average_does_not_know_how_many_processes_saved_it(folder, mode):
+    """Saved by two after step 2 and resumed by one: the run that was never cut."""
+    cut(folder, f"{mode}-average-opd", f"to-one-{mode}-average-opd")
+    method, argv = view_flags(folder, "average", f"to-one-{mode}", "--resume")
+    importlib.import_module(method).main(argv)
+    assert not differences(folder / "one-average-opd", folder / f"to-one-{mode}-average-opd")
+    assert apart(folder / "one-average-opd", folder / f"to-one-{mode}-average-opd") < 1e-5
 
 
 def test_shares_of_all_ranks_are_everything(monkeypatch):
