@@ -309,10 +309,20 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
                 "deciles": deciles(run),
             }
         )
+    scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
+    if len(of_n := [key for key in scores if "avg@" in key]) > 1:
+        joint = re.sub(r"\d+$", "n", of_n[0])  # for any n an estimate of the same number
+        for run in data["runs"]:
+            columns = run["eval"]["columns"]
+            if own := next((key for key in of_n if key in columns), None):
+                columns[joint] = columns[own]
+        scores = [joint, *(key for key in scores if key not in of_n)]
+        data["hints"] = HINTS | {
+            joint: "n differs: " + ", ".join(each.rpartition("@")[2] for each in of_n)
+        }
     keys = {
         key for run in data["runs"] for part in ("train", "eval") for key in run[part]["columns"]
     }
-    scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
     learning = [*scores, "reverse_kl", "verifier_pass_rate"]
     data["learning"] = [key for key in learning if key in keys]
     data["lengths"] = histograms([tested(run) for _, run in every])
