@@ -152,7 +152,7 @@ def load(source: Source, make: Callable[[Row, Source], Made]) -> list[Made]:
     import jinja2
 
     made = []
-    rows = read_rows(source.spec, source.seed, source.split) if source.spec else []
+    rows = [] if source.spec is None else read_rows(source.spec, source.seed, source.split)
     if rows and source.prompt_field is None:
         source.prompt_field = next((each for each in PROMPT_FIELDS if each in rows[0]), None)
         if source.prompt_field is not None:
@@ -477,6 +477,8 @@ def read_rows(spec: str, seed: int, split: str = "train") -> list[Row]:
     Raises:
         RunError: the file or package is missing, or a row is not an object.
     """
+    if not spec:
+        raise RunError(f"expected {EXPECTED}; got nothing", 2)
     if spec.startswith("reasoning_gym:"):
         return _read_gym(spec, seed)
     path = Path(spec)
@@ -487,7 +489,7 @@ def read_rows(spec: str, seed: int, split: str = "train") -> list[Row]:
     name, *rest = re.split(r":(?![^\[]*\])", spec)  # colons in train[:100] do not count
     if Path(name).is_dir() and rest:
         return _read_folder(spec, Path(name), rest[-1], *rest[:-1])
-    packed = re.sub(r"\.(gz|zst)$", "", name)
+    packed = re.sub(r"(\.(gz|zst))?(\[[^]]*\])?$", "", name.lower())
     if path.exists() or packed.endswith(FORMS):
         raise RunError(f"no file {spec} (expected {EXPECTED})")
     return _read_hub(spec, name, *(rest[:-1] if rest else ()), split=rest[-1] if rest else split)
@@ -505,7 +507,8 @@ def _datasets(spec: str) -> Any:
     """The package, quiet: what it has to say comes as an error, in one line."""
     found = _data_package("datasets", spec)
     found.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return found
 
 
@@ -542,6 +545,8 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
 def _read_gym(spec: str, seed: int) -> list[Row]:
     gym = optional("reasoning_gym", f"data {spec}")
     _, task, *size = spec.split(":")
+    if len(size) > 1:
+        raise RunError(f"{spec}: expected reasoning_gym:TASK[:SIZE]")
     try:
         items = list(gym.create_dataset(task, size=int(size[0]) if size else 1000, seed=seed))
     except Exception as error:  # each task checks its settings in its own way

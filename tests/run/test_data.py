@@ -111,8 +111,22 @@ def test_reasoning_gym_rows():
     rows = data.read_rows("reasoning_gym:chain_sum:5", seed=3)
     assert len(rows) == 5 and rows == data.read_rows("reasoning_gym:chain_sum:5", seed=3)
     assert {"prompt", "answer", "domain", "metadata"} <= set(rows[0])
-    with pytest.raises(console.RunError, match="reasoning_gym:nothing"):
-        data.read_rows("reasoning_gym:nothing", 0)
+    for spec in ("reasoning_gym:nothing", "reasoning_gym:chain_sum:5:train"):
+        with pytest.raises(console.RunError, match=spec):
+            data.read_rows(spec, 0)
+
+
+@pytest.mark.parametrize("test", [None, ""])
+def test_an_empty_name_is_no_data_set(test):
+    """It trained on nothing, and left evaluation out without a word."""
+    with pytest.raises(console.RunError, match="expected a .jsonl, .* got nothing"):
+        opd.load_prompts("", 0, tinylm.tokenizer(), compat.Facts(46, {}, 256), arguments(), test)
+
+
+@pytest.mark.parametrize("spec", ["no.jsonl", "no.CSV.gz", "no.jsonl:train", "no.jsonl[:10]"])
+def test_a_file_that_is_not_there_is_no_hub_name(spec):
+    with pytest.raises(console.RunError, match=f"no file {re.escape(spec)}"):
+        data.read_rows(spec, 0)
 
 
 # ------------------------------------------------------------------- files as people have them
