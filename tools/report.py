@@ -400,16 +400,19 @@ def summary_part(groups: Sequence[Group]) -> str:
     note = '<p class="soft">± is the sample standard deviation over seeds.</p>' if several else ""
     heads = ["run", "seed", "student", "teacher", "commit", "on"]
     heads_of = [each.name for each in groups]
+    numbers = turned(["", "seeds", *keys, "alarms"], rows)
+    parts = [
+        f'<h2 id="numbers">In numbers</h2>{numbers}{note}{notes}',
+        held_out_part(groups),
+        ('<h2 id="differences">Differences</h2>' + table(["flag", *heads_of], unlike[1:]))
+        * bool(unlike),
+        won_part(groups),
+    ]
     return (
         table(head, facts, text=range(1, 4))
-        + '<h2 id="numbers">In numbers</h2>'
-        + turned(["", "seeds", *keys, "alarms"], rows)
-        + note
-        + notes
-        + held_out_part(groups)
-        + won_part(groups)
-        + ('<h2 id="differences">Differences</h2>' + table(["flag", *heads_of], unlike[1:]))
-        * bool(unlike)
+        + '<div class="beside">'
+        + "".join(f"<section>{part}</section>" for part in parts if part)
+        + "</div>"
         + f"<details><summary>the commands</summary>{commands}</details>"
         + "<details><summary>where these runs are from</summary>"
         + table(heads, origin, text=range(2, 6))

@@ -119,7 +119,7 @@ def test_reasoning_gym_rows():
 @pytest.mark.parametrize("test", [None, ""])
 def test_an_empty_name_is_no_data_set(test):
     """It trained on nothing, and left evaluation out without a word."""
-    with pytest.raises(console.RunError, match="expected a .jsonl, .* got nothing"):
+    with pytest.raises(console.RunError, match=r"expected a \.jsonl, .* got nothing"):
         opd.load_prompts("", 0, tinylm.tokenizer(), compat.Facts(46, {}, 256), arguments(), test)
 
 
