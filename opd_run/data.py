@@ -577,7 +577,7 @@ def _read_file(path: Path) -> list[Row]:
         return _read_cells(path, text, "\t" if form == ".tsv" else ",")
     if form == ".json" and text.lstrip()[:1] == "[":
         return _objects(path, [(1, text)], array=True)
-    if text.lstrip()[:1] == "[":
+    if re.match(r"\s*\[\s*\{", text):
         raise RunError(f"{path}: expected a JSON object a line, got an array: name it .json")
     # Only a line feed ends a row: U+2028 and its like may stand in a JSON string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
