@@ -5,6 +5,8 @@ What becomes of a row is decided in the method file.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import gzip
 import io
@@ -31,10 +33,10 @@ EXPECTED = (
 )
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
-    **{"model": "assistant", "chatgpt": "assistant", "system": "system"},
-    **{"tool": "tool", "observation": "tool", "function_response": "tool"},
+    **{"model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
+    **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
 }
-"""What ShareGPT's `from` says, as a role."""
+"""What ShareGPT's `from` says, as a role; in any case."""
 
 
 class NoField(RunError):
@@ -175,18 +177,20 @@ def load(source: Source, make: Callable[[Row, Source], Made]) -> list[Made]:
     import jinja2
 
     made = []
-    rows = read_rows(source.spec, source.seed, source.split) if source.spec else []
+    rows = [] if source.spec is None else read_rows(source.spec, source.seed, source.split)
     if rows and source.prompt_field is None:
         source.prompt_field = next((each for each in PROMPT_FIELDS if each in rows[0]), None)
         if source.prompt_field is not None:
             say(f"data: {source.spec}: --prompt-field {source.prompt_field}, as in the first row")
     for number, row in enumerate(rows, 1):
         try:
+            if "tools" in row:
+                row = row | {"tools": _tools(row["tools"])}
             with time_limit("its chat template, or cutting it into tokens,"):
                 made.append(make(row, source))
         except RunError as error:
             raise RunError(f"{source.spec}: row {number}: {error}", error.code) from None
-        except (jinja2.TemplateError, TypeError) as error:  # a template's word on these messages
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # on these messages, tools
             raise RunError(
                 f"{source.spec}: row {number}: the chat template refuses it: {one_line(error)}"
             ) from error
@@ -195,7 +199,7 @@ def load(source: Source, make: Callable[[Row, Source], Made]) -> list[Made]:
 
 # ------------------------------------------------------------------------------- fields of a row
 def field_of(row: Any, path: str | None) -> Any:
-    """What stands at a dotted path in a row, such as `reward_model.ground_truth` or `choices.0`.
+    """What stands at a dotted path in a row, such as `reward_model.ground_truth` or `choices.-1`.
 
     Raises:
         KeyError: nothing does; the message says what is there.
@@ -209,7 +213,9 @@ def field_of(row: Any, path: str | None) -> Any:
     for part in path.split("."):
         if isinstance(value, dict) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+        elif isinstance(value, list) and re.fullmatch(r"-?[0-9]{1,9}", part):
+            if not -len(value) <= int(part) < len(value):
+                raise KeyError(f"expected a field {path!r}; the list has {len(value)} entries")
             value = value[int(part)]
         else:
             raise KeyError(f"expected a field {path!r}; the row has {sorted(row)}")
@@ -231,7 +237,8 @@ def messages_of(
     """The chat messages of a row, `role` and `content` each, up to the last of the user.
 
     The field holds text, which is one message of the user, or a list of messages (`role` and
-    `content`, or ShareGPT's `from` and `value`). A final assistant turn is cut off, and counted.
+    `content`, or ShareGPT's `from` and `value`), also one that is spelt as text, as in the cells of
+    a table. A final assistant turn is cut off, and counted.
     `template`, see `fill`, becomes the last message of the user; `system` stands before all.
 
     Raises:
@@ -241,7 +248,7 @@ def messages_of(
     messages = _messages(row, source, template)
     if system is None:
         return messages
-    if messages[0]["role"] == "system":
+    if messages[0]["role"] in ("system", "developer"):
         raise RunError("the row has a system message of its own: leave --system out", 2)
     return [{"role": "system", "content": system}, *messages]
 
@@ -253,15 +260,18 @@ def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, 
         value = field_of(row, source.prompt_field)
     except KeyError as error:
         raise RunError(error.args[0]) from None
+    value = _spelt_messages(value) or value
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         messages = [_message(each, source) for each in value]
         turns = len(messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         source.num_cut += len(messages) < turns
-        if not any(each["role"] == "user" for each in messages):
-            raise RunError(f"expected a turn of the user in the field {source.prompt_field!r}")
-    elif isinstance(value, str) and value:
+        last = next((each for each in reversed(messages) if each["role"] == "user"), None)
+        if last is None or not last["content"].strip():
+            raise RunError(f"expected a turn of the user in the field {source.prompt_field!r}, "
+                           f"with text; got {value!r:.80}")  # fmt: skip
+    elif isinstance(value, str) and value.strip():
         messages = [{"role": "user", "content": whole(value)}]
     else:
         raise RunError(
@@ -275,21 +285,67 @@ def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, 
 
 
 def _message(value: dict[str, Any], source: Source) -> dict[str, Any]:
-    role, content = value.get("role"), value.get("content")
+    role, content = value.get("role"), value.get("content", value.get("value"))
     if role is None and "from" in value:
-        role, content = ROLES.get(value["from"]), value.get("value")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        content = "".join(part["text"] for part in content)
+        role = value["from"]
+        if str(role).lower() not in ROLES:
+            raise RunError(f"expected from to be one of {sorted(ROLES)}; got {value!r:.80}")
+    role = ROLES.get(str(role).lower(), role)
+    if isinstance(content, list):
+        parts = [each.get("text") if isinstance(each, dict) else each for each in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
+            raise RunError(
+                f"expected nothing but text in the parts of a message; got {value!r:.120}"
+            )
+        content = "".join(texts)
     more = {key: each for key, each in value.items()
             if each is not None and key not in ("role", "content", "from", "value")}  # fmt: skip
-    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and more)):
+    if content is None and role == "assistant" and more:  # a call of a tool
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
         raise RunError(
             f"expected messages with role and content (or from and value) in the field "
             f"{source.prompt_field!r}; got {value!r:.80}"
         )
-    return {"role": role, "content": whole(content or "")} | more
+    return {"role": role, "content": whole(content)} | more
+
+
+def _spelt(text: str) -> Any:
+    """What a text says in JSON, or as Python prints it; None if it is neither."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text)
+    return None
+
+
+def _spelt_messages(value: Any) -> list[Any] | None:
+    """The messages that a text spells; None if it is any other text."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+        return None
+    found = _spelt(value.strip())
+    each_is_one = isinstance(found, list) and all(
+        isinstance(each, dict) and {"role", "from"} & set(each) and {"content", "value"} & set(each)
+        for each in found
+    )
+    return found if each_is_one else None
+
+
+def _tools(value: Any) -> Any:
+    """The field `tools`; what is spelt in JSON, all of it or each entry, as it is meant.
+
+    Raises:
+        RunError: it is not a list of objects.
+    """
+    found = _spelt(value) if isinstance(value, str) else value
+    if isinstance(found, list):
+        found = [_spelt(each) if isinstance(each, str) else each for each in found]
+        if all(isinstance(each, dict) for each in found):
+            return found
+    elif not value:
+        return None
+    raise RunError(f"expected a list of objects in the field 'tools'; got {value!r:.80}")
 
 
 def whole(text: str) -> str:
@@ -413,6 +469,10 @@ def check_prompts(
     if source.num_without:
         say(f"data: {spec}: {source.num_without} rows lack a field of --teacher-prompt or "
             "--reference-prompt: the student's prompt is read")  # fmt: skip
+    shown = re.escape(source.answer_field)
+    if re.search(rf"(?<!\{{)\{{{shown}\}}", template_text(args.prompt_template or "")):
+        say(f"! --prompt-template: {{{source.answer_field}}} puts the right answer into the "
+            f"prompt; {{{{{source.answer_field}}}}} is literal")  # fmt: skip
     if twice := len(prompts) - len({prompt.ids for prompt in prompts}):
         say(f"data: {spec}: {twice} prompts are there more than once")
     flags = [flag for flag in ("teacher_prompt", "teacher_system", "teacher_template_args")
@@ -457,6 +517,8 @@ def read_rows(spec: str, seed: int, split: str = "train") -> list[Row]:
     Raises:
         RunError: the file or package is missing, or a row is not an object.
     """
+    if not spec:
+        raise RunError(f"expected {EXPECTED}; got nothing", 2)
     if spec.startswith("reasoning_gym:"):
         return _read_gym(spec, seed)
     path = Path(spec)
@@ -467,7 +529,7 @@ def read_rows(spec: str, seed: int, split: str = "train") -> list[Row]:
     name, *rest = re.split(r":(?![^\[]*\])", spec)  # colons in train[:100] do not count
     if Path(name).is_dir() and rest:
         return _read_folder(spec, Path(name), rest[-1], *rest[:-1])
-    packed = re.sub(r"\.(gz|zst)$", "", name)
+    packed = re.sub(r"(\.(gz|zst))?(\[[^]]*\])?$", "", name.lower())
     if path.exists() or packed.endswith(FORMS):
         raise RunError(f"no file {spec} (expected {EXPECTED})")
     return _read_hub(spec, name, *(rest[:-1] if rest else ()), split=rest[-1] if rest else split)
@@ -485,7 +547,8 @@ def _datasets(spec: str) -> Any:
     """The package, quiet: what it has to say comes as an error, in one line."""
     found = _data_package("datasets", spec)
     found.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return found
 
 
@@ -522,6 +585,8 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
 def _read_gym(spec: str, seed: int) -> list[Row]:
     gym = optional("reasoning_gym", f"data {spec}")
     _, task, *size = spec.split(":")
+    if len(size) > 1:
+        raise RunError(f"{spec}: expected reasoning_gym:TASK[:SIZE]")
     try:
         items = list(gym.create_dataset(task, size=int(size[0]) if size else 1000, seed=seed))
     except Exception as error:  # each task checks its settings in its own way
@@ -530,9 +595,9 @@ def _read_gym(spec: str, seed: int) -> list[Row]:
 
 
 def _read_file(path: Path) -> list[Row]:
-    name, packing = path.name, ""
-    if path.suffix in (".gz", ".zst"):
-        name, packing = path.stem, path.suffix
+    name, packing = path.name.lower(), ""
+    if name.endswith((".gz", ".zst")):
+        name, _, packing = name.rpartition(".")
     form = next((each for each in FORMS if name.endswith(each)), None)
     if form is None:
         raise RunError(f"{path}: expected {EXPECTED}")
@@ -552,6 +617,8 @@ def _read_file(path: Path) -> list[Row]:
         return _read_cells(path, text, "\t" if form == ".tsv" else ",")
     if form == ".json" and text.lstrip()[:1] == "[":
         return _objects(path, [(1, text)], array=True)
+    if re.match(r"\s*\[\s*\{", text):
+        raise RunError(f"{path}: expected a JSON object a line, got an array: name it .json")
     # Only a line feed ends a row: U+2028 and its like may stand in a JSON string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if form == ".json" and len(lines) > 1 and lines[0][1].strip() == "{":
@@ -561,7 +628,7 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _unpacked(path: Path, content: bytes, packing: str) -> bytes:
-    if packing == ".gz":
+    if packing == "gz":
         try:
             return gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
@@ -595,12 +662,20 @@ def _read_table(path: Path, content: bytes, form: str) -> list[Row]:
 
 
 def _read_cells(path: Path, text: str, delimiter: str) -> list[Row]:
-    """Rows of text: a reader that guesses types turns 079 into 79, and NA into nothing."""
+    """Rows of text: a reader that guesses types turns 079 into 79, and NA into nothing.
+
+    Where the first line has no comma, a semicolon or a tab in it separates the cells of a .csv, as
+    some spreadsheets write them; blanks behind the commas of the first line are none of the cells'.
+    """
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    first = text.lstrip("\r\n").split("\n", 1)[0]
+    if delimiter == "," and "," not in first:
+        delimiter = next((each for each in (";", "\t") if each in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                        skipinitialspace=f"{delimiter} " in first)  # fmt: skip
     rows: list[Row] = []
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
         if len(set(header)) < len(header):
             raise RunError(f"{path}: expected different names in the first line, got {header}")
         for cells in reader:
@@ -626,6 +701,8 @@ def _objects(path: Path, texts: Iterable[tuple[int, str]], array: bool = False) 
             value = json.loads(text)
         except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits
             why = getattr(error, "msg", "") or one_line(error, 80)
+            if not array and text.rstrip().endswith("},"):
+                why = "a comma behind the object"
             number = getattr(error, "lineno", number) if array else number
             raise RunError(
                 f"{path}:{number}: expected {expected}, not JSON: {why}: {text.strip():.60}"

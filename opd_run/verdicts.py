@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import numbers
 import os
 import re
@@ -23,6 +24,7 @@ import socket
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -68,7 +70,8 @@ def stated_answer(text: str) -> str:
     inside = re.search(r"<answer>(.*?)</answer>\s*$", found, re.S)
     if inside:
         return inside[1].strip()
-    said = re.findall(r"\banswer(?:\s+is)?\s*:?[ \t]*\**:?[ \t]*(\S.*)", found, re.I)
+    says = r"\b(?:answer(?:\s+is)?|correct\s+(?:option|choice)\s+is)\s*:?[ \t]*\**:?[ \t]*(\S.*)"
+    said = re.findall(says, found, re.I)
     if said and found == behind_thinking(text).strip():
         found = said[-1]
     return found.strip().strip("*").rstrip(".").strip("*").strip()
@@ -89,8 +92,9 @@ def right_answers(answer: Any) -> list[str]:
         if any(isinstance(each, (list, tuple)) for each in answer):
             raise TypeError(f"expected text, a number or a list of these, got {answer!r:.80}")
         return [text for each in answer for text in right_answers(each)]
-    if isinstance(answer, float) and answer.is_integer():
-        return [str(int(answer)), str(answer)]
+    if isinstance(answer, float) and math.isfinite(answer):
+        spelt = [str(int(answer))] if answer.is_integer() else []
+        return list(dict.fromkeys([*spelt, f"{Decimal(str(answer)):f}", str(answer)]))
     if isinstance(answer, numbers.Number):  # and bool
         return [str(answer)]
     if not isinstance(answer, str):
@@ -136,7 +140,8 @@ SIGNS = {
 
 
 def in_latex(text: str) -> str:
-    r"""Signs of mathematics as LaTeX: ½ as \\frac{1}{2}, √2 as \\sqrt{2}, full-width １ as 1."""
+    r"""Signs of mathematics as LaTeX: ½ as \\frac{1}{2}, √2 as \\sqrt{2}, full-width １ as 1, 2 1/2
+    as a mixed number, 1e3 as a power of ten."""
     found = []
     for each in text:
         if "！" <= each <= "～":  # full width
@@ -145,7 +150,12 @@ def in_latex(text: str) -> str:
             above, below = unicodedata.normalize("NFKC", each).split("⁄")
             each = f"\\frac{{{above}}}{{{below}}}" if below else each
         found.append(SIGNS.get(each, each))
-    return re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", "".join(found))
+    text = re.sub(r"(?<![\w)\]}])[‐‑–](?=\d)", "-", "".join(found))
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
+    text = re.sub(r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b", r"\1 \\times 10^{\2}", text)
+    text = re.sub(r"\b(\d+) +(\d+)/(\d+)\b", r"\1\\frac{\2}{\3}", text)
+    # A thin or fixed blank between thousands; a plain one may be that of a list.
+    return re.sub(r"(?<=\d)(?:\\[,;:!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", "", text)
 
 
 def folded(text: str, keep_case: bool = False) -> str:
@@ -154,6 +164,11 @@ def folded(text: str, keep_case: bool = False) -> str:
     text = " ".join(text.split()).rstrip(".").strip()
     letter = re.fullmatch(r"\(?([A-Za-z])\)?", text)
     return letter[1] if letter else text if keep_case else text.casefold()
+
+
+CHOICE = re.compile(  # (B) 12, B. Paris, B) 12; option B
+    r"\(?([A-J])[).:][\\\s~:]+[\w$]|(?:[Oo]ption|[Cc]hoice)\s+\(?([A-J])\)?$"
+)
 
 
 @lru_cache(4096)
@@ -182,15 +197,21 @@ def verify_math(text: str, answer: Any, row: dict[str, Any]) -> bool:
         text[max(start, text.find("\n", start) + 1 if start else 0) :] if box < 0 else text[start:]
     )
     stated = stated_answer(text)
-    choice = re.match(r"\(([A-J])\)[\\\s~:]+[\w$]", folded(stated, keep_case=True))  # (B) 12
-    if {folded(stated), choice and choice[1]} & set(map(folded, right)):
+    choice = CHOICE.match(folded(stated, keep_case=True))
+    chosen = choice and (choice[1] or choice[2])
+    if {folded(stated), chosen} & set(map(folded, right)):
         return True
     golds = [gold for each in right if (gold := _parsed_gold(each))]
     if plain := [in_latex(each) for each in right if in_latex(each) != each]:
         golds += [gold for each in plain if (gold := _parsed_gold(each))]
     if not golds:
         raise ValueError(f"math-verify cannot read the right answer {answer!r:.80}")
-    for each in dict.fromkeys([text, in_latex(text)]):
+    texts = [text, in_latex(text)]
+    short = in_latex(stated)  # (1, 2) or 2 1/2 as it stands, without words
+    is_odd = short != stated or re.fullmatch(r"[(\[].*,.*[)\]]", stated)
+    if is_odd and len(short) <= 200 and not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}", short):
+        texts.append(f"${short}$")
+    for each in dict.fromkeys(texts):
         found = math_verify.parse(each, parsing_timeout=None)
         if any(math_verify.verify(gold, found, timeout_seconds=None) for gold in golds):
             return True

@@ -259,6 +259,7 @@ def summary(run: RunData) -> dict[str, float]:
 
 
 COUNTS = ("steps", "bad steps", "sampled tokens", "seconds")
+OF_THE_RUN = (*COUNTS, "grad norm median")
 
 
 def show(value: float, key: str = "") -> str:
@@ -282,8 +283,9 @@ def spread(values: Sequence[float], key: str = "") -> str:
 
 
 def columns(groups: Sequence[Group]) -> list[str]:
-    """The keys of `summary` that any run has, in its order."""
-    return list(dict.fromkeys(key for each in groups for run in each.runs for key in summary(run)))
+    """The keys of `summary` that any run has, in its order: those of evaluations come first."""
+    found = dict.fromkeys(key for each in groups for run in each.runs for key in summary(run))
+    return sorted(found, key=lambda key: key in OF_THE_RUN)
 
 
 def warnings(groups: Sequence[Group]) -> list[str]:
@@ -388,7 +390,9 @@ def default_keys(groups: Sequence[Group]) -> list[str]:
     """Held-out accuracy and divergence, and the two training curves that every method has."""
     keys = [key for each in groups for run in each.runs for row in run.metrics for key in row]
     score = [key for key in keys if re.fullmatch(r"eval/student/([^/]+/)?avg@\d+", key)]
-    return [*score[:1], "eval/student/reverse_kl", "reverse_kl", "length_mean"]
+    first = score[0].rpartition("@")[0] if score else ""  # of one test set; runs may differ in n
+    score = [key for key in dict.fromkeys(score) if key.rpartition("@")[0] == first]
+    return [*score, "eval/student/reverse_kl", "reverse_kl", "length_mean"]
 
 
 def add_label(parser: argparse.ArgumentParser) -> None:

@@ -309,10 +309,20 @@ def page_data(groups: Sequence[Group], max_tokens: int) -> dict[str, Any]:
                 "deciles": deciles(run),
             }
         )
+    scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
+    if len(of_n := [key for key in scores if "avg@" in key]) > 1:
+        joint = re.sub(r"\d+$", "n", of_n[0])  # for any n an estimate of the same number
+        for run in data["runs"]:
+            columns = run["eval"]["columns"]
+            if own := next((key for key in of_n if key in columns), None):
+                columns[joint] = columns[own]
+        scores = [joint, *(key for key in scores if key not in of_n)]
+        data["hints"] = HINTS | {
+            joint: "n differs: " + ", ".join(each.rpartition("@")[2] for each in of_n)
+        }
     keys = {
         key for run in data["runs"] for part in ("train", "eval") for key in run[part]["columns"]
     }
-    scores = [key for key in compare_runs.default_keys(groups) if key.startswith("eval/")]
     learning = [*scores, "reverse_kl", "verifier_pass_rate"]
     data["learning"] = [key for key in learning if key in keys]
     data["lengths"] = histograms([tested(run) for _, run in every])
@@ -390,16 +400,19 @@ def summary_part(groups: Sequence[Group]) -> str:
     note = '<p class="soft">± is the sample standard deviation over seeds.</p>' if several else ""
     heads = ["run", "seed", "student", "teacher", "commit", "on"]
     heads_of = [each.name for each in groups]
+    numbers = turned(["", "seeds", *keys, "alarms"], rows)
+    parts = [
+        f'<h2 id="numbers">In numbers</h2>{numbers}{note}{notes}',
+        held_out_part(groups),
+        ('<h2 id="differences">Differences</h2>' + table(["flag", *heads_of], unlike[1:]))
+        * bool(unlike),
+        won_part(groups),
+    ]
     return (
         table(head, facts, text=range(1, 4))
-        + '<h2 id="numbers">In numbers</h2>'
-        + turned(["", "seeds", *keys, "alarms"], rows)
-        + note
-        + notes
-        + held_out_part(groups)
-        + won_part(groups)
-        + ('<h2 id="differences">Differences</h2>' + table(["flag", *heads_of], unlike[1:]))
-        * bool(unlike)
+        + '<div class="beside">'
+        + "".join(f"<section>{part}</section>" for part in parts if part)
+        + "</div>"
         + f"<details><summary>the commands</summary>{commands}</details>"
         + "<details><summary>where these runs are from</summary>"
         + table(heads, origin, text=range(2, 6))

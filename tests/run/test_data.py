@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shlex
 import shutil
 import sys
 from functools import partial
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_run import compat, console, data, setup, verdicts
+from opd_run.verifier import Verifier
 
 CASES = Path(__file__).parent / "cases"
 TINY = opd.TINY / "student"
@@ -108,8 +111,22 @@ def test_reasoning_gym_rows():
     rows = data.read_rows("reasoning_gym:chain_sum:5", seed=3)
     assert len(rows) == 5 and rows == data.read_rows("reasoning_gym:chain_sum:5", seed=3)
     assert {"prompt", "answer", "domain", "metadata"} <= set(rows[0])
-    with pytest.raises(console.RunError, match="reasoning_gym:nothing"):
-        data.read_rows("reasoning_gym:nothing", 0)
+    for spec in ("reasoning_gym:nothing", "reasoning_gym:chain_sum:5:train"):
+        with pytest.raises(console.RunError, match=spec):
+            data.read_rows(spec, 0)
+
+
+@pytest.mark.parametrize("test", [None, ""])
+def test_an_empty_name_is_no_data_set(test):
+    """It trained on nothing, and left evaluation out without a word."""
+    with pytest.raises(console.RunError, match=r"expected a \.jsonl, .* got nothing"):
+        opd.load_prompts("", 0, tinylm.tokenizer(), compat.Facts(46, {}, 256), arguments(), test)
+
+
+@pytest.mark.parametrize("spec", ["no.jsonl", "no.CSV.gz", "no.jsonl:train", "no.jsonl[:10]"])
+def test_a_file_that_is_not_there_is_no_hub_name(spec):
+    with pytest.raises(console.RunError, match=f"no file {re.escape(spec)}"):
+        data.read_rows(spec, 0)
 
 
 # ------------------------------------------------------------------- files as people have them
@@ -127,6 +144,44 @@ def case(name: str, tokenizer, *flags: str, test: str | None = None) -> list[dat
 
 def first_lines(prompts) -> list[str]:
     return [prompt.text[:12] for prompt in prompts]
+
+
+def rows_of_the_table() -> list[tuple[str, str, list[str]]]:
+    """(file, flags, what is said) of each row of the table in cases/README.md."""
+    found = []
+    for line in (CASES / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and not line.startswith("| file"):
+            file, flags, said = (cell.strip() for cell in re.split(r" \|(?: |$)", line[1:])[:3])
+            found.append((file, flags.strip("`"), re.findall(r"`([^`]+)`", said)))
+    return found
+
+
+@pytest.mark.parametrize(("file", "flags", "said"), rows_of_the_table())
+def test_the_table_of_cases(file, flags, said, tiny, monkeypatch, capsys):
+    """Each command line of cases/README.md says what the table says."""
+    if file.endswith(("parquet", "arrow", "disk")):
+        pytest.importorskip("datasets", reason="extra: data")
+    if "--verifier math" in flags:
+        pytest.importorskip("math_verify", reason="extra: math")
+    monkeypatch.chdir(CASES.parents[2])
+    how = ["--max-completion-tokens", "32", "--prompts", f"tests/run/cases/{file}"]
+    args = arguments(*how, *shlex.split(flags))
+    pool = Verifier(args.verifier, 20.0, 1)
+    try:
+        facts = compat.Facts(692, {}, 512)
+        pool.try_out(opd.load_prompts(args.prompts, 0, tiny, facts, args), {}, tiny)
+        printed = capsys.readouterr().out
+    except console.RunError as error:
+        printed = str(error)
+    finally:
+        pool.close()
+    for each in said:
+        assert each in printed
+
+
+def test_every_case_is_in_the_table():
+    told = {file for file, *_ in rows_of_the_table()} | {"README.md", "myver.py", "flaky.py"}
+    assert {path.name for path in CASES.iterdir() if path.name != "__pycache__"} == told
 
 
 DUCKS = ["Janet’s duck", "A robe takes", "Josh decides", "James decide"]
@@ -257,9 +312,32 @@ def test_cells_are_text(tmp_path, delimiter):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("semicolons.csv", "prompt;answer\n1, or 2;3\n"),
+        ("tabs.csv", "prompt\tanswer\n1, or 2\t3\n"),
+        ("blanks.csv", 'prompt, answer\n"1, or 2", "3"\n'),
+        ("loud.CSV", 'prompt,answer\n"1, or 2",3\n'),
+        ("loud.JSONL", '{"prompt": "1, or 2", "answer": "3"}\n'),
+        ("dos.jsonl", '\ufeff{"prompt": "1, or 2", "answer": "3"}\r\n\r\n'),
+        ("dos.csv", '\ufeff\r\nprompt,answer\r\n"1, or 2",3\r\n'),
+    ],
+)
+def test_files_of_other_programs(tmp_path, name, text):
+    """Of spreadsheets and of Windows: the rows are those that their writers meant."""
+    (tmp_path / name).write_bytes(text.encode())
+    assert data.read_rows(str(tmp_path / name), 0) == [{"prompt": "1, or 2", "answer": "3"}]
+    (tmp_path / f"{name}.GZ").write_bytes(gzip.compress(text.encode()))
+    assert len(data.read_rows(str(tmp_path / f"{name}.GZ"), 0)) == 1
+
+
+@pytest.mark.parametrize(
     ("name", "text", "why"),
     [
         ("a.csv", "prompt,answer\n1,2,3\n", "a.csv:2: expected 2 cells"),
+        ("a.jsonl", '{"prompt": "1"},\n{"prompt": "2"}\n', "a.jsonl:1:"),
+        ("a.jsonl", '{"prompt": "1"},\n{"prompt": "2"}\n', "a comma behind the object"),
+        ("a.jsonl", '[\n{"prompt": "1"}\n]', "got an array: name it .json"),
         ("a.csv", 'prompt,answer\n"1,2\n', "a.csv:2:"),
         ("a.csv", "x,x\n1,2\n", "different names"),
         ("a.json", '{\n "prompt": "1"\n}\n', "one object over several lines"),
@@ -347,9 +425,9 @@ def test_a_missing_package_is_one_line(spec, monkeypatch):
 # --------------------------------------------------------------------------- fields and templates
 def test_dotted_paths():
     row = {"a": {"b": [{"c": 1}, 2]}, "x.y": 3, "n": None}
-    assert [data.value_of(row, path) for path in ("a.b.0.c", "a.b.1", "x.y", "n", "a.z")] == [
-        1, 2, 3, None, None,
-    ]  # fmt: skip
+    paths = ("a.b.0.c", "a.b.1", "a.b.-1", "a.b.2", "a.b.-3", "x.y", "n", "a.z")
+    values = [1, 2, 2, None, None, 3, None, None]
+    assert [data.value_of(row, path) for path in paths] == values
 
 
 @pytest.mark.parametrize(
@@ -402,6 +480,12 @@ def test_system_and_template_make_the_prompt(tmp_path, monkeypatch):
         [{"role": "assistant", "content": "1"}],
         [{"role": "user", "content": [{"type": "image"}]}],
         [{"from": "nobody", "value": "1"}],
+        [{"from": "human", "text": "1"}],
+        [{"role": "user", "content": None, "name": "a"}],
+        [{"role": "user", "content": ""}],
+        [{"role": "user", "content": []}],
+        [{"role": "user", "content": "1"}, {"role": "user", "content": " "}],
+        "   ",
         [{"content": "1"}],
         ["1"],
         {"role": "user", "content": "1"},
@@ -413,10 +497,53 @@ def test_messages_that_are_refused(messages, tmp_path):
         load(path, arguments())
 
 
-def test_content_in_parts_is_joined(tmp_path):
-    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]
-    path = write(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": parts}]})
-    assert load(path, arguments())[0].text == "1+2"
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"text": "2"}]}],
+        [{"role": "user", "content": ["1+", "2"]}],
+        [{"role": "User", "content": "1+2"}, {"role": "Assistant", "content": "3"}],
+        [{"role": "human", "content": "1+2"}, {"role": "gpt", "content": "3"}],
+        [{"from": "Human", "content": "1+2"}, {"from": "bing", "content": "3"}],
+        [{"role": "user", "value": "1+2", "weight": None}],
+        json.dumps([{"role": "user", "content": "1+2"}]),
+        str([{"from": "human", "value": "1+2"}, {"from": "gpt", "value": "it's 3"}]),
+    ],
+)
+def test_messages_as_people_write_them(messages, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"messages": messages})
+    (prompt,) = load(path, arguments())
+    assert prompt.messages == [{"role": "user", "content": "1+2"}]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', "[{1: 2", "[1+1]", '[{"role": "user"}]'])
+def test_text_that_only_looks_like_messages_stays_text(text, tmp_path):
+    (row,) = data.load(
+        data.Source(write(tmp_path / "p.jsonl", {"prompt": text}), 0, None, ""), data.messages_of
+    )
+    assert row == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("spelt", [lambda x: x, json.dumps, lambda x: [json.dumps(x[0])]])
+def test_tools_reach_the_template_however_they_are_spelt(spelt, tmp_path):
+    tools = [{"type": "function", "function": {"name": "calc"}}]
+    path = write(tmp_path / "p.jsonl", {"prompt": "1", "tools": spelt(tools)})
+    assert data.load(data.Source(path, 0, None, ""), lambda row, _: row["tools"]) == [tools]
+
+
+@pytest.mark.parametrize("tools", ["calc", {"name": "calc"}, [1], ["calc"]])
+def test_tools_that_are_refused(tools, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "1", "tools": tools})
+    with pytest.raises(console.RunError, match=r"row 1: expected a list of objects in .*'tools'"):
+        load(path, arguments())
+
+
+def test_a_template_that_shows_the_right_answer_is_said(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1", "answer": "2"})
+    load(path, arguments("--prompt-template", "{prompt}=\\boxed{answer}"))
+    assert "{answer} puts the right answer into the prompt" in capsys.readouterr().out
+    load(path, arguments("--prompt-template", "{prompt}=\\boxed{{answer}}"))
+    assert "right answer" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- several tests

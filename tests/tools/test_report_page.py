@@ -174,6 +174,23 @@ def test_curves_and_tables_are_the_runs_numbers(seeds):
     assert "4.5 s (75%)" in text and "6.0 s" in text  # generate, of three steps; all
 
 
+def test_runs_with_other_numbers_of_samples_share_a_curve(tmp_path):
+    """avg@8 and avg@4 are estimates of one number; in the table, evaluations come before counts."""
+    folders = [write_run(tmp_path / name, 0) for name in ("a", "b")]
+    metrics = folders[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("avg@8", "avg@4"))
+    data = page_of(*folders).data
+    joint = "eval/student/avg@n"
+    assert data["learning"][:2] == [joint, "eval/student/reverse_kl"]
+    assert data["scores"] == [joint] and data["hints"][joint] == "n differs: 8, 4"
+    curves = [run["eval"]["columns"] for run in data["runs"]]
+    assert curves[0][joint] == curves[0]["eval/student/avg@8"] == [0.4, None, 0.7]
+    assert curves[1][joint] == curves[1]["eval/student/avg@4"]
+    keys = compare_runs.columns(compare_runs.group([compare_runs.load(f) for f in folders]))
+    assert keys.index("avg@4 after") < keys.index("steps")
+    assert joint not in page_of(folders[0]).data["keys"]
+
+
 def test_rollouts_are_the_rows_of_the_file(seeds):
     shown = page_of(seeds[0]).data["rollouts"]
     rows = compare_runs.read_jsonl(seeds[0] / "tokens.jsonl")
