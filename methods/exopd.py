@@ -207,8 +207,8 @@ def load(name: str, path: str, facts: Facts, args: Args) -> CausalLM:
 
 
 def without_noise(config: Any) -> None:
-    """No dropout, no jitter: the policy that is trained has to be the policy that sampled."""
-    noise = ["dropout", "_pdrop"] + ["jitter"] * (config.model_type != "phimoe")  # read in eval too
+    """No noise: what is trained has to be what sampled. (PhiMoE has its jitter in both.)"""
+    noise = ["dropout", "_pdrop", "layerdrop"] + ["jitter"] * (config.model_type != "phimoe")
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):  # a configuration in the configuration
             without_noise(value)
@@ -623,14 +623,14 @@ def train_step(
     loss, grad_norm = ranks.total(loss), float(ranks.whole(grad_norm))
     tokens = {name: ranks.cat(torch.cat(parts)) for name, parts in tokens.items()}
     num_bad = diagnose.num_not_finite(tokens, MUST_BE_FINITE)
-    metrics = diagnose.token_metrics(tokens, MUST_BE_FINITE)
     good = math.isfinite(loss + grad_norm) and not num_bad
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     if good:
         optimizer.step()
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
-    return metrics | {"num_bad_log_ratios": float(num_bad), "bad_step": float(not good)}
+    metrics = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, args)}
+    metrics |= {"num_bad_log_ratios": float(num_bad), "bad_step": float(not good)}
+    return metrics | diagnose.token_metrics(tokens, MUST_BE_FINITE)
 
 
 @torch.no_grad()
