@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opd_run import ranks
 from opd_run.compat import time_limit
 from opd_run.console import RunError, one_line, optional, say
 
@@ -136,9 +137,15 @@ def load_prompts(
     args: Any,
     test: str | None = None,
 ) -> list[Prompt]:
-    """The prompts of one data set that fit (`check_prompts`). `test`: the name of a test set."""
+    """The prompts of one data set that fit (`check_prompts`). `test`: the name of a test set.
+
+    Where a function says what a teacher reads, one process asks it, and all have its answers.
+    """
     source = source_of(spec, args.seed, args, test)
-    return check_prompts(source, load(source, make), num_positions, args)
+    specs = [getattr(args, name, None) for name in ("teacher_prompt", "reference_prompt")]
+    asks = any(is_function(each) for each in specs if each)
+    every = ranks.first(load, source, make) if asks else load(source, make)
+    return check_prompts(source, every, num_positions, args)
 
 
 def load_sets(

@@ -32,7 +32,8 @@ REPLAY = (
 TOLD = """
 import os
 def hint(row, completions, verdicts, index):  # another answer on another rank
-    return None if index is None else f"{completions[1 - index]} {os.environ.get('RANK', 0)}"
+    text = row["prompt"] if index is None else completions[1 - index]
+    return f"{text} {os.environ.get('RANK', 0)}"
 """
 VIEWS = {  # method and flags of a teacher with another prompt, and of a student that teaches itself
     "average": ["opd", "--teacher", "ema:0.5"],
