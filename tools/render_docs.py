@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+import bench_decode  # noqa: E402
 import bench_ops  # noqa: E402
 import claims  # noqa: E402
 import evidence  # noqa: E402
@@ -180,6 +181,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables["again 1"] = evidence.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
         tables |= step_tables.tables() | gpu_tables.tables()
+        tables["decode"] = bench_decode.decode_table()
         tables["demo"], tables["verdicts"] = demo_line(), verdict_line(rows)
         tables |= loss_in_the_readme()
         tables["ops in short"] = ops_table(read(RESULTS / "ops.csv"))
