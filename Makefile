@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENGINES := .venv-engines
 TRL := .venv-trl
+TORCH_MIN := .venv-torch-min
 STAMP := $(VENV)/installed
 THREADS ?= 2
 # Not in constraints.txt: a torch with CUDA pins its own nvidia-cuda-runtime.
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo plurals report test test-fast test-engines test-browser test-plurals test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
+.PHONY: help install demo plurals report test test-fast test-engines test-torch-min test-browser test-plurals test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -77,6 +78,26 @@ $(ENGINES)/installed: tools/engine_requirements.py
 
 test-engines: install $(ENGINES)/installed  ## a real vLLM engine and server on this CPU, in an environment of their own
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -m engines tests/engines
+
+# setuptools: older torch wants an older one.
+$(TORCH_MIN)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TORCH_MIN)
+	sed -E '/^(torch|setuptools)==/d' constraints.txt > $(TORCH_MIN)/constraints.txt
+	$(TORCH_MIN)/bin/python -m pip install -q -c $(TORCH_MIN)/constraints.txt \
+	    "torch==$$(sed -nE 's/^dependencies = \["torch>=([0-9.]+)".*/\1/p' pyproject.toml)" \
+	    numpy ninja pybind11 'setuptools>=77' wheel pytest pytest-xdist hypothesis
+	@touch $@
+
+# In a copy, since the compiled ops lie in the tree: those there are of the torch of `make install`.
+MIN_TREE := $(TORCH_MIN)/tree
+test-torch-min: $(TORCH_MIN)/installed  ## before a release: builds and tests the ops with the oldest torch of pyproject.toml
+	rm -rf $(MIN_TREE)
+	mkdir $(MIN_TREE)
+	cp -R setup.py pyproject.toml README.md csrc opd_ops opd_run tests $(MIN_TREE)
+	rm -f $(MIN_TREE)/opd_ops/*.so
+	cd $(MIN_TREE) && OPD_OPS_CUDA=0 ../bin/python setup.py -q build_ext --inplace
+	cd $(MIN_TREE) && OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(THREADS) \
+	    --dist worksteal $(or $(TESTS),tests/ops tests/reference) -k "not cuda"
 
 test-browser: install  ## the report's page in a headless Chromium, which must be there
 	$(BIN)/python -m pytest -m browser
@@ -142,4 +163,4 @@ bench-step: install $(TRL)/installed  ## one training step against TRL's trainer
 	OPD_OPS_REQUIRE=cpp OMP_NUM_THREADS=$(THREADS) $(TRL)/bin/python benchmarks/bench_step.py
 
 clean:            ## remove the environments and everything that was built
-	rm -rf $(VENV) $(ENGINES) $(TRL) build *.egg-info opd_ops/*.so
+	rm -rf $(VENV) $(ENGINES) $(TRL) $(TORCH_MIN) build *.egg-info opd_ops/*.so

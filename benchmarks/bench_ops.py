@@ -4,6 +4,7 @@
     python benchmarks/bench_ops.py --rows 64 1024 --vocab 32000 50257 --dtype bfloat16 --k 8 128
     python benchmarks/bench_ops.py --ops gated --no-heads
     make bench-short                                    the rows of the README's table
+    python benchmarks/bench_ops.py --no-logits --ops gated_kl --dtype float32 autocast
     python benchmarks/bench_ops.py --allocator reuse    buffers recycled: fairest to the baselines
     python benchmarks/bench_ops.py --device cuda        8,192 x 151,936, bfloat16, width 4,096
 
@@ -114,6 +115,16 @@ def torch_jsd(student: Tensor, teacher: Tensor) -> Tensor:
     one, two = (z.float().log_softmax(-1) for z in (student, teacher))
     middle = torch.logaddexp(one, two) - math.log(2)
     return 0.5 * ((one.exp() * (one - middle)).sum(-1) + (two.exp() * (two - middle)).sum(-1))
+
+
+def lowered(call: Call, device: str) -> Call:
+    """The call under autocast, whose cache of cast weights is its own."""
+
+    def run() -> Any:
+        with torch.autocast(device, torch.bfloat16):
+            return call()
+
+    return run
 
 
 def liger(name: str) -> Any:
@@ -475,7 +486,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", help="default: 256, on CUDA 8192")
     parser.add_argument("--vocab", type=int, nargs="+", default=[151_936])
-    parser.add_argument("--dtype", nargs="+", help="default: float32, on CUDA bfloat16")
+    parser.add_argument("--dtype", nargs="+", help="default: float32, on CUDA bfloat16; autocast: "
+                        "bfloat16 products over float32 hidden states and head")  # fmt: skip
     parser.add_argument("--k", type=int, nargs="+", default=[32])
     parser.add_argument("--width", type=int, help="hidden size; default: 1024, on CUDA 4096")
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
@@ -511,7 +523,8 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         for dtype_name in args.dtype:
-            dtype = getattr(torch, dtype_name)
+            autocast = dtype_name == "autocast"
+            dtype = torch.float32 if autocast else getattr(torch, dtype_name)
             for rows in args.rows:
                 for vocab in args.vocab:
                     table += bench(args, common, threads, dtype_name, dtype, rows, vocab)
@@ -534,6 +547,8 @@ def bench(
     for op, direction, k, width, floor, calls, z in cases(args, rows, vocab, dtype):
         if op != "memory" and args.ops and not op.startswith(tuple(args.ops)):
             continue
+        if dtype_name == "autocast":
+            calls = {name: lowered(call, args.device) for name, call in calls.items()}
         if op == "memory":
             seconds = measure(calls, args)
             memory[direction] = next(iter(calls.values()))
@@ -614,6 +629,32 @@ EAGER = (
 )
 
 
+def loss_table(rows: list[dict[str, str]]) -> str:
+    """`gated_kl` beside plain PyTorch: medians, spread, memory beyond inputs and gradients."""
+    case = {"op": "gated_kl", "direction": BOTH, "vocab": "151936", "width": "1024"}
+    case |= {"threads": "2", "allocator": "default", "clock": "wall", "cuda": ""}
+    rows = [row for row in rows if all(row[key] == value for key, value in case.items())]
+    found = results.newest(rows, ["rows", "dtype", "implementation"])
+    lines = []
+    for dtype, shown, size in (("float32", "float32", 4), ("autocast", "bfloat16 over float32", 4),
+                               ("bfloat16", "bfloat16", 2)):  # fmt: skip
+        for n in ("256", "2048"):
+            gradients = (int(n) + 151_936) * 1024 * size / 2**20
+            pair = [found.get((n, dtype, name)) for name in ("opd_ops", "torch head + gate")]
+            cells = [results.NOT_MEASURED] * 5
+            if pair[0] is not None and pair[1] is not None:
+                for at, row in enumerate(pair):
+                    low, mid, high = (float(row[f"{q}_ms"]) / 1e3 for q in ("p20", "median", "p80"))
+                    cells[at] = f"{mid:.3g} s [{low:.3g}, {high:.3g}]"
+                    if row["peak_mib"]:
+                        cells[3 + at] = f"{float(row['peak_mib']) - gradients:,.0f} MiB"
+                speed = float(pair[1]["median_ms"]) / float(pair[0]["median_ms"])
+                cells[2] = f"{speed:.3g}x"
+            lines.append([f"{int(n):,}", shown, *cells])
+    titles = ["N", "type", "`gated_kl`", "plain PyTorch", "its time over ours"]
+    return markdown([*titles, "memory", "plain PyTorch"], lines)
+
+
 def grid_tables() -> dict[str, str]:
     """Markdown of the newest wall-clock rows, by the name of its place in docs/benchmarks.md."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
@@ -657,6 +698,7 @@ def grid_tables() -> dict[str, str]:
     sizes += [(key, dtype, "256") for key in SHOWN if "linear" in key[0] or "full" in key[0]
               for dtype in ("float32", "bfloat16")]  # fmt: skip
     return {
+        "ops loss": loss_table(list(results.read(RESULTS))),
         "ops allocators": table(
             ["fresh pages (default)", "recycled buffers", "huge pages", "one thread, fresh pages"],
             "op",

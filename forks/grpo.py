@@ -351,7 +351,7 @@ def draw(
     column = column.clamp(max=probs.shape[1] - 1)  # NaN: the step is refused later
     rollout_logp = (probs.gather(1, column) / mass).log()[:, 0]
     token = (column if ids is None else ids.gather(1, column))[:, 0]
-    return token, rollout_logp, opd_ops.token_logp(logits, None, token, **law).logp
+    return token, rollout_logp, opd_ops.token_logp(logits, None, token, check_ids=False, **law).logp
 
 
 def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:

@@ -77,12 +77,13 @@ def token_logp(
     token_ids: Tensor,
     *,
     with_entropy: bool = False,
+    check_ids: bool = True,
     valid_vocab: int | None = None,
     temperature: float = 1.0,
     workspace_mib: float | None = None,
 ) -> TokenLogp:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
-    reference._check_ids("token_ids", token_ids, (hidden.shape[0],), hidden, settings[0])
+    reference._check_ids("token_ids", token_ids, hidden.shape[:1], hidden, settings[0], check_ids)
     rows = _head.gather(hidden, head, token_ids[:, None], *settings, entropy=with_entropy)
     assert rows.logp is not None and rows.lse is not None
     return TokenLogp(rows.logp[:, 0], rows.lse, rows.entropy if with_entropy else None)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+import bench_decode  # noqa: E402
 import bench_ops  # noqa: E402
 import claims  # noqa: E402
 import evidence  # noqa: E402
@@ -183,6 +184,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables["gradient variance"] = gradient_variance.table()
         tables |= step_tables.tables() | gpu_tables.tables()
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
+        tables["decode"] = bench_decode.decode_table()
         tables["demo"], tables["verdicts"] = demo_line(), verdict_line(rows)
         tables |= loss_in_the_readme()
         tables["ops in short"] = ops_table(read(RESULTS / "ops.csv"))

@@ -7,6 +7,7 @@ from rows import RESULTS, Row, markdown
 
 OURS, TRAINERS = "opd.py", ("GKDTrainer", "DistillationTrainer")
 NAMES = {"sampled": "sampled token", "reverse": "reverse KL", "jsd": "JSD", "forward": "forward KL"}
+LAST_OF_0_1 = "905645f599"  # a commit
 Case = tuple[str, ...]  # ends with the implementation
 
 
@@ -40,6 +41,35 @@ def size(row: Row) -> list[str]:
     return [f"{int(row['vocab']):,}", f"{row['rollouts']} x {int(row['completion']):,}"]
 
 
+def before_and_after() -> str:
+    """A step of ours at the large vocabulary: the newest rows of version 0.1, and of later ones."""
+    keys = ["completion", "rollouts", "num_threads", "objective"]
+    mine = [
+        row
+        for row in rows.read(RESULTS / "step.csv")
+        if row["implementation"] == OURS and row["vocab"] == "151936" and row["total_s"]
+    ]
+    old = [row for row in mine if row["date"] < "2026-11-26" or row["commit"] == LAST_OF_0_1]
+    before, after = (
+        dict(rows.newest(some, keys)) for some in (old, [row for row in mine if row not in old])
+    )
+    lines = []
+    for key, first in before.items():
+        cells, then = [rows.NOT_MEASURED] * 3, after.get(key)
+        if then is not None:
+            seconds = sorted(map(float, then["every_total_s"].split()))
+            cells[0] = f"{float(then['total_s']):.2f} s [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
+            cells[1] = f"{float(first['total_s']) / float(then['total_s']):.2f}"
+            cells[2] = mib(then)
+        seconds = sorted(map(float, first["every_total_s"].split()))
+        shown = f"{float(first['total_s']):.2f} s [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
+        lines.append(
+            [size(first)[1], NAMES[first["objective"]], shown, *cells[:2], mib(first), cells[2]]
+        )
+    titles = ["rollouts x tokens", "objective", "before", "after", "before over after"]
+    return str(markdown([*titles, "MiB before", "after"], lines))
+
+
 def tables() -> dict[str, str]:
     """What stands between the markers, by name."""
     keys = ["vocab", "completion", "rollouts", "num_threads", "objective", "implementation"]
@@ -71,6 +101,7 @@ def tables() -> dict[str, str]:
     phase_titles = [*first, "implementation", *of_phases, "loss divided by"]
     return {
         "step": str(markdown([*first, *of_times, *of_memory], ratios)),
+        "step before": before_and_after(),
         "step phases": str(markdown(phase_titles, phases)),
         "step equality": equality(),
         "step ratios": summary(steps),

@@ -151,6 +151,14 @@ def test_the_cache_grows_by_blocks_and_keeps_what_a_plain_one_has():
         assert ours.get_seq_length() == plain.get_seq_length()
 
 
+@pytest.mark.parametrize("sampling", [(1.0, 1.0, 0), (1.0, 0.9, 0), (0.0, 1.0, 0)])
+def test_drawn_ids_are_not_looked_at(sampling, monkeypatch):
+    """They are in range, and a GPU would have to be waited for at every token."""
+    monkeypatch.setattr(torch, "aminmax", lambda *args: pytest.fail("looked"))
+    law = {"temperature": 1.0, "valid_vocab": 20}
+    opd.draw(torch.randn(3, 24), torch.rand(3), sampling, law)
+
+
 def test_draw_never_takes_an_impossible_token():
     """The ends of the unit interval, with zero probabilities at both ends of the row."""
     law = {"valid_vocab": 5, "temperature": 1.0}

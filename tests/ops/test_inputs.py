@@ -95,6 +95,18 @@ def test_refused(module, case):
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("module", [opd_ops, reference], ids=["opd_ops", "reference"])
+def test_ids_known_to_be_in_range_are_not_looked_at(module, monkeypatch):
+    """Looking at values waits for a GPU, which a sampler would do at every token."""
+    want = module.token_logp(HIDDEN, HEAD, IDS).logp
+    monkeypatch.setattr(torch, "aminmax", lambda *args: pytest.fail("looked"))
+    assert torch.equal(module.token_logp(HIDDEN, HEAD, IDS, check_ids=False).logp, want)
+    with pytest.raises(pytest.fail.Exception, match="looked"):
+        module.token_logp(HIDDEN, HEAD, IDS)
+    with pytest.raises(ValueError, match="token_ids: expected shape"):
+        module.token_logp(HIDDEN, HEAD, IDS[:2], check_ids=False)
+
+
 def test_compiled_ops_check_for_themselves():
     """Whoever calls torch.ops directly gets an error too, not a wrong read."""
     ops = torch.ops.opd_ops

@@ -224,6 +224,30 @@ def test_a_head_of_another_type_is_cast_in_blocks(name, workspace_mib, products,
         assert (got - expected).norm() / expected.norm() < 2.0**-7
 
 
+def test_blocks_of_a_cast_head_are_as_exact_as_one_product(monkeypatch):
+    """Under autocast plain PyTorch rounds one product, ours the product of each block."""
+    monkeypatch.setattr(_head, "_BLOCK", 16 * 64 * 2)  # 32 blocks of 16 rows of the head
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 64, generator=generator).requires_grad_()
+    head = (torch.randn(512, 64, generator=generator) / 4).requires_grad_()
+    ids = torch.randint(0, 512, (64,), generator=generator)
+    lowered = [t.detach().bfloat16() for t in (hidden, head)]
+    logits = (lowered[0] @ lowered[1].T).double().requires_grad_()  # both have these
+    logits.log_softmax(-1).gather(1, ids[:, None]).sum().backward()
+    exact = logits.grad @ lowered[1].double()
+    errors = []
+    for ours in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if ours:
+                loss = opd_ops.gated_kl(hidden, head, ids, lambda logp: (logp, {})).loss
+            else:
+                logp = F.linear(hidden, head).float().log_softmax(-1)
+                loss = logp.gather(1, ids[:, None]).sum()
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        errors.append((gradient - exact).norm() / exact.norm())
+    assert 1e-4 < errors[1] and errors[0] < 1.2 * errors[1] < 2.0**-7
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Products of 16-bit operands with float32 results, which torch has on CUDA only; in parts."""

@@ -37,7 +37,7 @@ def bench(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "autocast"])
 def test_every_public_op_is_timed_beside_a_baseline(bench, dtype):
     found = bench("--k", "8", "--no-compile", "--dtype", dtype)
     ops = {row["op"].split()[0] for row in found} - {"memory"}
@@ -69,6 +69,34 @@ def test_the_table_in_the_readme_is_filled_by_make_bench_short(bench):
     assert all(re.fullmatch(rf"\|.*\|.*\| {cells} \|", line) for line in lines), lines
     without = [row for row in found if row["op"] != "gated_kl"]
     assert render_docs.ops_table(without).count("not measured") == 4
+
+
+def test_the_table_of_the_loss_is_filled_by_the_command_beside_it(bench):
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    section = page.split("### The loss of sampled tokens")[1]
+    command = re.search(r"bench_ops.py (.*?)```", section, re.S)
+    assert command is not None
+    found = bench(*command[1].replace("\\\n", " ").split())
+    assert {row["op"] for row in found} == {"gated_kl"}
+    assert bench_ops.loss_table(found).count("not measured") == 6 * 5  # they are of another size
+    for row in found:
+        row |= {"rows": "2048", "vocab": "151936", "width": "1024", "threads": "2"}
+    lines = bench_ops.loss_table(found).splitlines()[2:]
+    assert [line.count("not measured") for line in lines] == [5, 0] * 3
+    assert all("x |" in line and "MiB" in line for line in lines[1::2])
+
+
+def test_autocast_is_of_the_calls_and_casts_at_each():
+    """A head that stays cast from call to call would flatter what casts it at once."""
+    head, hidden = torch.randn(40, 8, requires_grad=True), torch.randn(3, 8)
+    seen = []
+    call = bench_ops.lowered(lambda: seen.append(torch.nn.functional.linear(hidden, head)), "cpu")
+    call()
+    with torch.no_grad():
+        head.zero_()
+    call()
+    assert [each.dtype for each in seen] == [torch.bfloat16] * 2
+    assert seen[0].any() and not seen[1].any()
 
 
 def test_baselines_compute_what_the_ops_compute():
