@@ -542,7 +542,7 @@ class Run:
         for old in complete[: -self.keep] if self.keep and ranks.rank() == 0 else []:
             doomed = old.with_name(f".writing-old-{old.name}")  # half deleted, it is no checkpoint
             old.rename(doomed)
-            shutil.rmtree(doomed)
+            files.drop(doomed)
         return target
 
     def _sync_logs(self) -> None:
@@ -559,7 +559,7 @@ class Run:
         """`read(folder, *args)` of the checkpoint to resume from; drops what was logged after it.
 
         Raises:
-            RunError: it is whole, but of another model or optimizer.
+            RunError: it is whole, but of another model or optimizer, or of another step.
         """
         try:
             state = read(self.resume_from, *args)
@@ -569,6 +569,8 @@ class Run:
             raise RunError(
                 f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
             ) from error
+        if self.resume_from and state["step"] != files.step_of(self.resume_from):
+            raise RunError(f"checkpoint {self.resume_from} is of step {state['step']}: rename it")
         with self._writing("checkpoints"):
             ranks.first(self._set_aside, state["step"])
         self.rewind(state["step"])

@@ -91,6 +91,34 @@ def test_overwrite_empties_a_linked_folder_of_checkpoints(folder, whole, tmp_pat
     assert not same(bits(run, 1), bits(whole, 1))
 
 
+@pytest.mark.parametrize("way", ["a link", "a dangling link", "a file"])
+def test_what_is_in_the_way_of_a_checkpoint_is_replaced(folder, whole, copy, tmp_path, way):
+    """And an older one that is a link is dropped as any other; what it points to stays."""
+    elsewhere, step_2 = tmp_path / "elsewhere", copy / "checkpoints/step_2"
+    shutil.move(copy / "checkpoints/step_1", elsewhere)
+    (copy / "checkpoints/step_1").symlink_to(elsewhere)
+    if way == "a file":
+        step_2.write_text("in the way")
+    else:
+        (tmp_path / "a link").mkdir()
+        step_2.symlink_to(tmp_path / way)
+    opd.main(flags(folder, copy.name, "--resume", "--keep-checkpoints", "1"))
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step_2"]
+    assert same(bits(copy, 2), bits(whole, 2)) and files.check_manifest(elsewhere) is None
+
+
+def test_overwrite_drops_links_in_a_linked_folder(folder, whole, tmp_path):
+    run = folder / "links"
+    shutil.copytree(whole, run)
+    shutil.move(run / "checkpoints", tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere/step_2", tmp_path / "kept")
+    (tmp_path / "elsewhere/step_2").symlink_to(tmp_path / "kept")
+    opd.main(flags(folder, "links", "--overwrite", "--lr", "3e-2"))
+    assert not (run / "checkpoints/step_2").is_symlink() and not same(bits(run, 2), bits(whole, 2))
+    assert files.check_manifest(tmp_path / "kept") is None
+
+
 def test_what_cannot_be_deleted_is_noticed_before_training(folder, copy, monkeypatch, capsys):
     def refuses(path, *args, **named):
         raise PermissionError(13, "Permission denied", str(path))
@@ -115,6 +143,12 @@ def test_a_step_folder_of_another_run_is_not_taken_for_ours(folder, whole, copy)
         patch.setattr(opd, "collect", puts)
         opd.main(flags(folder, copy.name, "--resume"))
     assert save is opd.save_checkpoint and same(bits(copy, 2), bits(whole, 2))
+
+
+def test_a_step_folder_with_another_name_is_refused(folder, whole, copy, capsys):
+    """The steps after it would be done again, and their checkpoint be taken for written."""
+    (copy / "checkpoints/step_1").rename(copy / "checkpoints/step_2")
+    fails(flags(folder, copy.name, "--resume"), 1, "step_2 is of step 1", capsys=capsys)
 
 
 @pytest.mark.parametrize("flag", [["--weight-decay", "0.9"], ["--adam-beta2", "0.1"]])
@@ -247,17 +281,25 @@ def test_a_disk_that_cannot_rename_is_noticed_at_the_start(folder, capsys, monke
     fails(flags(folder, "exdev"), 1, "Invalid cross-device link", capsys=capsys)
 
 
-def test_a_disk_that_cannot_sync_folders_is_used(folder, whole, monkeypatch):
-    fsync = os.fsync
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_disk_that_cannot_sync_folders_is_used(folder, whole, monkeypatch, code):
+    fsync, run = os.fsync, f"nosync_{code}"
 
     def refuses(descriptor):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(code, os.strerror(code))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuses)
-    opd.main(flags(folder, "nosync"))
-    assert same(bits(folder / "nosync", 2), bits(whole, 2))
+    opd.main(flags(folder, run))
+    assert same(bits(folder / run, 2), bits(whole, 2))
+
+
+def test_a_disk_with_one_mode_for_all_files_is_used(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/file").write_text("whole")
+    monkeypatch.setattr(Path, "chmod", lambda *_: pytest.fail("it need not be set"))
+    files.seal(tmp_path / "new", tmp_path / "step_1")
 
 
 def test_a_name_that_is_not_utf8_is_refused(folder, capsys):
