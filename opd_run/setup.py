@@ -63,7 +63,9 @@ def prepare(
             _check_layers(name, path, transformers.PretrainedConfig.get_config_dict(path)[0])
             configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
             tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
-        except (OSError, ValueError, KeyError) as error:
+        except RunError:
+            raise
+        except Exception as error:  # broken files raise whatever their reader does
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
             ) from error
@@ -76,7 +78,10 @@ def prepare(
         _check_files(name, path, configs[name])
         try:
             generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
-        except OSError:
+        except OSError as error:
+            file = Path(path) / "generation_config.json"
+            if file.is_file():
+                raise RunError(f"--{name.split('/')[0]} {file}: {one_line(error)}") from error
             generation_configs[name] = transformers.GenerationConfig()
     report = compat.check_pair(
         tokenizers,

@@ -20,6 +20,7 @@ import opd
 import pytest
 import tinylm
 import torch
+import transformers
 from tinylm import weights
 
 from opd_run import compat, console, files
@@ -199,6 +200,25 @@ def test_weights_that_overflow_are_not_saved(folder, capsys, monkeypatch):
     assert [path.name for path in (folder / "overflow/checkpoints").iterdir()] == ["step_1"]
 
 
+def test_weights_that_overflow_in_the_export_are_not_saved(folder, tmp_path, capsys, monkeypatch):
+    """100,000 is a number in float32, in which it is trained, and infinity in float16."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    shutil.copytree(folder / "student", tmp_path / "half")
+    lm.half().save_pretrained(tmp_path / "half")
+    train = opd.train_step
+
+    def grows(student, *rest):
+        metrics = train(student, *rest)
+        with torch.no_grad():
+            student.lm.model.layers[0].mlp.gate_proj.weight[0, 0] = 1e5
+        return metrics
+
+    monkeypatch.setattr(opd, "train_step", grows)
+    argv = [*flags(folder, "half", "--steps", "1"), "--student", str(tmp_path / "half")]
+    fails(argv, 1, "not finite in torch.float16 (--export-dtype)", "gate_proj", capsys=capsys)
+    opd.main([*argv, "--export-dtype", "float32", "--overwrite"])
+
+
 CUTS = {
     "inside a character": '{"step": 2, "prompt": "数'.encode()[:-1],
     "no step": b'{"loss": 1}\n',
@@ -319,6 +339,13 @@ def test_an_error_outside_of_the_update_saves(folder, capsys, monkeypatch):
     argv = flags(folder, "broken", "--save-every", "0")
     fails(argv, 1, "ZeroDivisionError: a fork of mine", "--debug", capsys=capsys)
     assert files.check_manifest(folder / "broken/checkpoints/step_1") is None
+
+
+def test_an_exit_in_a_step_is_an_error(folder, capsys, monkeypatch):
+    """It would end the run with exit code 0."""
+    monkeypatch.setattr(opd, "collect", lambda *_: sys.exit(0))
+    fails(flags(folder, "leaves"), 1, "phase generate ended in SystemExit: 0", capsys=capsys)
+    assert files.check_manifest(folder / "leaves/checkpoints/step_0") is None
 
 
 def test_a_live_view_that_fails_only_warns(folder, whole, capsys, monkeypatch):
@@ -511,7 +538,7 @@ def test_resume_says_what_is_not_as_it_was(folder, copy, tmp_path, capsys):
     opd.main(flags(folder, copy.name, "--resume"))
     assert " was " not in capsys.readouterr().out  # nothing has changed
     record = json.loads((copy / "args.json").read_text())
-    record["environment"] |= {"torch": "1.0", "num_devices": 8}
+    record["environment"] |= {"torch": "1.0", "num_devices": 8, "num_processes": 2, "commit": "0"}
     record["hashes"]["script"] = "exopd.py 0123456789abcdef"
     (copy / "args.json").write_text(json.dumps(record))
     argv = flags(folder, copy.name, "--resume", "--steps", "1")
@@ -521,9 +548,25 @@ def test_resume_says_what_is_not_as_it_was(folder, copy, tmp_path, capsys):
     opd.main(argv)
     output = capsys.readouterr().out
     told = ["torch was '1.0'", "num_devices was 8", "the script was exopd.py 0123456789abcdef"]
+    told += ["num_processes was 2 and is now 1", "commit was '0'"]
     told += ["the prompts was ", "--prompts was", "is of step 2, beyond --steps 1"]
     for words in told:
         assert words in output, words
+
+
+def test_resume_says_that_files_and_fields_are_not_as_they_were(folder, tmp_path, capsys):
+    """What only the verifier reads: its own file, and a field of the rows."""
+    code, rows = tmp_path / "mine.py", tmp_path / "rows.jsonl"
+    whole = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    argv = flags(folder, "edited", f"--verifier={code}:f", f"--prompts={rows}", "--steps=1")
+    for number, more in enumerate([[], ["--resume"], ["--resume"]]):
+        if number < 2:
+            code.write_text(f"def f(*_):\n    return {number}\n")
+            rows.write_text("".join(json.dumps(r | {"test": number}) + "\n" for r in whole))
+        opd.main([*argv, *more])
+        output = capsys.readouterr().out
+        for words in ("the file of --verifier was mine.py ", "the prompts was 12 "):
+            assert (words in output) == (number == 1)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +582,8 @@ def test_huge_time_limits_are_refused(flag, value):
     "environment",
     [{"RANK": "abc"}, {"RANK": "-1"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "two"},
      {"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}],
+     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, {"RANK": "9" * 5000},
+     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "y"}],
 )  # fmt: skip
 def test_an_environment_that_torchrun_did_not_make(environment, monkeypatch, capsys):
     for name, value in environment.items():
