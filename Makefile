@@ -65,8 +65,9 @@ test: install     ## all tests but those for a GPU, an engine or a browser; TEST
 test-fast: install  ## without the slow ones
 	$(PYTEST) -m "not slow"
 
-test-faults: install  ## kill -9, signals, damaged checkpoints, full disks; rewrites its table
+test-faults: install  ## kill -9, signals, damaged checkpoints, full disks; rewrites its table; then the attacks
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runner.py --write docs/reproducing.md
+	$(PYTEST) tests/faults
 
 $(ENGINES)/installed: tools/engine_requirements.py
 	$(PYTHON) -m venv $(ENGINES)

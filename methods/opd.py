@@ -460,10 +460,8 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
 
 def check_method_args(args: Args) -> list[str]:
     """What is wrong with the flags, beyond their bounds."""
-    errors = []
-    if len(args.teacher or []) > 1:
-        errors.append("--teacher: one is expected (exopd.py takes several)")
-    return errors
+    several = len(args.teacher or []) > 1
+    return ["--teacher: one is expected (exopd.py takes several)"] if several else []
 
 
 def check_method_data(tokenizer: Any, prompts: list[Prompt], facts: Facts, args: Args) -> list[str]:
@@ -508,9 +506,10 @@ def score(models: Models, rollout: Rollout, args: Args) -> dict[str, Any]:
     """Everything that comes from frozen models."""
     teacher = models["teacher"]
     if args.objective == "full":
-        teacher_hidden = read_tokens(teacher, rollout, lambda hidden, head: hidden)  # [B, T, D]
-        head = teacher.head_on(teacher_hidden.device)  # one copy for all micro-batches
-        return {"teacher_hidden": teacher_hidden, "teacher_head": lambda: head}  # no [B, T] tensor
+        read = partial(read_tokens, teacher, read=lambda hidden, head: hidden)  # [B, T, D]
+        head = teacher.head_on(rollout.trained_mask.device)  # one copy for all micro-batches
+        hidden = torch.no_grad()(read) if head is None else read(rollout)  # logits: not kept
+        return {"teacher_hidden": hidden, "teacher_head": lambda: head}  # no [B, T] tensor
     return {"teacher_logp": token_logp(teacher, rollout, args)}
 
 
@@ -519,10 +518,11 @@ def token_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over trained tokens, and what to log of each token, [B, T]."""
     if args.objective == "full":
-        teacher = {"teacher_hidden": scores["teacher_hidden"][rollout.trained_mask]}  # [N, D]
-        teacher |= {"teacher_head": scores["teacher_head"]()}
-        law = {"divergence": args.divergence, "beta": args.jsd_beta} | loss_law(student, args)
-        found = read_tokens(student, rollout, partial(opd_ops.full_kl, **teacher, **law))  # Eq. (6)
+        hidden, head = scores["teacher_hidden"], scores["teacher_head"]()
+        hidden = hidden(rollout) if callable(hidden) else hidden
+        law = {"teacher_hidden": hidden[rollout.trained_mask], "teacher_head": head}  # [N, D]
+        law |= {"divergence": args.divergence, "beta": args.jsd_beta} | loss_law(student, args)
+        found = read_tokens(student, rollout, partial(opd_ops.full_kl, **law))  # Eq. (6)
         return found.loss, {"divergence": found.values}  # Eq. (5)
 
     def loss_of(student_logp: Tensor, teacher_logp: Tensor, behaviour_logp: Tensor) -> Any:

@@ -32,7 +32,7 @@ def rank() -> int:
     An environment that is no number is refused by `ranks.check`; until then this one speaks.
     """
     text = os.environ.get("RANK", "0")
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
 # Control characters, marks that change the direction of text, half surrogates: what could move a

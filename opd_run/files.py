@@ -144,8 +144,8 @@ def check_manifest(checkpoint: Path) -> str | None:
 
 def is_complete(checkpoint: Path, ours: bool) -> bool:
     """Whether it is there, good and of this run (`ours`); any other one is removed."""
-    if checkpoint.exists() and (not ours or check_manifest(checkpoint) is not None):
-        shutil.rmtree(checkpoint)
+    if os.path.lexists(checkpoint) and (not ours or check_manifest(checkpoint) is not None):
+        drop(checkpoint)
     return checkpoint.exists()
 
 
@@ -157,8 +157,18 @@ def remove(path: Path) -> None:
     """
     if path.is_symlink() and path.is_dir():
         for each in path.iterdir():
-            remove(each)
-    elif path.is_dir():
+            drop(each)
+    else:
+        drop(path)
+
+
+def drop(path: Path) -> None:
+    """Delete a file, a folder or a link, which is not followed.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -197,7 +207,8 @@ def seal(folder: Path, target: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     mode = (folder / "manifest.json").stat().st_mode & 0o777  # as the user's umask has it
     for path in files:  # libraries have each their own idea
-        path.chmod(mode)
+        if path.stat().st_mode & 0o777 != mode:  # some disks have one mode, and refuse to set it
+            path.chmod(mode)
     for path in (*every, folder / "manifest.json", folder):
         sync(path)
     folder.rename(target)
@@ -223,7 +234,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)

@@ -41,9 +41,9 @@ def check(args: argparse.Namespace) -> list[str]:
     if "RANK" in os.environ:
         found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         errors += [
-            f"{name}={text}: torchrun sets a number; unset RANK to train in one process"
+            f"{name}={text:.20}: torchrun sets a number; unset RANK to train in one process"
             for name, text in found.items()
-            if not text.isdecimal()
+            if not text.isdecimal() or len(text) > 9
         ]
         if not errors and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
             errors.append("RANK={RANK} is not below WORLD_SIZE={WORLD_SIZE}".format(**found))
@@ -65,7 +65,8 @@ def start(args: argparse.Namespace) -> None:
     `--rank-timeout-s` for the others gives up.
 
     Raises:
-        RunError: `--shard fsdp`, and `torchrun` did not start this process.
+        RunError: `--shard fsdp`, and `torchrun` did not start this process; or its environment does
+            not say where the others are.
     """
     if "RANK" not in os.environ:
         if args.shard == "fsdp":
@@ -75,7 +76,10 @@ def start(args: argparse.Namespace) -> None:
     if cuda:
         torch.cuda.set_device(args.device)
     limit = timedelta(seconds=args.rank_timeout_s)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+    except ValueError as error:
+        raise RunError(f"MASTER_ADDR, MASTER_PORT: torchrun sets them: {error}", 2) from error
 
 
 def end() -> None:

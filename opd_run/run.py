@@ -187,6 +187,7 @@ def environment() -> dict[str, Any]:
         "dirty": changed != "",
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "num_devices": torch.cuda.device_count() if cuda else 0,
+        "num_processes": ranks.world(),
         "num_threads": torch.get_num_threads(),
         "opd_ops": opd_ops.info(),
     }
@@ -231,6 +232,7 @@ class Run:
         self._script, self._text = Path(script), Path(script).read_bytes()
         self._record["hashes"] = {
             "script": f"{self._script.name} {_hash(self._text)}",
+            **_hashes_of_files(args),
             **{name: _hash_of_prompts(each) for name, each in (prompts or {}).items()},
         }
         self.resume_from = ranks.first(self._open, args)
@@ -358,6 +360,11 @@ class Run:
             if not alone:  # to save, all ranks would have to know
                 raise
             raise RunError(f"{error}; saved {self._save()}; go on with --resume") from error
+        except SystemExit as error:
+            if self.stop_signal:  # the second one: at once
+                raise
+            self._save_before(error, name)
+            raise RunError(f"phase {name} ended in SystemExit: {error}") from error
         except Exception as error:
             self._save_before(error, name)
             raise
@@ -368,7 +375,7 @@ class Run:
         if name in UNDONE:
             self.stop_if_asked(self._step, self._save)
 
-    def _save_before(self, error: Exception, phase: str) -> None:
+    def _save_before(self, error: BaseException, phase: str) -> None:
         """Save what an error that is on its way out would lose; its own line comes after."""
         if phase in UNDONE and ranks.world() == 1:
             say(f"! {type(error).__name__} in phase {phase}: saved {self._save()}")
@@ -544,7 +551,7 @@ class Run:
         for old in complete[: -self.keep] if self.keep and ranks.rank() == 0 else []:
             doomed = old.with_name(f".writing-old-{old.name}")  # half deleted, it is no checkpoint
             old.rename(doomed)
-            shutil.rmtree(doomed)
+            files.drop(doomed)
         return target
 
     def _sync_logs(self) -> None:
@@ -561,7 +568,7 @@ class Run:
         """`read(folder, *args)` of the checkpoint to resume from; drops what was logged after it.
 
         Raises:
-            RunError: it is whole, but of another model or optimizer.
+            RunError: it is whole, but of another model or optimizer, or of another step.
         """
         try:
             state = read(self.resume_from, *args)
@@ -571,6 +578,8 @@ class Run:
             raise RunError(
                 f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
             ) from error
+        if self.resume_from and state["step"] != files.step_of(self.resume_from):
+            raise RunError(f"checkpoint {self.resume_from} is of step {state['step']}: rename it")
         with self._writing("checkpoints"):
             ranks.first(self._set_aside, state["step"])
         self.rewind(state["step"])
@@ -686,7 +695,8 @@ class Run:
                 for key, value in new["args"].items()
                 if key not in harmless
             }
-            for key in ("python", "torch", "transformers", "commit", "device", "num_devices"):
+            for key in ("python", "torch", "transformers", "commit", "device", "num_devices",
+                        "num_processes"):  # fmt: skip
                 changed[key] = environ.get(key), new["environment"][key]
             lines = [
                 f"! {name} was {was!r} and is now {now!r}"
@@ -705,12 +715,25 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _hashes_of_files(args: argparse.Namespace) -> dict[str, str]:
+    """Of the files that flags name, FILE or FILE.py:NAME, but for models and prompts."""
+    found = {}
+    for name in ("verifier", "teacher_prompt", "reference_prompt", "teacher_rollouts"):
+        text = str(getattr(args, name, None) or "")
+        path = text.rpartition(":")[0] if ".py:" in text else text
+        if os.path.isfile(path):
+            hashed = _hash(Path(path).read_bytes())
+            found[f"file of --{name.replace('_', '-')}"] = f"{Path(path).name} {hashed}"
+    return found
+
+
 def _hash_of_prompts(prompts: Sequence[Any]) -> str:
-    """Of the ids (which have the template in them, and the date that it may write) and answers."""
+    """Of the ids (which have the template in them, and the date that it may write), answers, and
+    rows, which the verifier reads."""
     digest = hashlib.sha256()
     for prompt in prompts:
         what = [prompt.ids, prompt.answer, prompt.domain, *([prompt.views] if prompt.views else [])]
-        digest.update(json.dumps(what).encode())
+        digest.update(json.dumps([*what, prompt.row], default=lambda x: str(type(x))).encode())
     return f"{len(prompts)} {digest.hexdigest()[:16]}"
 
 
@@ -892,7 +915,10 @@ def save_checkpoint(
     """
     bad = [name for names in ranks.gather(_not_finite(student)) for name in names]
     if bad:
-        raise RunError(f"{len(bad)} of the student's weights are not finite, such as {bad[0]}")
+        dtype = f" in {student.export_dtype} (--export-dtype)" if student.export_dtype else ""
+        raise RunError(
+            f"{len(bad)} of the student's weights are not finite{dtype}, such as {bad[0]}"
+        )
     export(student, tokenizer, folder / "model")
     weights, moments = get_state_dict(student, optimizer)
     state_dict_saver.save(
@@ -907,9 +933,12 @@ def _average(student: Any) -> dict[str, Any]:
 
 
 def _not_finite(student: Any) -> list[str]:
-    """Names of the weights, or of the parts that this process has, with NaN or infinity."""
+    """Names of the weights, or of the parts that this process has, with NaN or infinity, be it
+    only in the type of the export."""
     parts = {name: ranks.part(each.detach()) for name, each in student.named_parameters()}
-    good = torch.stack([part.isfinite().all().cpu() for part in parts.values()])
+    dtype = student.export_dtype
+    cast = (part if dtype is None else part.to(dtype) for part in parts.values())
+    good = torch.stack([part.isfinite().all().cpu() for part in cast])
     return [name for name, each in zip(parts, good.tolist()) if not each]
 
 

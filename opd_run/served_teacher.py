@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from opd_run import views
 from opd_run.compat import Facts
 from opd_run.console import RunError, ServerLost, one_line, say
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 NUM_REQUESTS = 8  # at a time
 ROWS_A_REQUEST = 16
 MOST_LOGP = 1e-3  # nats; what rounding may put above 0
@@ -72,6 +74,8 @@ class RemoteTeacher(torch.nn.Module):
         self.url = args.teacher_url.rstrip("/").removesuffix("/v1")
         self.size = max(getattr(args, name, 0) for name in ("support_size", "outlier_support"))
         self.size = min(self.size, facts.valid_vocab)
+        self._stopped = threading.Event()
+        self._under_way: set[Callable[[], None]] = set()  # each ends a request
         try:
             served = self._post("/v1/models", None)["data"][0]
             self.name, self.max_len = served["id"], served.get("max_model_len") or math.inf
@@ -137,8 +141,21 @@ class RemoteTeacher(torch.nn.Module):
                     f"{type(error).__name__}: {one_line(error)}"
                 ) from error
 
-        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-            return [found for part in pool.map(ask, groups) for found in part]
+        return [found for part in self._at_once(ask, groups) for found in part]
+
+    def _at_once(self, ask: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+        """`ask(item)` of all, several at a time. Where one fails, or a signal ends the run, the
+        others are not waited for."""
+        pool = ThreadPoolExecutor(NUM_REQUESTS)
+        try:
+            return list(pool.map(ask, items))
+        except BaseException:
+            self._stopped.set()
+            for end in list(self._under_way):
+                end()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
         """Every id has to be the same text here and there."""
@@ -159,8 +176,7 @@ class RemoteTeacher(torch.nn.Module):
         the same request in two ways, as replicas of different models do."""
         num, length = self.facts.valid_vocab, min(8, self.facts.valid_vocab)
         probe = [[(7 * at + row) % num for at in range(length)] for row in range(NUM_REQUESTS)]
-        with ThreadPoolExecutor(NUM_REQUESTS) as pool:  # at the same time: one replica each
-            several = list(pool.map(self.prompt_logp, [probe] * NUM_REQUESTS))
+        several = self._at_once(self.prompt_logp, [probe] * NUM_REQUESTS)  # one replica each
         if max(_difference(several[0], each) for each in several) > MOST_NATS_APART:
             raise RunError(
                 f"--teacher-url: the servers behind {self.url} give log-probs that are more than "
@@ -176,19 +192,21 @@ class RemoteTeacher(torch.nn.Module):
         """JSON of an answer of at most `most` bytes; waits and asks again until
         `--teacher-timeout-s` have passed in all."""
         end, pause = time.monotonic() + self.args.teacher_timeout_s, 0.5
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        headers, key = {"Content-Type": "application/json"}, os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise RunError(f"{KEY}: expected ASCII without control characters", 2)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        while True:
+        while not self._stopped.is_set():
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
-                text = _fetch(request, max(1.0, end - time.monotonic()), most)
+                text = self._fetch(request, max(1.0, end - time.monotonic()), most)
                 if len(text) > most:
                     raise RunError(f"--teacher-url: {path}: an answer of more than {most} bytes")
                 return json.loads(text)
             except urllib.error.HTTPError as error:
-                said = _said(error)
+                said = str(error.reason)
                 if error.code < 500 and error.code not in (408, 429):
                     advice = "; start it with --max-logprobs N" if "logprobs" in said else ""
                     if error.code < 400:
@@ -202,8 +220,67 @@ class RemoteTeacher(torch.nn.Module):
                     f"--teacher-url: {self.url} has not answered for "
                     f"{self.args.teacher_timeout_s:g} s: {problem}"
                 )
-            time.sleep(pause)
+            self._stopped.wait(pause)
             pause = min(2 * pause, 30.0)
+        raise ServerLost(f"--teacher-url: {self.url} is not asked any more")
+
+    def _fetch(self, request: urllib.request.Request, limit_s: float, most: int) -> bytes:
+        """An answer, cut after `most` + 1 bytes; all of it within `limit_s`, however it drips.
+
+        Raises:
+            TimeoutError: it was not whole by then.
+        """
+        sockets: list[socket.socket] = []
+        over, stopped = threading.Event(), self._stopped
+
+        def remembered(kind: type[HTTPConnection]) -> Callable[..., HTTPConnection]:
+            class Connection(kind):  # type: ignore[valid-type,misc]
+                def connect(self) -> None:
+                    super().connect()
+                    sockets.append(self.sock)
+                    if stopped.is_set():
+                        end()
+
+            return Connection
+
+        class Http(urllib.request.HTTPHandler):
+            def http_open(self, req: Any) -> Any:
+                return self.do_open(remembered(HTTPConnection), req)
+
+        class Https(urllib.request.HTTPSHandler):
+            def https_open(self, req: Any) -> Any:
+                return self.do_open(remembered(HTTPSConnection), req)
+
+        def end() -> None:
+            over.set()
+            for each in sockets:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(limit_s, end)
+        timer.daemon = True
+        timer.start()
+        self._under_way.add(end)
+        try:
+            opener = urllib.request.build_opener(_NoRedirect, Http, Https)
+            with opener.open(request, timeout=limit_s) as answer:
+                found = bytes(answer.read(most + 1))
+                length = answer.headers.get("Content-Length", "")
+                if len(found) <= most and length.isdecimal() and len(found) < int(length):
+                    raise OSError(f"{len(found)} of {length} bytes of an answer")
+        except urllib.error.HTTPError as error:
+            error.msg = _said(error)  # while the time is limited
+            raise
+        except (OSError, HTTPException):
+            if over.is_set():
+                raise TimeoutError(f"no whole answer within {limit_s:.0f} s") from None
+            raise
+        finally:
+            timer.cancel()
+            self._under_way.discard(end)
+        if over.is_set():
+            raise TimeoutError(f"no whole answer within {limit_s:.0f} s")
+        return found
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -213,65 +290,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _fetch(request: urllib.request.Request, limit_s: float, most: int) -> bytes:
-    """An answer, cut after `most` + 1 bytes; all of it within `limit_s`, however slowly it drips.
-
-    Raises:
-        TimeoutError: it was not whole by then.
-    """
-    sockets: list[socket.socket] = []
-
-    def remembered(kind: type[HTTPConnection]) -> Callable[..., HTTPConnection]:
-        class Connection(kind):  # type: ignore[valid-type,misc]
-            def connect(self) -> None:
-                super().connect()
-                sockets.append(self.sock)
-
-        return Connection
-
-    class Http(urllib.request.HTTPHandler):
-        def http_open(self, req: Any) -> Any:
-            return self.do_open(remembered(HTTPConnection), req)
-
-    class Https(urllib.request.HTTPSHandler):
-        def https_open(self, req: Any) -> Any:
-            return self.do_open(remembered(HTTPSConnection), req)
-
-    over = threading.Event()
-
-    def end() -> None:
-        over.set()
-        for each in sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        opener = urllib.request.build_opener(_NoRedirect, Http, Https)
-        with opener.open(request, timeout=limit_s) as answer:
-            found = bytes(answer.read(most + 1))
-            length = answer.headers.get("Content-Length", "")
-            if len(found) <= most and length.isdecimal() and len(found) < int(length):
-                raise OSError(f"{len(found)} of {length} bytes of an answer")
-    except (OSError, HTTPException):
-        if over.is_set():
-            raise TimeoutError(f"no whole answer within {limit_s:.0f} s") from None
-        raise
-    finally:
-        timer.cancel()
-    if over.is_set():
-        raise TimeoutError(f"no whole answer within {limit_s:.0f} s")
-    return found
-
-
 def _said(error: urllib.error.HTTPError) -> str:
-    """What the server says of an error, or of itself, where it says nothing."""
+    """What the server says of an error, or of itself, where it says nothing; without the key."""
     try:
-        return one_line(error.read(10**4).decode(errors="replace")) or one_line(error.reason)
+        said = one_line(error.read(10**4).decode(errors="replace")) or one_line(error.reason)
     except (OSError, HTTPException) as lost:
         return one_line(lost)
+    key = os.environ.get(KEY, "").strip()
+    return said.replace(key, "***") if key else said
 
 
 def _difference(

@@ -72,7 +72,7 @@ def prepare(
             tokenizers[name] = transformers.AutoTokenizer.from_pretrained(path, **trust)
         except RunError:
             raise
-        except Exception as error:  # whatever the classes of a model type say of its files
+        except Exception as error:  # whatever a reader, or the classes of a type, say of its files
             raise RunError(
                 f"--{name.split('/')[0]} {path}: no model or tokenizer: {one_line(error)}"
             ) from error
@@ -85,7 +85,10 @@ def prepare(
         stored[name] = _check_files(name, path)
         try:
             generation_configs[name] = transformers.GenerationConfig.from_pretrained(path)
-        except OSError:
+        except OSError as error:
+            file = Path(path) / "generation_config.json"
+            if file.is_file():
+                raise RunError(f"--{name.split('/')[0]} {file}: {one_line(error)}") from error
             generation_configs[name] = transformers.GenerationConfig()
     report = compat.check_pair(
         tokenizers,

@@ -260,9 +260,7 @@ def verifier_function(spec: str) -> Function:
             inspect.signature(function).bind(
                 "", "", {}, **({"ended": True} if told(function) else {})
             )
-    except BaseException as error:  # whatever the module raises when it is imported, exits too
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except BaseException as error:  # whatever the module raises when it is imported
         raise RunError(
             f"--verifier: expected {EXPECTED}, got {spec!r} "
             f"({type(error).__name__}: {one_line(error)})",
@@ -272,18 +270,25 @@ def verifier_function(spec: str) -> Function:
 
 
 def imported(module: str) -> Any:
-    """A module by name, or the one in a file: by its path, whatever else has its name."""
+    """A module by name, or the one in a file: by its path, whatever else has its name.
+
+    Raises:
+        ImportError: it exits, which would end the run without a word.
+    """
     path = Path(module)
     folder = str(path.resolve().parent if path.suffix == ".py" else Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
-    if path.suffix != ".py":
-        return importlib.import_module(module)
-    found = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
-    assert found is not None and found.loader is not None  # it ends in .py
-    made = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = made
-    found.loader.exec_module(made)
+    try:
+        if path.suffix != ".py":
+            return importlib.import_module(module)
+        found = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
+        assert found is not None and found.loader is not None  # it ends in .py
+        made = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = made
+        found.loader.exec_module(made)
+    except SystemExit as error:
+        raise ImportError(f"it ends in SystemExit: {error}") from None
     return made
 
 
@@ -309,8 +314,9 @@ def word(value: Any) -> tuple[bool | None, str]:
     numpy_bool = kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
     if isinstance(value, bool) or numpy_bool:
         return bool(value), ""
-    if isinstance(value, numbers.Real) and value in (0, 1):
-        return value == 1, ""
+    number: Any = value if isinstance(value, numbers.Number) else None
+    if number in (0, 1):
+        return bool(number == 1), ""
     if inspect.iscoroutine(value):
         value.close()
     return None, f"returned {kind.__name__} {value!r:.60}; expected True or False"
@@ -326,18 +332,22 @@ def judge(function: Function, text: str, answer: Any, row: Any, ended: bool) -> 
 
 
 def _judge_forever(fd: int, function: Function) -> None:
-    pipe = Connection(fd)
+    pipe, pid = Connection(fd), os.getpid()
     while True:
         try:
             item = pipe.recv()
         except (EOFError, OSError):  # nobody asks any more
             return
-        pipe.send_bytes(json.dumps(judge(function, *item)).encode())
+        answer = json.dumps(judge(function, *item)).encode()
+        if os.getpid() != pid:  # forked by the verifier, whose own answer is the one that counts
+            return
+        pipe.send_bytes(answer)
 
 
-def _die_with_parent() -> None:
+def _at_death_of_parent(number: int) -> None:
+    """Get this signal when the process above has ended; 0: none."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, number)
 
 
 def _requests(control: socket.socket) -> Iterator[tuple[str, int]]:
@@ -355,13 +365,13 @@ def _requests(control: socket.socket) -> Iterator[tuple[str, int]]:
 def nursery(control_fd: int, spec: str) -> None:
     """Import a verifier, then fork a process that judges with it for each one that is asked for.
 
-    Everything is imported before a fork, so that a new one is there at once. Each leads a session
-    of its own: what a verifier has started ends with it. All end when the other side of `control`
-    is closed, however the run ended.
+    Everything is imported before a fork, so that a new one is there at once. What a verifier has
+    started ends with it. All end when the other side of `control` is closed, however the run ended.
     """
     for stop in (signal.SIGINT, signal.SIGTERM):  # the run's to handle, and not for exec to keep
         signal.signal(stop, lambda *_: None)
-    control = socket.socket(fileno=control_fd)
+    control, pid = socket.socket(fileno=control_fd), os.getpid()
+    _at_death_of_parent(signal.SIGKILL)  # an import may never end
     try:
         function = verifier_function(spec)
         if spec == "math":
@@ -369,35 +379,60 @@ def nursery(control_fd: int, spec: str) -> None:
         reply: dict[str, Any] = {"told": told(function)}
     except RunError as error:
         reply = {"error": str(error)}
-    control.sendall(json.dumps(reply).encode() + b"\n")
+    if os.getpid() != pid:  # forked by the module
+        os._exit(0)
+    _at_death_of_parent(0)  # from here on the end of `control` says it
     children = set()
-    for letter, number in _requests(control):
-        if letter == "F":
-            child = os.fork()
-            if child == 0:
-                os.setsid()
-                _die_with_parent()
-                control.close()
-                try:
-                    _judge_forever(number, function)
-                finally:
-                    os._exit(0)
-            os.close(number)
-            children.add(child)
-            control.sendall(b"%16d" % child)
-        else:
-            if number in children:
-                _end(number)
-                children.discard(number)
-            control.sendall(b"%16d" % 0)
+    with contextlib.suppress(OSError):  # who asks is gone in the middle of a request
+        control.sendall(json.dumps(reply).encode() + b"\n")
+        for letter, number in _requests(control):
+            if letter == "F":
+                child = os.fork()
+                if child == 0:
+                    os.setsid()
+                    _at_death_of_parent(signal.SIGKILL)
+                    control.close()
+                    try:
+                        _judge_forever(number, function)
+                    finally:
+                        os._exit(0)
+                os.close(number)
+                children.add(child)
+                control.sendall(b"%16d" % child)
+            else:
+                if number in children:
+                    _end(number)
+                    children.discard(number)
+                control.sendall(b"%16d" % 0)
     for child in children:
         _end(child)
+    for child in _below(pid):  # that the module has started
+        _kill(child)
+
+
+def _kill(pid: int) -> None:
+    for kill in (os.killpg, os.kill):  # before it leads a session, it has no group
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
 
 
 def _end(child: int) -> None:
-    """Kill a process with all of its session, and collect it."""
-    for kill in (os.killpg, os.kill):  # before it leads a session, it has no group
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(child, signal.SIGKILL)
+    """Kill a process and all that it has started, in whatever session, and collect it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGSTOP)  # it starts no more
+    for pid in [child, *_below(child)]:
+        _kill(pid)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0)
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a process has started, those that they have, and so on (on Linux)."""
+    parents = {}
+    for each in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(each.parent.name)] = int(each.read_bytes().rpartition(b")")[2].split()[1])
+    found = [pid]
+    for above in found:
+        found += [each for each, parent in parents.items() if parent == above]
+    return found[1:]

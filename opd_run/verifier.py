@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -33,9 +35,10 @@ START_LIMIT_S = 120.0
 MOST_TIMEOUTS = 16  # in a row, then the rest of a batch is not asked
 PLAYED = "opd_run.environments:success"  # says what an environment has said: not of answers alone
 NUM_TRIED = 20  # rows whose right answer the verifier is asked about before the run
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL")
-_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); " + (
-    "from opd_run.verdicts import nursery; nursery(int(sys.argv[2]), sys.argv[3])"
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CRED|AUTH|BEARER|COOKIE|_PWD$|_PAT$")
+# Nothing is imported before the path is that of the run: the working directory may have a json.py.
+_START = "import sys; sys.path[:] = sys.argv[3:]; " + (
+    "from opd_run.verdicts import nursery; nursery(int(sys.argv[1]), sys.argv[2])"
 )
 
 
@@ -84,9 +87,9 @@ class Verifier:
         """Start the process that forks the others, and wait until it has imported the verifier."""
         ours, theirs = socket.socketpair()
         env = {name: value for name, value in os.environ.items()
-               if not any(part in name.upper() for part in _SECRET)}  # fmt: skip
+               if not _SECRET.search(name.upper())}  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), self.spec],
+            [sys.executable, "-c", _START, str(theirs.fileno()), self.spec, *sys.path],
             stdin=subprocess.DEVNULL,
             env=env | {"OMP_NUM_THREADS": "1"},
             pass_fds=[theirs.fileno()],
@@ -347,5 +350,5 @@ def _end(control: socket.socket, process: subprocess.Popen[bytes], ended: thread
     try:
         process.wait(5.0)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()

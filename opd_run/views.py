@@ -82,8 +82,8 @@ class View:
             said = function_of(self.spec, self.role)(prompt.row, *attempts)
         except RunError:
             raise
-        except Exception as error:
-            raise RunError(f"{flag}: {one_line(error)}") from error
+        except (Exception, SystemExit) as error:  # an exit would end the run without a word
+            raise RunError(f"{flag}: {type(error).__name__}: {one_line(error)}") from error
         if said is None or isinstance(said, str):
             return said
         if isinstance(said, list) and all(

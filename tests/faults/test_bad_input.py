@@ -217,6 +217,8 @@ CASES = [
     model("student: an empty folder", {"--student": "{DIR}/hollow"}, "--student", "no model"),
     model("student: a file", {"--student": "{DIR}/list.jsonl"}, "--student", "no model"),
     model("student: config.json is not JSON", {"--student": "{DIR}/config"}, "--student"),
+    model("student: layers as text", {"--student": "{DIR}/worded"}, "--student", "expected int"),
+    model("student: broken generation_config.json", {"--student": "{DIR}/unset"}, "generation_c"),
     model("student: config.json of no model", {"--student": "{DIR}/typeless"}, "--student"),
     model("student: an encoder-decoder", {"--student": "{DIR}/t5"}, "--student"),
     model("student: no tokenizer", {"--student": "{DIR}/mute"}, "--student"),
@@ -262,6 +264,7 @@ def world(tmp_path_factory):
     tinylm.save_model(folder / "wide", 0, intermediate_size=64)
     copies = ["config", "typeless", "mute", "garbled", "weightless", "short", "pickled", "half"]
     copies += ["unlisted", "binned", "outside", "towering", "taller", "flatter", "endless"]
+    copies += ["worded", "unset"]
     for name in [*copies, "nan", "remote"]:
         shutil.copytree(folder / "student", folder / name)
     (folder / "config/config.json").write_text("{")
@@ -290,7 +293,9 @@ def world(tmp_path_factory):
             json.dumps(listed) if len(text) > 1 else text
         )
     torch.save(lm.state_dict(), folder / "binned/pytorch_model.bin")
-    for name, num in {"towering": 10**7, "taller": 3, "flatter": 1}.items():
+    (folder / "unset/generation_config.json").write_text("{")
+    layers = {"towering": 10**7, "taller": 3, "flatter": 1, "worded": "10000000"}
+    for name, num in layers.items():
         layered = json.loads((folder / name / "config.json").read_text()) | {
             "num_hidden_layers": num
         }

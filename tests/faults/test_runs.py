@@ -20,6 +20,7 @@ import opd
 import pytest
 import tinylm
 import torch
+import transformers
 from tinylm import weights
 
 from opd_run import compat, console, files
@@ -91,6 +92,34 @@ def test_overwrite_empties_a_linked_folder_of_checkpoints(folder, whole, tmp_pat
     assert not same(bits(run, 1), bits(whole, 1))
 
 
+@pytest.mark.parametrize("way", ["a link", "a dangling link", "a file"])
+def test_what_is_in_the_way_of_a_checkpoint_is_replaced(folder, whole, copy, tmp_path, way):
+    """And an older one that is a link is dropped as any other; what it points to stays."""
+    elsewhere, step_2 = tmp_path / "elsewhere", copy / "checkpoints/step_2"
+    shutil.move(copy / "checkpoints/step_1", elsewhere)
+    (copy / "checkpoints/step_1").symlink_to(elsewhere)
+    if way == "a file":
+        step_2.write_text("in the way")
+    else:
+        (tmp_path / "a link").mkdir()
+        step_2.symlink_to(tmp_path / way)
+    opd.main(flags(folder, copy.name, "--resume", "--keep-checkpoints", "1"))
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step_2"]
+    assert same(bits(copy, 2), bits(whole, 2)) and files.check_manifest(elsewhere) is None
+
+
+def test_overwrite_drops_links_in_a_linked_folder(folder, whole, tmp_path):
+    run = folder / "links"
+    shutil.copytree(whole, run)
+    shutil.move(run / "checkpoints", tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere/step_2", tmp_path / "kept")
+    (tmp_path / "elsewhere/step_2").symlink_to(tmp_path / "kept")
+    opd.main(flags(folder, "links", "--overwrite", "--lr", "3e-2"))
+    assert not (run / "checkpoints/step_2").is_symlink() and not same(bits(run, 2), bits(whole, 2))
+    assert files.check_manifest(tmp_path / "kept") is None
+
+
 def test_what_cannot_be_deleted_is_noticed_before_training(folder, copy, monkeypatch, capsys):
     def refuses(path, *args, **named):
         raise PermissionError(13, "Permission denied", str(path))
@@ -115,6 +144,12 @@ def test_a_step_folder_of_another_run_is_not_taken_for_ours(folder, whole, copy)
         patch.setattr(opd, "collect", puts)
         opd.main(flags(folder, copy.name, "--resume"))
     assert save is opd.save_checkpoint and same(bits(copy, 2), bits(whole, 2))
+
+
+def test_a_step_folder_with_another_name_is_refused(folder, whole, copy, capsys):
+    """The steps after it would be done again, and their checkpoint be taken for written."""
+    (copy / "checkpoints/step_1").rename(copy / "checkpoints/step_2")
+    fails(flags(folder, copy.name, "--resume"), 1, "step_2 is of step 1", capsys=capsys)
 
 
 @pytest.mark.parametrize("flag", [["--weight-decay", "0.9"], ["--adam-beta2", "0.1"]])
@@ -163,6 +198,25 @@ def test_weights_that_overflow_are_not_saved(folder, capsys, monkeypatch):
     argv = flags(folder, "overflow", "--keep-checkpoints", "1")
     fails(argv, 1, "not finite", "last good checkpoint", "step_1", capsys=capsys)
     assert [path.name for path in (folder / "overflow/checkpoints").iterdir()] == ["step_1"]
+
+
+def test_weights_that_overflow_in_the_export_are_not_saved(folder, tmp_path, capsys, monkeypatch):
+    """100,000 is a number in float32, in which it is trained, and infinity in float16."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    shutil.copytree(folder / "student", tmp_path / "half")
+    lm.half().save_pretrained(tmp_path / "half")
+    train = opd.train_step
+
+    def grows(student, *rest):
+        metrics = train(student, *rest)
+        with torch.no_grad():
+            student.lm.model.layers[0].mlp.gate_proj.weight[0, 0] = 1e5
+        return metrics
+
+    monkeypatch.setattr(opd, "train_step", grows)
+    argv = [*flags(folder, "half", "--steps", "1"), "--student", str(tmp_path / "half")]
+    fails(argv, 1, "not finite in torch.float16 (--export-dtype)", "gate_proj", capsys=capsys)
+    opd.main([*argv, "--export-dtype", "float32", "--overwrite"])
 
 
 CUTS = {
@@ -247,17 +301,25 @@ def test_a_disk_that_cannot_rename_is_noticed_at_the_start(folder, capsys, monke
     fails(flags(folder, "exdev"), 1, "Invalid cross-device link", capsys=capsys)
 
 
-def test_a_disk_that_cannot_sync_folders_is_used(folder, whole, monkeypatch):
-    fsync = os.fsync
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_disk_that_cannot_sync_folders_is_used(folder, whole, monkeypatch, code):
+    fsync, run = os.fsync, f"nosync_{code}"
 
     def refuses(descriptor):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(code, os.strerror(code))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuses)
-    opd.main(flags(folder, "nosync"))
-    assert same(bits(folder / "nosync", 2), bits(whole, 2))
+    opd.main(flags(folder, run))
+    assert same(bits(folder / run, 2), bits(whole, 2))
+
+
+def test_a_disk_with_one_mode_for_all_files_is_used(tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/file").write_text("whole")
+    monkeypatch.setattr(Path, "chmod", lambda *_: pytest.fail("it need not be set"))
+    files.seal(tmp_path / "new", tmp_path / "step_1")
 
 
 def test_a_name_that_is_not_utf8_is_refused(folder, capsys):
@@ -277,6 +339,13 @@ def test_an_error_outside_of_the_update_saves(folder, capsys, monkeypatch):
     argv = flags(folder, "broken", "--save-every", "0")
     fails(argv, 1, "ZeroDivisionError: a fork of mine", "--debug", capsys=capsys)
     assert files.check_manifest(folder / "broken/checkpoints/step_1") is None
+
+
+def test_an_exit_in_a_step_is_an_error(folder, capsys, monkeypatch):
+    """It would end the run with exit code 0."""
+    monkeypatch.setattr(opd, "collect", lambda *_: sys.exit(0))
+    fails(flags(folder, "leaves"), 1, "phase generate ended in SystemExit: 0", capsys=capsys)
+    assert files.check_manifest(folder / "leaves/checkpoints/step_0") is None
 
 
 def test_a_live_view_that_fails_only_warns(folder, whole, capsys, monkeypatch):
@@ -469,7 +538,7 @@ def test_resume_says_what_is_not_as_it_was(folder, copy, tmp_path, capsys):
     opd.main(flags(folder, copy.name, "--resume"))
     assert " was " not in capsys.readouterr().out  # nothing has changed
     record = json.loads((copy / "args.json").read_text())
-    record["environment"] |= {"torch": "1.0", "num_devices": 8}
+    record["environment"] |= {"torch": "1.0", "num_devices": 8, "num_processes": 2, "commit": "0"}
     record["hashes"]["script"] = "exopd.py 0123456789abcdef"
     (copy / "args.json").write_text(json.dumps(record))
     argv = flags(folder, copy.name, "--resume", "--steps", "1")
@@ -479,9 +548,25 @@ def test_resume_says_what_is_not_as_it_was(folder, copy, tmp_path, capsys):
     opd.main(argv)
     output = capsys.readouterr().out
     told = ["torch was '1.0'", "num_devices was 8", "the script was exopd.py 0123456789abcdef"]
+    told += ["num_processes was 2 and is now 1", "commit was '0'"]
     told += ["the prompts was ", "--prompts was", "is of step 2, beyond --steps 1"]
     for words in told:
         assert words in output, words
+
+
+def test_resume_says_that_files_and_fields_are_not_as_they_were(folder, tmp_path, capsys):
+    """What only the verifier reads: its own file, and a field of the rows."""
+    code, rows = tmp_path / "mine.py", tmp_path / "rows.jsonl"
+    whole = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    argv = flags(folder, "edited", f"--verifier={code}:f", f"--prompts={rows}", "--steps=1")
+    for number, more in enumerate([[], ["--resume"], ["--resume"]]):
+        if number < 2:
+            code.write_text(f"def f(*_):\n    return {number}\n")
+            rows.write_text("".join(json.dumps(r | {"test": number}) + "\n" for r in whole))
+        opd.main([*argv, *more])
+        output = capsys.readouterr().out
+        for words in ("the file of --verifier was mine.py ", "the prompts was 12 "):
+            assert (words in output) == (number == 1)
 
 
 @pytest.mark.parametrize(
@@ -497,7 +582,8 @@ def test_huge_time_limits_are_refused(flag, value):
     "environment",
     [{"RANK": "abc"}, {"RANK": "-1"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "two"},
      {"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}],
+     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, {"RANK": "9" * 5000},
+     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "y"}],
 )  # fmt: skip
 def test_an_environment_that_torchrun_did_not_make(environment, monkeypatch, capsys):
     for name, value in environment.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import signal
 import socket
 import threading
 import time
@@ -182,6 +184,8 @@ def say(text: bytes) -> Callable[[socket.socket], None]:
         (drip(b"HTTP/1.1 200 OK\r\nX-Never: "), "no whole answer within"),
         (drip(b"HTTP/1.1 200 OK\r\n\r\n"), "no whole answer within"),
         (drip(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"), "no whole answer within"),
+        (drip(b"HTTP/1.1 404 No\r\nContent-Length: 100000\r\n\r\n"), "/v1/models: 404"),
+        (drip(b"HTTP/1.1 500 No\r\n\r\n"), "has not answered for 2 s: 500"),
         (flood, "an answer of more than"),
         (say(b""), "has not answered"),
         (say(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"), "has not answered"),
@@ -190,7 +194,20 @@ def say(text: bytes) -> Callable[[socket.socket], None]:
         (say(b"HTTP/1.1 500 \r\nContent-Length: 9\r\n\r\n{"), "has not answered"),
         (say(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 10**5), "has not answered"),
     ],
-    ids=["head", "body", "length", "flood", "silence", "half", "chunk", "ssh", "500", "nested"],
+    ids=[
+        "head",
+        "body",
+        "length",
+        "404",
+        "drip 500",
+        "flood",
+        "silence",
+        "half",
+        "chunk",
+        "ssh",
+        "500",
+        "nested",
+    ],
 )
 def test_answers_that_are_none(folder, talk, word):
     with raw(talk) as url:
@@ -213,3 +230,40 @@ def test_a_redirect_does_not_carry_the_key(folder, code, monkeypatch):
             text = refused(folder, url)
     assert str(code) in text and "redirects" in text and "secret-7" not in text
     assert not heard
+
+
+def test_the_key_is_not_told(folder, monkeypatch):
+    """A server may quote it; one with its file's line end is sent without that."""
+    monkeypatch.setenv(served_teacher.KEY, "secret-7\n")
+    text = b"no such key: secret-7"
+    head = b"HTTP/1.1 401 No\r\nContent-Length: %d\r\n\r\n" % len(text)
+    with raw(say(head + text)) as url:
+        assert "401: no such key: ***" in refused(folder, url)
+        monkeypatch.setenv(served_teacher.KEY, "sch\u00f6n")
+        assert "expected ASCII" in refused(folder, url)
+
+
+def test_sigterm_does_not_wait_for_a_silent_server(folder, tmp_path, monkeypatch, capsys):
+    """The requests that are under way are cut off: they may take --teacher-timeout-s."""
+    waited = []
+    with serving(folder) as server:
+        reply, score, silence = server.reply, opd.score, threading.Event()
+
+        def hangs(path, body):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            server.reply = lambda *_: (503, {})
+            waited.append(silence.wait(60))
+            return reply(path, body)
+
+        def scored(*args):
+            server.reply = hangs
+            return score(*args)
+
+        monkeypatch.setattr(opd, "score", scored)
+        argv = f"--student {folder}/student --prompts {folder}/prompts.jsonl --device cpu --steps 1"
+        argv += f" --teacher-url {server.url} --run-dir {tmp_path}/run --max-completion-tokens 8"
+        with pytest.raises(SystemExit) as stop:
+            opd.main(argv.split())
+        assert not waited
+        silence.set()
+    assert stop.value.code == 143 and "step_0; go on with --resume" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 import opd
 import pytest
 
+from opd_run import verdicts
 from opd_run.verifier import Verifier
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,17 @@ def parent(text, answer, row):
     child = subprocess.Popen(["sleep", "1000"])
     open(row["pid"], "w").write(str(child.pid))
     time.sleep(1000)
+
+def own_session(text, answer, row):
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    open(row["pid"], "w").write(str(child.pid))
+    time.sleep(1000)
+
+def forks(text, answer, row):
+    if text == "fork" and os.fork() == 0:
+        sys.exit(0)
+    time.sleep(0.2)
+    return text != "2"
 
 def exits(text, answer, row):
     sys.exit(0)
@@ -80,14 +92,92 @@ def test_a_module_that_exits_at_import_is_refused(tmp_path, leaves):
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
 
 
+PROMPTERS = {
+    "at import": ("import sys; sys.exit(0)", 2, "ImportError: it ends in SystemExit"),
+    "asked before the run": ("def f(*_):\n    raise SystemExit", 1, "SystemExit"),
+    "asked in a step": ("def f(row, said, *_):\n    return exit() if said else 'a'", 1, "SystemEx"),
+}
+
+
+@pytest.mark.parametrize("when", PROMPTERS)
+def test_a_teachers_prompt_that_exits_is_an_error(tmp_path, when, capsys):
+    """Not the end of the run with exit code 0."""
+    text, code, words = PROMPTERS[when]
+    (tmp_path / "leaves.py").write_text(text + "\n")
+    flags = f"--teacher-prompt {tmp_path}/leaves.py:f --run-dir {tmp_path}/run --steps 1 "
+    flags += "--prompts-per-step 1 --rollouts-per-prompt 1 --max-completion-tokens 2 --eval-every 0"
+    with pytest.raises(SystemExit) as stop:
+        opd.main(flags.split())
+    assert stop.value.code == code and words in capsys.readouterr().err
+
+
 def test_a_lambda_serves_by_its_name(start, attacks):
     assert start(f"{attacks}:right")([("a", "", {}, True)]) == [1]
 
 
-def test_what_an_answer_starts_ends_with_its_time(start, attacks, tmp_path):
-    pool = start(f"{attacks}:parent", 3.0)
+@pytest.mark.parametrize("how", ["parent", "own_session"])
+def test_what_an_answer_starts_ends_with_its_time(start, attacks, tmp_path, how):
+    pool = start(f"{attacks}:{how}", 3.0)
     assert pool([("a", "", {"pid": str(tmp_path / "pid")}, True)]) == [0]
     assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_what_a_module_starts_ends_with_the_run(tmp_path):
+    (tmp_path / "serves.py").write_text(
+        "import subprocess\nchild = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        "f = lambda text, answer, row: str(child.pid) == text\n"
+    )
+    pool = Verifier(f"{tmp_path}/serves.py:f", 20.0, 1)
+    (child,) = verdicts._below(pool._close.peek()[2][1].pid)
+    assert pool([(str(child), "", {}, True)]) == [1] and alive(child)
+    pool.close()
+    assert gone(child)
+
+
+def test_a_fork_of_an_answer_does_not_answer(start, attacks):
+    """Its word would be taken for that of the next answer, and so on to the end."""
+    items = [(text, "", {}, True) for text in ("fork", "2", "1", "fork", "2")]
+    assert start(f"{attacks}:forks")(items) == [1, -1, 1, 1, -1]
+
+
+def test_a_fork_at_import_does_not_answer(start, tmp_path):
+    text = "import os\nos.fork()\ndef f(text, answer, row):\n    return text == '1'\n"
+    (tmp_path / "forks.py").write_text(text)
+    assert start(f"{tmp_path}/forks.py:f")([(each, "", {}, True) for each in "121"]) == [1, -1, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [("numpy.int64(1)", 1), ("numpy.float32(0)", -1), ("numpy.bool_(True)", 1),
+     ("decimal.Decimal(1)", 1), ("decimal.Decimal('sNaN')", 0), ("numpy.array([True])", 0)],
+)  # fmt: skip
+def test_numbers_of_all_kinds_through_the_process(start, tmp_path, value, word):
+    text = f"import decimal, numpy\ndef f(text, answer, row):\n    return {value}\n"
+    (tmp_path / "numbers_of.py").write_text(text)
+    pool = start(f"{tmp_path}/numbers_of.py:f")
+    assert pool([("a", "", {}, True)]) == [word] and "died" not in pool.last_error
+
+
+def test_a_file_of_the_working_directory_named_as_a_library(start, tmp_path, monkeypatch):
+    """Its process imports the library for itself, and the file as the verifier."""
+    (tmp_path / "json.py").write_text("def loads(text, answer, row):\n    return text == 'mine'\n")
+    monkeypatch.chdir(tmp_path)
+    assert start("json.py:loads")([(each, "", {}, True) for each in ("mine", "[]")]) == [1, -1]
+
+
+def test_a_module_that_never_ends_to_import_does_not_outlive_the_run(tmp_path):
+    note = tmp_path / "pid"
+    text = f"import os\nopen({str(note)!r}, 'w').write(str(os.getpid()))\nwhile True:\n    pass\n"
+    (tmp_path / "spins.py").write_text(text)
+    script = f"from opd_run.verifier import Verifier\nVerifier({f'{tmp_path}/spins.py:f'!r}, 9.0)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    while not note.is_file() or not note.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert gone(int(note.read_text()))
 
 
 def test_exit_in_an_answer(start, attacks):
@@ -97,11 +187,13 @@ def test_exit_in_an_answer(start, attacks):
 
 def test_keys_and_tokens_stay_with_the_run(start, attacks, monkeypatch):
     names = ["OPD_TEACHER_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "my_token"]
+    names += ["SSH_AUTH_SOCK", "MYSQL_PWD", "GITHUB_PAT", "KEYRING_PASSPHRASE"]
     for name in names:
         monkeypatch.setenv(name, "secret")
     pool = start(f"{attacks}:keys")
     assert pool([("a", "", {"names": names}, True)]) == [1]
     assert pool([("a", "", {"names": ["PATH"]}, True)]) == [-1]
+    assert pool([("a", "", {"names": ["PWD"]}, True)]) == [-1 if "PWD" in os.environ else 1]
 
 
 def test_no_folder_for_temporary_files_is_needed(attacks, tmp_path):

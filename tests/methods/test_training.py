@@ -262,3 +262,12 @@ def test_the_head_that_is_no_product_takes_the_logits(tmp_path):
     for objective in ("sampled", "full"):
         args.objective = objective
         assert math.isfinite(gradient(loaded, args, rollout)[0])
+    capped, other = {"teacher": student}, loaded["teacher"]  # of a teacher they are not kept either
+    scores = opd.score(capped, rollout, args)
+    kept = {"teacher_hidden": scores["teacher_hidden"](rollout), "teacher_head": lambda: None}
+    whole = opd.token_loss(other, rollout, kept, args)[0]
+    assert not kept["teacher_hidden"].requires_grad and whole > 0
+    halves = list(opd.rollouts.cut(rollout, scores, 2))  # as where memory runs out
+    assert len(halves) > 1
+    parts = [opd.token_loss(other, *half, args)[0] for half in halves]
+    assert torch.allclose(sum(parts), whole, rtol=1e-5)
