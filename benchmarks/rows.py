@@ -42,7 +42,7 @@ def environment(device: str = "cpu", commit: str | None = None) -> dict[str, Any
     """
     import torch
 
-    from opd_run.run import environment as of_a_run  # the only place that knows what dirty means
+    from opd_run.machine import environment as of_a_run  # it alone knows what dirty means
 
     seen = of_a_run()
     if commit:

@@ -41,13 +41,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import opd_ops
-from opd_run import data, diagnose, flags, memory, ranks, retry, rollouts, setup, views
+from opd_run import checkpoints, data, diagnose, flags, memory, ranks, retry, rollouts, setup, views
+from opd_run.command import command
 from opd_run.compat import Facts, check_prompts, prompt_ids
 from opd_run.data import Prompt
 from opd_run.files import TINY
 from opd_run.models import CausalLM
 from opd_run.rollouts import shaped
-from opd_run.run import Run, command, load_checkpoint, save_checkpoint, say_plan
+from opd_run.run import Run, say_plan
 from opd_run.selfcheck import check_models
 from opd_run.verifier import Verifier
 from opd_run.vllm_sampler import fill_by_vllm
@@ -261,8 +262,7 @@ def prompt_of(model: CausalLM, rollout: Rollout) -> tuple[Tensor, Tensor]:
 def read_tokens(model: CausalLM, rollout: Rollout, read: Callable[..., Any]) -> Any:
     """Run a model over the rollouts: `read(hidden, head)` at the N positions before trained tokens.
 
-    What it returns, tensors [N, ...] in tuples or dicts, comes back as [B, T, ...], zero elsewhere;
-    a sum [] stays as it is.
+    Tensors [N, ...] that it returns, in tuples or dicts, come back as [B, T, ...]; a sum [] stays.
     """
     mask, device = rollout.trained_mask, model.device
     prompt_ids, prompt_mask = prompt_of(model, rollout)
@@ -681,12 +681,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(args, facts, __file__, {"prompts": prompts, "test prompts": held_out})
     student, state = models["student"], {"step": 0, "num_bad_steps": 0}
     optimizer = None if args.eval_only else make_optimizer(student, args)
-    if run.resume_from:
-        state = run.load(load_checkpoint, student, optimizer, state)
+    state = run.load(checkpoints.load, student, optimizer, state)  # as it is, but with --resume
 
     for step in tqdm(range(state["step"], args.steps + 1), unit="step", disable=None):
         state["step"] = step
-        save = partial(run.save, step, save_checkpoint, student, optimizer, tokenizer, state)
+        save = partial(run.save, step, checkpoints.save, student, optimizer, tokenizer, state)
         run.stop_if_asked(step, save)
         last = step == args.steps or args.eval_only
         if args.eval_every and (last or step % args.eval_every == 0):
@@ -700,8 +699,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
             if views.ask_for_attempts(args):
                 tell = partial(told, tokenizer=tokenizer, args=args)
-                texts = texts_of(rollout, tokenizer)
-                metrics |= views.show_attempts(rollout, texts, tell, facts.num_positions)
+                metrics |= views.show_attempts(rollout, texts_of(rollout, tokenizer), tell, facts)
         with run.phase("teacher"):
             pieces = retry.micro_batches(rollout, args)
             batch = [(micro, score(models, micro, args)) for micro in pieces]

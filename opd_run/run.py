@@ -1,25 +1,16 @@
-"""The run folder, checkpoints, signals, and how a command ends."""
+"""A run: its folder, phases, logs and checkpoints, and what a signal or an error makes of them."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import hashlib
-import io
 import itertools
 import json
 import math
-import os
-import pickle
-import platform
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,170 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception of Python's
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 
 import opd_ops
 from opd_run import files, ranks, retry
-from opd_run.adapters import export
 from opd_run.alarms import Alarms
+from opd_run.command import Stopped, held, root, stop_signals
 from opd_run.compat import Facts
-from opd_run.console import RunError, ServerLost, one_line, optional, say, say_error
+from opd_run.console import RunError, ServerLost, one_line, say
 from opd_run.files import append_row, each_metrics, write_atomically
+from opd_run.folder import (
+    LOGS,
+    check_folder,
+    hash_of,
+    hash_of_prompts,
+    hashes_of_files,
+    is_run,
+    remove_run,
+)
+from opd_run.live import live_view, reporter, step_line
+from opd_run.machine import environment, ops_line, peak_memory_mib
 from opd_run.retry import OutOfMemory, is_out_of_memory
 
-LOGS = (
-    *("metrics.jsonl", "samples.jsonl", "tokens.jsonl", "evaluations.jsonl", "offending.jsonl"),
-)
 UNDONE = ("generate", "teacher", "diagnose", "eval")
 """Phases whose work can be thrown away: the weights in them are those of the step boundary."""
-_held: list[Any] = []  # open lock files of runs that have not ended
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal asks for an end, as Python's own KeyboardInterrupt does for SIGINT."""
-
-    def __init__(self, number: int = signal.SIGINT) -> None:
-        super().__init__()
-        self.number = signal.Signals(number)
-
-
-def _stop_signals() -> list[int]:
-    """Those that ask for an end: also of a connection that drops (unless `nohup` had it ignored),
-    and what schedulers send before they kill."""
-    asked = [signal.SIGHUP, signal.SIGUSR1]
-    kept = [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]
-    return [signal.SIGINT, signal.SIGTERM, *kept]
-
-
-def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorator for `main(argv)`: turns an error into one line on stderr and an exit code.
-
-    Codes: 0 ok, 1 run failure, 2 usage, 128 + number after a signal (SIGINT 130, SIGTERM 143).
-    `--debug` in `argv` shows the traceback; without it the line names the error.
-    """
-
-    @functools.wraps(main)
-    def guarded(argv: Sequence[str] | None = None) -> None:
-        debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is
-        _open_streams()
-        try:
-            with _signals():
-                main(argv)
-                ranks.end()
-        except RunError as error:
-            if debug:
-                traceback.print_exc()
-            kind = "usage" if error.code == 2 else "error"
-            _leave("" if error.said else f"{kind}: {error}", error.code)
-        except KeyboardInterrupt as stop:
-            number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
-            _leave(f"error: stopped by {number.name} before the run had started", 128 + number)
-        except (Exception, CheckpointException) as error:
-            if getattr(error, "said", False):
-                _leave("", 1)
-            if ranks.lost(error):
-                if debug:
-                    traceback.print_exc()
-                _leave(f"error: another process has ended or hangs: {one_line(error, 160)}", 1)
-            if debug:
-                raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            _leave(
-                f"error: {type(error).__name__}: {one_line(_root(error))} "
-                f"[{Path(where.filename).name}:{where.lineno}; --debug shows the traceback]",
-                1,
-            )
-        finally:
-            while _held:
-                _held.pop().close()
-
-    return guarded
-
-
-def _open_streams() -> None:
-    """Where stdin, stdout or stderr is closed, the next file would take its number."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
-def _leave(line: str, code: int) -> None:
-    """End with a line on stderr; one of several processes does not wait for what the others do."""
-    if line and ranks.rank():
-        line = f"rank {ranks.rank()}: {line}"
-    if line:
-        say_error(" ".join(line.split()))
-    if ranks.world() > 1:
-        os._exit(code)
-    raise SystemExit(code) from None
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Signals stop a start as Ctrl-C does; a `Run` takes them over; then all is as before."""
-    if threading.current_thread() is not threading.main_thread():  # the caller handles them
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise _Stopped(number)
-
-    before = {number: signal.getsignal(number) for number in _stop_signals()}
-    for number in before:
-        if number != signal.SIGINT:
-            signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit, hardware and op implementation: what a reader needs to repeat a run."""
-    import numpy
-    import transformers
-
-    def git(*command: str) -> str:
-        try:
-            root = Path(__file__).resolve().parents[1]
-            done = subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return "unknown"
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    cuda = torch.cuda.is_available()
-    rows = ":!benchmarks/results"  # what a benchmark writes is no change of the code
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", rows)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": changed != "",
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-        "num_devices": torch.cuda.device_count() if cuda else 0,
-        "num_processes": ranks.world(),
-        "num_threads": torch.get_num_threads(),
-        "opd_ops": opd_ops.info(),
-    }
 
 
 class Run:
@@ -231,17 +82,17 @@ class Run:
         self._asked = args.resume if isinstance(args.resume, str) else ""
         self._script, self._text = Path(script), Path(script).read_bytes()
         self._record["hashes"] = {
-            "script": f"{self._script.name} {_hash(self._text)}",
-            **_hashes_of_files(args),
-            **{name: _hash_of_prompts(each) for name, each in (prompts or {}).items()},
+            "script": f"{self._script.name} {hash_of(self._text)}",
+            **hashes_of_files(args),
+            **{name: hash_of_prompts(each) for name, each in (prompts or {}).items()},
         }
         self.resume_from = ranks.first(self._open, args)
         self._ours = {self.resume_from}  # the checkpoints that count; others are leftovers
         retry.start()
         self.alarms = Alarms([])
         kind = args.report_to if ranks.rank() == 0 else "none"
-        self._report, self._num_unseen = _reporter(kind, self.path, vars(args)), 0
-        for number in _stop_signals():
+        self._report, self._num_unseen = reporter(kind, self.path, vars(args)), 0
+        for number in stop_signals():
             with contextlib.suppress(ValueError):  # not in the main thread: the caller handles them
                 signal.signal(number, self._on_signal)
 
@@ -254,7 +105,7 @@ class Run:
         with self._writing("the run folder"):
             self._hold()
             if args.overwrite and not args.resume:
-                _remove_run(self.path, self._script.name)
+                remove_run(self.path, self._script.name)
         resume_from = self._checkpoint_to_resume() if args.resume else None
         self._record["environment"] = environment()
         with self._writing("the run folder"):
@@ -316,7 +167,7 @@ class Run:
         try:
             # Not lockf: that lock is lost as soon as this process closes any copy of the file.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held.append(self._lock)
+            held.append(self._lock)
         except (BlockingIOError, PermissionError) as error:
             raise RunError(f"run folder {self.path}: another process runs in it", 2) from error
         except OSError as error:  # a file system without locks
@@ -329,7 +180,7 @@ class Run:
         when = "now" if self._undone else "after this step"
         say(f"! {signal.Signals(number).name}: will save and stop {when} (again: at once)")
         if self._undone:
-            raise _Stopped(number)
+            raise Stopped(number)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -349,7 +200,7 @@ class Run:
                 yield
             finally:
                 self._undone = False
-        except _Stopped:
+        except Stopped:
             self.stop_if_asked(self._step, self._save)
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -529,8 +380,8 @@ class Run:
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")
                     write(folder, *args)
             except (Exception, CheckpointException) as error:
-                root = _root(error)
-                failed = root if isinstance(root, Exception) else RuntimeError(one_line(root))
+                first = root(error)
+                failed = first if isinstance(first, Exception) else RuntimeError(one_line(first))
             ranks.together(failed)
             ranks.first(files.seal, folder, target)
         except Exception as error:
@@ -564,21 +415,31 @@ class Run:
         found = self.checkpoints.glob("step_*")
         return sorted((path for path in found if path.name[5:].isdigit()), key=files.step_of)
 
-    def load(self, read: Callable[..., dict[str, int]], *args: Any) -> dict[str, int]:
-        """`read(folder, *args)` of the checkpoint to resume from; drops what was logged after it.
+    def load(
+        self,
+        read: Callable[..., dict[str, int]],
+        student: Any,
+        optimizer: torch.optim.Optimizer | None,
+        state: dict[str, int],
+    ) -> dict[str, int]:
+        """`read(folder, student, optimizer, state)` of the checkpoint to resume from.
+
+        What was logged after it is dropped. Without `--resume`, `state` is returned as it is.
 
         Raises:
             RunError: it is whole, but of another model or optimizer, or of another step.
         """
+        if self.resume_from is None:
+            return state
         try:
-            state = read(self.resume_from, *args)
+            state = read(self.resume_from, student, optimizer, state)
         except (Exception, CheckpointException) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise RunError(
-                f"checkpoint {self.resume_from} does not fit --student: {one_line(_root(error))}"
+                f"checkpoint {self.resume_from} does not fit --student: {one_line(root(error))}"
             ) from error
-        if self.resume_from and state["step"] != files.step_of(self.resume_from):
+        if state["step"] != files.step_of(self.resume_from):
             raise RunError(f"checkpoint {self.resume_from} is of step {state['step']}: rename it")
         with self._writing("checkpoints"):
             ranks.first(self._set_aside, state["step"])
@@ -711,119 +572,6 @@ class Run:
         return lines
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _hashes_of_files(args: argparse.Namespace) -> dict[str, str]:
-    """Of the files that flags name, FILE or FILE.py:NAME, but for models and prompts."""
-    found = {}
-    for name in ("verifier", "teacher_prompt", "reference_prompt", "teacher_rollouts"):
-        text = str(getattr(args, name, None) or "")
-        path = text.rpartition(":")[0] if ".py:" in text else text
-        if os.path.isfile(path):
-            hashed = _hash(Path(path).read_bytes())
-            found[f"file of --{name.replace('_', '-')}"] = f"{Path(path).name} {hashed}"
-    return found
-
-
-def _hash_of_prompts(prompts: Sequence[Any]) -> str:
-    """Of the ids (which have the template in them, and the date that it may write), answers, and
-    rows, which the verifier reads."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        what = [prompt.ids, prompt.answer, prompt.domain, *([prompt.views] if prompt.views else [])]
-        digest.update(json.dumps([*what, prompt.row], default=lambda x: str(type(x))).encode())
-    return f"{len(prompts)} {digest.hexdigest()[:16]}"
-
-
-def check_folder(args: argparse.Namespace) -> None:
-    """Refuse a run folder that is in use, or whose removal would take more than a run.
-
-    Raises:
-        RunError: the folder has a run and neither `--resume` nor `--overwrite` was given; it is no
-            folder; `--overwrite` would delete an input of this run, or what is no run.
-    """
-    path = Path(args.run_dir)
-    if not args.run_dir.strip():
-        raise RunError("--run-dir: expected a folder, got an empty name", 2)
-    in_the_way = next((each for each in (path, *path.parents) if each.exists()), path)
-    if not in_the_way.is_dir():
-        raise RunError(f"--run-dir {path}: expected a folder, {in_the_way} is a file", 2)
-    if not os.access(in_the_way, os.W_OK):
-        raise RunError(f"--run-dir {path}: {in_the_way} is not writable", 2)
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # the writers of weights take no other
-        raise RunError(f"--run-dir {path}: its name is not UTF-8 in this locale", 2) from None
-    used = (path / "metrics.jsonl").exists() or any(path.glob("checkpoints/step_*"))
-    found = [name for name in (*LOGS, "args.json", "checkpoints") if (path / name).exists()]
-    if found and not args.resume and not is_run(path):
-        raise RunError(
-            f"--run-dir {path}: it is not a run folder (no args.json of a run), and has its own "
-            f"{', '.join(found)}",
-            2,
-        )
-    if used and not (args.resume or args.overwrite):
-        raise RunError(f"run folder {path} exists: give --resume or --overwrite", 2)
-    for name, value in vars(args).items() if found and args.overwrite else ():
-        for each in value if isinstance(value, list) else [value]:
-            inside = isinstance(each, str) and name != "run_dir" and Path(each.split("=")[-1])
-            if inside and inside.exists() and path.resolve() in inside.resolve().parents:
-                raise RunError(
-                    f"--overwrite would delete --{name.replace('_', '-')} {each}, which is in it",
-                    2,
-                )
-
-
-def is_run(path: Path) -> bool:
-    """Whether the folder has the `args.json` of a run."""
-    try:
-        record = json.loads((path / "args.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and {"args", "environment"} <= record.keys()
-
-
-def _remove_run(path: Path, script: str) -> None:
-    """Delete what a run writes, and nothing else that is in its folder; its `args.json`, which
-    tells that it is one, stays until it is replaced.
-
-    Raises:
-        OSError: something cannot be deleted. Nothing has been trained yet.
-    """
-    if is_run(path):
-        own = [path / name for name in ("checkpoints", "tensorboard", *LOGS, script)]
-        for each in (*own, *path.glob("before_step_*")):
-            files.remove(each)
-
-
-def peak_memory_mib() -> float:
-    """Peak of the process: allocated on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def ops_line(info: dict[str, Any], device: str) -> str:
-    """Which implementation of the ops runs on `device`; loud where it is not the compiled one."""
-    plain = sorted(name for name, kinds in info["ops"].items() if kinds[device] != "cpp")
-    if len(plain) == len(info["ops"]):
-        why = "the extension is not built: make install"
-        if info["compiled"]:
-            why = (
-                "OPD_OPS_IMPL"
-                if info["OPD_OPS_IMPL"] in ("plain", "reference")
-                else "no kernel in this build"
-            )
-        return f"! ops: plain PyTorch for all of them on {device} ({why})"
-    isa = f" ({info['isa']})" if device == "cpu" else ""
-    rest = f"; plain PyTorch: {', '.join(plain)}" if plain else ""
-    return f"ops: compiled for {device}{isa}{rest}"
-
-
 def say_plan(args: argparse.Namespace) -> None:
     """Print the op implementation and the token budget; with `--dry-run` the resolved flags too.
 
@@ -845,175 +593,3 @@ def say_plan(args: argparse.Namespace) -> None:
     if args.eval_only:
         budget = f"each test prompt x {args.eval_samples} samples x at most {most} tokens"
     say(f"budget: {budget}")
-
-
-def _root(error: BaseException) -> BaseException:
-    """What an exception was raised from, at the bottom; `torch.distributed` wraps everything."""
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        return _root(next(iter(failures.values()))[0])
-    return _root(error.__cause__) if error.__cause__ else error
-
-
-def live_view(kind: str) -> Any:
-    """The package of `--report-to`; None for `none`."""
-    return None if kind == "none" else optional(kind, f"--report-to {kind}")
-
-
-def _reporter(
-    kind: str, path: Path, config: dict[str, Any]
-) -> Callable[[int, dict[str, float]], None]:
-    module = live_view(kind)
-    if kind == "none":
-        return lambda step, metrics: None
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(path / "tensorboard"))
-
-        def write(step: int, metrics: dict[str, float]) -> None:
-            for key, value in metrics.items():
-                writer.add_scalar(key, value, step)
-
-        return write
-    place = {"dir": str(path)} if kind == "wandb" else {}  # trackio has one store for all runs
-    session = module.init(project="opd", name=path.name, config=config, **place)
-    return lambda step, metrics: session.log(metrics, step=step)
-
-
-def step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    """One aligned line for a step."""
-    width = len(str(steps))
-    shown = (
-        ("loss", "loss", "{:+.4f}"),
-        ("log_ratio_mean", "log_ratio", "{:+.4f}"),
-        ("verifier_pass_rate", "pass", "{:.3f}"),
-        ("length_mean", "length", "{:6.1f}"),
-        ("truncated_share", "cut", "{:.2f}"),
-        ("grad_norm", "grad", "{:7.3f}"),
-        ("generate_s", "generate", "{:5.1f}s"),
-        ("teacher_s", "teacher", "{:5.1f}s"),
-        ("student_s", "student", "{:5.1f}s"),
-        ("tokens_per_s", "tok/s", "{:6.0f}"),
-    )
-    cells = [f"{name} {form.format(metrics[key])}" for key, name, form in shown if key in metrics]
-    return f"step {step:>{width}}/{steps}  " + "  ".join(cells)
-
-
-# ------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(
-    folder: Path,
-    student: Any,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Any,
-    state: dict[str, int],
-) -> None:
-    """`model/` for `from_pretrained`, `trainer/` to resume; data and samples need no state.
-
-    Raises:
-        RunError: a weight is not finite. Nothing is written, so that older checkpoints stay.
-    """
-    bad = [name for names in ranks.gather(_not_finite(student)) for name in names]
-    if bad:
-        dtype = f" in {student.export_dtype} (--export-dtype)" if student.export_dtype else ""
-        raise RunError(
-            f"{len(bad)} of the student's weights are not finite{dtype}, such as {bad[0]}"
-        )
-    export(student, tokenizer, folder / "model")
-    weights, moments = get_state_dict(student, optimizer)
-    state_dict_saver.save(
-        {"student": weights, "optimizer": moments} | _average(student) | state,
-        checkpoint_id=folder / "trainer",
-    )
-
-
-def _average(student: Any) -> dict[str, Any]:
-    """The weights of `--teacher ema:DECAY`; nothing without it."""
-    return {"average": get_model_state_dict(student.average[0])} if student.average else {}
-
-
-def _not_finite(student: Any) -> list[str]:
-    """Names of the weights, or of the parts that this process has, with NaN or infinity, be it
-    only in the type of the export."""
-    parts = {name: ranks.part(each.detach()) for name, each in student.named_parameters()}
-    dtype = student.export_dtype
-    cast = (part if dtype is None else part.to(dtype) for part in parts.values())
-    good = torch.stack([part.isfinite().all().cpu() for part in cast])
-    return [name for name, each in zip(parts, good.tolist()) if not each]
-
-
-_ALLOWED = {
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # its name in Python 3.13
-    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
-"""What `trainer/.metadata` is made of: data, and nothing that could run code."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
-
-
-class _Reader(FileSystemReader):
-    """Reads the metadata without running what it says, and files of its own folder only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise pickle.UnpicklingError(".metadata is not that of a checkpoint")
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise pickle.UnpicklingError(f"{info.relative_path} is not in the checkpoint")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    """Reads numbers and texts as it reads tensors: without running code."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
-
-
-def load_checkpoint(
-    folder: Path, student: Any, optimizer: torch.optim.Optimizer, state: dict[str, int]
-) -> dict[str, int]:
-    """Put weights and moments back; return the counters that were saved with them.
-
-    What the flags decide (learning rate, betas, weight decay) is as the flags of this run have it.
-    No file of the folder can run code.
-    """
-    flags = [
-        {key: group[key] for key in group if key != "params"} for group in optimizer.param_groups
-    ]
-    weights, moments = get_state_dict(student, optimizer)
-    saved: dict[str, Any] = {"student": weights, "optimizer": moments} | _average(student) | state
-    state_dict_loader.load(saved, storage_reader=_Reader(folder / "trainer"), planner=_Planner())
-    set_state_dict(
-        student, optimizer, model_state_dict=saved["student"], optim_state_dict=saved["optimizer"]
-    )
-    for each in student.average:
-        set_model_state_dict(each, saved["average"])
-    for group, given in zip(optimizer.param_groups, flags):
-        group.update(given)
-    return {key: saved[key] for key in state}

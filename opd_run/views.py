@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from opd_run import data, ranks, verdicts
+from opd_run import compat, data, ranks, verdicts
 from opd_run.console import RunError, one_line
 
 Attempts = tuple[Sequence[str], Sequence[float], "int | None"]
@@ -134,7 +134,7 @@ def attempts(
 
 
 def show_attempts(
-    rollout: Any, texts: Sequence[str], tell: Callable[..., data.Prompt], num_positions: float
+    rollout: Any, texts: Sequence[str], tell: Callable[..., data.Prompt], facts: compat.Facts
 ) -> dict[str, float]:
     """Ask the functions of `--teacher-prompt` again, with the group's attempts; `leave_out_long`.
 
@@ -148,7 +148,7 @@ def show_attempts(
         return [tell(each, attempts=of_group) for each, of_group in zip(rollout.prompts, every)]
 
     rollout.prompts = ranks.first(asked)
-    return leave_out_long(rollout, num_positions)
+    return leave_out_long(rollout, facts.num_positions)
 
 
 def leave_out_long(rollout: Any, num_positions: float) -> dict[str, float]:

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opd_run import console
-from opd_run import run as runs
+from opd_run.command import command
 
 OWN_FLAGS = ("seed", "run_dir", "resume", "overwrite", "debug", "dry_run", "report_to")
 """Flags that are a run's own: they name it, or change nothing that it computes."""
@@ -402,7 +402,7 @@ def add_label(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@runs.command
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; write the CSV and the plot that were asked for."""
     parser = argparse.ArgumentParser(

@@ -31,7 +31,7 @@ import compare_runs  # noqa: E402
 from compare_runs import Group, RunData, number, show, spread  # noqa: E402
 
 from opd_run import console, files  # noqa: E402
-from opd_run import run as runs  # noqa: E402
+from opd_run.command import command  # noqa: E402
 
 TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
 MOST_POINTS = 1000  # of a curve; a longer one keeps every n-th row
@@ -609,7 +609,7 @@ def render(groups: Sequence[Group], max_tokens: int = 30000) -> str:
     return page.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates
 
 
-@runs.command
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, write the page, say where."""
     parser = argparse.ArgumentParser(

@@ -25,6 +25,7 @@ from tinylm import weights
 
 from opd_run import compat, console, files
 from opd_run import flags as command_line
+from opd_run import folder as folders
 from opd_run import run as runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -766,7 +767,7 @@ def test_logs_are_on_the_disk_before_a_checkpoint_that_claims_them(folder, monke
 
     def checked(path, target):
         if Path(target).name.startswith("step_"):
-            logs = [run / name for name in runs.LOGS if (run / name).exists()]
+            logs = [run / name for name in folders.LOGS if (run / name).exists()]
             seen.append((Path(target).name, len(logs)))
             assert [synced.get(str(log)) for log in logs] == [log.stat().st_size for log in logs]
         return rename(path, target)

@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     ["console"],
-    ["ranks", "files", "alarms", "compat", "verdicts"],
-    ["verifier", "data", "rollouts", "environments"],
+    ["ranks", "files", "alarms", "compat", "verdicts", "live"],
+    ["verifier", "data", "rollouts", "environments", "folder", "command", "machine"],
     ["models", "views"],
     ["adapters", "offload"],
-    ["vllm_sampler", "served_teacher"],
+    ["vllm_sampler", "served_teacher", "checkpoints"],
     ["setup", "memory", "retry"],
     ["diagnose", "selfcheck"],
     ["run", "flags"],
@@ -97,6 +97,8 @@ def test_the_packages_of_users_are_imported_where_they_are_used(path):
 # What a method file may call of `opd_run`: plumbing, whose docstring may say that it changes no
 # number. What is added here has to be read with that question.
 PLUMBING = {
+    "checkpoints": {"load", "save"},
+    "command": {"command"},
     "compat": {"Facts", "check_prompts", "prompt_ids"},
     "data": {
         *("Prompt", "Source", "completions_of", "load_sets", "messages_of", "plain", "user_text"),
@@ -119,7 +121,7 @@ PLUMBING = {
         *("begun", "blank", "by_teacher", "gather", "join", "left_padded", "right_padded"),
         *("scattered", "select", "shaped"),
     },
-    "run": {"Run", "command", "load_checkpoint", "save_checkpoint", "say_plan"},
+    "run": {"Run", "say_plan"},
     "selfcheck": {"check_models"},
     "setup": {"load_lm", "load_models", "prepare", "token_ids", "zero_moments"},
     "verifier": {"Verifier"},
