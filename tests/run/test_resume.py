@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import warnings
+from pathlib import Path
 
+import opd
 import pytest
 import tinylm
+import torch
 from safetensors.torch import load_file
+
+from opd_run import files
+
+CASES = Path(__file__).parent / "cases"
 
 METHODS = {
     "opd": ["--updates-per-rollout", "2", "--discount", "0.5"],
@@ -22,7 +30,7 @@ METHODS = {
     "tropd": [],
 }
 POINTS = {  # which call after the first checkpoint, that of step 2, is the last one
-    "collect": 2, "token_loss": 5, "evaluate": 1, "save_checkpoint": 1,
+    "collect": 2, "token_loss": 5, "evaluate": 1, "checkpoints.save": 1,
     "diagnose.rollout_metrics": 2,
 }  # fmt: skip
 
@@ -84,8 +92,8 @@ def test_resume_is_exact(folder, method, monkeypatch):
         shares = [row[key] for row in logs if key in row]
         assert shares[0] > 0 and shares[2] > 0 and shares[4] == 0
     for point in POINTS if method == "opd" else ("collect", "evaluate"):  # the loop is shared
-        owner = module.diagnose if point.startswith("diagnose.") else module
-        name = point.removeprefix("diagnose.")
+        where, _, name = point.rpartition(".")
+        owner = getattr(module, where) if where else module
         whole, calls = getattr(owner, name), []
         first = folder / f"{method}_{name}/checkpoints/step_2"
 
@@ -107,3 +115,27 @@ def test_resume_is_exact(folder, method, monkeypatch):
         assert found_logs == logs, point
         left = sorted(path.name for path in (folder / f"{method}_{name}/checkpoints").iterdir())
         assert left == ["step_4", "step_5"], point
+
+
+def test_a_run_of_version_0_1_goes_on(tmp_path, monkeypatch, capsys):
+    """Stored by opd.py of 0.1 after one of two steps: this version's second step is that one's.
+
+    `after_step_2` are the weights that 0.1 had then, and `metrics.jsonl` has both steps.
+    """
+    shutil.unpack_archive(CASES / "run_of_0.1.tar.gz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    want = files.read_metrics(Path("run"))[-1]
+    opd.main(["--student", "student", "--teacher", "teacher", "--prompts", "prompts.jsonl",
+              "--test-prompts", "prompts.jsonl", "--steps", "2", "--prompts-per-step", "3",
+              "--rollouts-per-prompt", "2", "--max-completion-tokens", "8", "--lr", "1e-2",
+              "--weight-decay", "0.1", "--eval-every", "0", "--diagnostic-tokens", "0",
+              "--device", "cpu", "--run-dir", "run", "--resume"])  # fmt: skip
+    assert "commit was" in capsys.readouterr().out
+    found = [row for row in files.read_metrics(Path("run")) if row["step"] == 2 and "loss" in row]
+    assert found[0]["loss"] == pytest.approx(want["loss"], abs=1e-5) and want["step"] == 2
+    mine = load_file("run/checkpoints/step_2/model/model.safetensors")
+    theirs = load_file("after_step_2.safetensors")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+    old = load_file("run/checkpoints/step_1/model/model.safetensors")
+    assert not all(torch.allclose(old[name], theirs[name], atol=1e-4) for name in old)
