@@ -110,6 +110,8 @@ class RemoteTeacher(torch.nn.Module):
         known = {each: logp for each, logp in entry.items() if each < len(row)}
         ids = torch.tensor(list(known))
         logp = torch.tensor(list(known.values()), dtype=torch.float64)
+        padding = math.fsum(math.exp(logp) for each, logp in entry.items() if each not in known)
+        logp -= math.log1p(-min(padding, 1.0 - 1e-9))  # a local teacher has no such columns
         others = len(row) - len(ids)
         rest = float(-torch.expm1(torch.logsumexp(logp, 0)))
         row[:] = math.log(rest / others) if others and rest > 0 else -torch.inf

@@ -437,14 +437,34 @@ def test_resume_reads_files_of_its_checkpoint_only(folder, copy, capsys):
 
 
 # ---------------------------------------------------------------------------- signals and output
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """A process that a failing test waits for in vain would run on."""
+    yield
+    while _started:
+        _started.pop().kill()
+
+
 def start(argv: list[str], wrapper: str = "", **how) -> subprocess.Popen:
-    """A run as a process of its own, behind `wrapper` (a shell's words, $@ being the command)."""
+    """A run as a process of its own, behind `wrapper` (a shell's words, $@ being the command).
+
+    It hears SIGHUP, also where these tests run behind `nohup`.
+    """
     command = [sys.executable, str(ROOT / "methods/opd.py"), *argv]
     if wrapper:
         command = ["bash", "-c", wrapper, "run", *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | how.pop("env", {})
-    return subprocess.Popen(command, env=os.environ | environment, **(pipes | how))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(command, env=os.environ | environment, **(pipes | how))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    _started.append(process)
+    return process
 
 
 OUTPUTS = {

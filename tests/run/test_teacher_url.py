@@ -151,3 +151,13 @@ def test_a_method_that_samples_from_the_teacher_says_that_it_cannot(folder, stub
     with pytest.raises(SystemExit):
         tropd.main([*argv, "--outlier-support", "8"])
     assert "only scores, this method samples" in capsys.readouterr().err
+
+
+def test_columns_of_padding_that_a_server_counts_are_left_out():
+    """A head of 6 with a vocabulary of 4: a local teacher's softmax is over the 4."""
+    logits = torch.tensor([1.0, 0.5, -1.0, 0.0, 2.0, 1.5])
+    served = logits.log_softmax(0)
+    entry = {each: float(served[each]) for each in (0, 1, 2, 4, 5)}  # top 4, and the token 2
+    row = torch.empty(4)
+    served_teacher.RemoteTeacher._fill(None, row, entry)
+    assert torch.allclose(row, logits[:4].log_softmax(0), atol=1e-6)
