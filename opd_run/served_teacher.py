@@ -75,6 +75,7 @@ class RemoteTeacher(torch.nn.Module):
         self.size = max(getattr(args, name, 0) for name in ("support_size", "outlier_support"))
         self.size = min(self.size, facts.valid_vocab)
         self._stopped = threading.Event()
+        self._why: BaseException | None = None
         self._under_way: set[Callable[[], None]] = set()  # each ends a request
         try:
             served = self._post("/v1/models", None)["data"][0]
@@ -151,11 +152,12 @@ class RemoteTeacher(torch.nn.Module):
         pool = ThreadPoolExecutor(NUM_REQUESTS)
         try:
             return list(pool.map(ask, items))
-        except BaseException:
+        except BaseException as error:
+            self._why = self._why or error  # the first that failed, not one that was stopped by it
             self._stopped.set()
             for end in list(self._under_way):
                 end()
-            raise
+            raise self._why from None
         finally:
             pool.shutdown(cancel_futures=True)
 

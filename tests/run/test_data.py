@@ -120,7 +120,7 @@ def test_reasoning_gym_rows():
 def test_an_empty_name_is_no_data_set(test):
     """It trained on nothing, and left evaluation out without a word."""
     with pytest.raises(console.RunError, match=r"expected a \.jsonl, .* got nothing"):
-        opd.load_prompts("", 0, tinylm.tokenizer(), compat.Facts(46, {}, 256), arguments(), test)
+        setup.prompts_of(opd, "", tinylm.tokenizer(), compat.Facts(46, {}, 256), arguments(), test)
 
 
 @pytest.mark.parametrize("spec", ["no.jsonl", "no.CSV.gz", "no.jsonl:train", "no.jsonl[:10]"])
@@ -169,7 +169,7 @@ def test_the_table_of_cases(file, flags, said, tiny, monkeypatch, capsys):
     pool = Verifier(args.verifier, 20.0, 1)
     try:
         facts = compat.Facts(692, {}, 512)
-        pool.try_out(opd.load_prompts(args.prompts, 0, tiny, facts, args), {}, tiny)
+        pool.try_out(setup.prompts_of(opd, args.prompts, tiny, facts, args), {}, tiny)
         printed = capsys.readouterr().out
     except console.RunError as error:
         printed = str(error)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from opd_run import files
 
-CASES = Path(__file__).parent / "cases"
+HERE = Path(__file__).parent
 
 METHODS = {
     "opd": ["--updates-per-rollout", "2", "--discount", "0.5"],
@@ -122,7 +122,7 @@ def test_a_run_of_version_0_1_goes_on(tmp_path, monkeypatch, capsys):
 
     `after_step_2` are the weights that 0.1 had then, and `metrics.jsonl` has both steps.
     """
-    shutil.unpack_archive(CASES / "run_of_0.1.tar.gz", tmp_path)
+    shutil.unpack_archive(HERE / "run_of_0.1.tar.gz", tmp_path)
     monkeypatch.chdir(tmp_path)
     want = files.read_metrics(Path("run"))[-1]
     opd.main(["--student", "student", "--teacher", "teacher", "--prompts", "prompts.jsonl",

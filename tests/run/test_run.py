@@ -18,7 +18,7 @@ import torch
 import transformers
 from tinylm import weights
 
-from opd_run import files
+from opd_run import checkpoints, files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -254,7 +254,7 @@ def test_dry_run_reads_no_weights_and_writes_nothing(folder, capsys, monkeypatch
 def test_every_wrong_flag_is_named_in_one_message(folder, capsys):
     wrong = ["--top-p", "1.5", "--lr", "-1", "--jsd-beta", "1", "--steps", "-3", "--lr", "nan"]
     wrong += ["--chat-template-args", "[]", "--teacher", "another"]
-    names = ["--top-p", "--lr", "use --divergence forward", "--steps", "--chat-template-args"]
+    names = ["--top-p", "--lr", "--jsd-beta must be in (0,1)", "--steps", "--chat-template-args"]
     names += ["--teacher"]
     fails(flags(folder, "wrong", *wrong), 2, *names, "(0,1]", "got 1.5", capsys=capsys)
 
@@ -306,7 +306,7 @@ def test_unknown_flag_is_a_usage_error():
 
 
 def test_checkpoint_that_cannot_be_written_loses_nothing(folder, capsys, monkeypatch):
-    save, calls = opd.save_checkpoint, []
+    save, calls = checkpoints.save, []
 
     def full_disk(path, *args):
         save(path, *args)
@@ -314,11 +314,11 @@ def test_checkpoint_that_cannot_be_written_loses_nothing(folder, capsys, monkeyp
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(opd, "save_checkpoint", full_disk)
+    monkeypatch.setattr(checkpoints, "save", full_disk)
     fails(flags(folder, "full"), 1, "step 4", "No space left", "step_2", capsys=capsys)
     left = [path.name for path in (folder / "full/checkpoints").iterdir()]
     assert left == ["step_2"]
-    monkeypatch.setattr(opd, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     opd.main(flags(folder, "full", "--resume"))
 
 
