@@ -229,51 +229,57 @@ def again_table(rows: list[dict[str, str]], key: str) -> str:
 
 
 def sentences(rows: list[Row]) -> str:
-    """A Markdown list: one sentence for each claim, what came out how, by how much."""
+    """A Markdown list: one sentence for each claim, what of the paper's came out how."""
     lines = []
     for key, claim in CLAIMS.items():
         came: dict[str, list[str]] = {}
         for each in claim.comparisons:
-            found = find(rows, each)
-            verdict, text = found.verdict(each), each.text
-            if found.gains:
-                text += f" ({statistics.mean(found.gains):+.3f} ± {half_width(found.gains):.3f})"
-            came.setdefault(verdict, []).append(text)
-        order = dict.fromkeys((*VERDICTS, *OURS, *came))
-        said = [f"{verdict}: {', '.join(came[verdict])}" for verdict in order if verdict in came]
-        lines.append(f"{key}. **{claim.title}**: {'; '.join(said)}.")
+            if not each.ours:
+                found = find(rows, each)
+                verdict, _, far = found.shown(each).partition(", ")
+                size = far or spread(found.gains)
+                text = each.text + f" ({size})" * bool(found.gains)
+                came.setdefault(verdict, []).append(text)
+        order = [verdict for verdict in (*VERDICTS, "too few seeds") if verdict in came]
+        said = [f"{verdict}: {'; '.join(came[verdict])}" for verdict in order]
+        if NOT_RUN in came:
+            said.append(f"{len(came[NOT_RUN])} not run")
+        lines.append(
+            f"{key}. {claim.title}. {'. '.join(one[0].upper() + one[1:] for one in said)}."
+        )
     return "\n".join(lines)
 
 
 def in_short(rows: list[Row]) -> str:
-    """Three sentences: what is reproduced of the papers, what is not, what cannot be told apart."""
+    """Three sentences: what is reproduced of the papers, what is not, where nothing is seen."""
     theirs = [each for claim in CLAIMS.values() for each in claim.comparisons if not each.ours]
-    came: dict[str, list[tuple[Comparison, Finding]]] = {}
-    for each in theirs:
-        found = find(rows, each)
-        came.setdefault(found.verdict(each), []).append((each, found))
+    found = [(each, find(rows, each)) for each in theirs]
+    came = {verdict: [one for one in found if one[1].verdict(one[0]) == verdict]
+            for verdict in VERDICTS}  # fmt: skip
 
     def named(verdict: str) -> str:
-        found = came.get(verdict, [])
-        most = sorted(found, key=lambda pair: -abs(statistics.mean(pair[1].gains)))[:3]
-        shown = [f"`{a.arm}` {a.text} {statistics.mean(b.gains):+.3f}" for a, b in most
-                 if a.than in ARMS and a.column == "avg_after"]  # fmt: skip
-        return f" ({'; '.join(shown)})" if shown else ""
+        shown = [
+            f"`{each.arm}` {each.text} {statistics.mean(one.gains):+.3f}"
+            for each, one in came[verdict]
+            if each.than in ARMS and each.column == "avg_after"
+        ]
+        return f" ({'; '.join(shown[:3])}{'; ...' * (len(shown) > 3)})" if shown else ""
 
-    yes, open_, no = (len(came.get(verdict, [])) for verdict in VERDICTS)
+    yes, open_, no = (len(came[verdict]) for verdict in VERDICTS)
     fars = [
-        abs(statistics.mean(found.gains)) + half_width(found.gains)
-        for each, found in came.get(VERDICTS[1], [])
+        abs(statistics.mean(one.gains)) + half_width(one.gains)
+        for each, one in came[VERDICTS[1]]
         if each.column == "avg_after"
     ]
-    far = f", where it is at most {min(fars):.3f} to {max(fars):.3f} of accuracy" if fars else ""
+    far = f" (in accuracy at most {min(fars):.3f} to {max(fars):.3f})" if fars else ""
     waiting = len(theirs) - yes - open_ - no
     return "\n".join([
-        f"- Of {len(theirs)} comparisons that the papers make, rerun with the tiny pair, {yes} "
-        f"are {VERDICTS[0]}{named(VERDICTS[0])}.",
-        f"- {no} come out on the other side here{named(VERDICTS[2])}; nothing is refuted at this "
-        "size ([docs/evidence.md](docs/evidence.md)).",
-        f"- In {open_} {VERDICTS[1]}{far}" + f"; {waiting} are not run yet" * bool(waiting) + ".",
+        f"- Of {len(theirs)} comparisons that the papers make, rerun with the tiny pair, {yes} are "
+        f"reproduced{named(VERDICTS[0])}.",
+        f"- {no} are not reproduced here{named(VERDICTS[2])}; nothing is refuted at this size "
+        "([docs/evidence.md](docs/evidence.md)).",
+        f"- In {open_} no difference is seen{far}" + f"; {waiting} are not run yet" * bool(waiting)
+        + ".",
     ])  # fmt: skip
 
 

@@ -4,12 +4,12 @@
     python tools/render_docs.py --check    # 1 if something would change
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
-`diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
-benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...`,
-`gradient variance`, `plurals`, `step ...` and `gpu ...` come from the other files there; `size
-NAME` is the number of lines that a file changes in opd.py, `seen NAME` how its accuracy compares
-with opd's. `this is opd` are lines of methods/opd.py, `this is exopd` those in which
-methods/exopd.py differs.
+`diff` is the golden diff against opd.py; `sentences`, `verdicts`, `smoke`, `sweep`, `claim N` and
+`study NAME` are from benchmarks/results/evidence.csv, in a method's page only its rows and those of
+opd; `ops ...`, `gradient ...`, `plurals`, `targets`, `step ...` and `gpu ...` come from the other
+files there; `size NAME` is the number of lines that a file changes in opd.py, `seen NAME` how its
+accuracy compares with opd's. `this is opd` are lines of methods/opd.py, `this is exopd` those in
+which methods/exopd.py differs.
 """
 
 from __future__ import annotations
@@ -167,6 +167,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables |= {f"claim {key}": findings.claim_table(rows, key) for key in claims.CLAIMS}
         tables["again 1"] = findings.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
+        tables["gradient tokens"] = gradient_variance.token_table()
         tables |= step_tables.tables() | gpu_tables.tables()
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["decode"] = bench_decode.decode_table()
