@@ -34,6 +34,7 @@ import gradient_variance  # noqa: E402
 import plurals  # noqa: E402
 import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
+import targets  # noqa: E402
 from rows import NOT_MEASURED, RESULTS, Row, half_width, markdown, newest, read  # noqa: E402
 
 
@@ -171,6 +172,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables |= step_tables.tables() | gpu_tables.tables()
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["decode"] = bench_decode.decode_table()
+        tables["targets"] = targets.table()
         tables["demo"], tables["verdicts"] = demo_line(), findings.in_short(rows)
         tables |= loss_in_the_readme()
         tables["ops in short"] = ops_table(read(RESULTS / "ops.csv"))
@@ -217,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = []
     pages = [*sorted((ROOT / "docs/methods").glob("*.md"))]
-    pages += [ROOT / f"docs/{name}.md" for name in ("evidence", "benchmarks", "forks", "forking")]
+    names = ("evidence", "benchmarks", "forks", "forking", "reproducing")
+    pages += [ROOT / f"docs/{name}.md" for name in names]
     for path in [*pages, ROOT / "README.md"]:
         method = path.stem if path.parent.name == "methods" else ""
         parts = result_tables(method)
