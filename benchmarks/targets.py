@@ -46,7 +46,7 @@ class Target:
     source: str
     script: str
     flags: str
-    published: dict[int, float]
+    published: dict[str, float]
     longest_prompt: int
     minutes: str
     num_seeds: int = 1
@@ -61,7 +61,8 @@ THINKING = """--chat-template-args '{"enable_thinking": false}'"""
 MATH = (
     "--student Qwen/Qwen3-1.7B-Base --teacher Qwen/Qwen3-4B-Instruct-2507 "
     "--prompts nvidia/Nemotron-Cascade-RL-Math --test-prompts HuggingFaceH4/MATH-500 "
-    r"--prompt-template '{problem}\n\nThink step by step, and put the answer within \boxed{}.' "
+    "--prompt-template \"{problem} Let's think step by step and output the final answer within "
+    r'\boxed{}." '
     f"--verifier math {THINKING} "
     "--prompts-per-step 128 --rollouts-per-prompt 1 --max-completion-tokens 8192 --lr 1e-6 "
     "--weight-decay 0.01 --adam-beta2 0.999 --steps 250 --eval-every 25 --eval-samples 1 "
@@ -70,12 +71,12 @@ MATH = (
 SIMOPD = "SimOPD@d7eb7a7, the cell of arXiv:2607.13399"
 TARGETS = {
     "math-opd": Target(
-        SIMOPD, "methods/opd.py", MATH, {0: 0.468, 25: 0.604, 50: 0.636, 250: 0.506}, 1024,
+        SIMOPD, "methods/opd.py", MATH, {"0": 0.468, "25": 0.604, "50": 0.636, "250": 0.506}, 1024,
         "to step 50: 120 to 180, inferred from 82 s a step on two A100",
     ),
     "math-topk_opd": Target(
         SIMOPD, "methods/topk_opd.py", f"{MATH} --support-size 32 --top-p 1",
-        {0: 0.468, 250: 0.598}, 1024, "to step 50: 240 to 360, inferred likewise",
+        {"0": 0.468, "not said": 0.598}, 1024, "to step 50: 240 to 360, inferred likewise",
     ),
     "gsm8k-context": Target(
         "agentscope-ai/TuFT@102eefd, examples/on_policy_distillation",
@@ -89,7 +90,7 @@ TARGETS = {
         "--max-grad-norm inf --adam-beta2 0.999 --steps 16 --eval-every 16 --eval-samples 1 "
         "--eval-temperature 0 --eval-teacher --sampler vllm "
         "--gradient-checkpointing --micro-batch-tokens 4096",
-        {0: 0.63, 16: 0.72}, 512, "some; \"$1 on an A100\"", 3,
+        {"0": 0.63, "16": 0.72}, 512, "some; \"$1 on an A100\"", 3,
     ),
 }  # fmt: skip
 SHAPES = {  # of the published configurations
@@ -180,9 +181,9 @@ def table() -> str:
     for name, target in TARGETS.items():
         mine = [row for row in rows if row["target"] == name]
         for step, score in target.published.items():
-            ours = [float(row["accuracy"]) for row in mine if int(row["step"]) == step]
+            ours = [float(row["accuracy"]) for row in mine if row["step"] == step]
             shown = f"{spread(ours)}, {len(ours)} seeds" if ours else "not run"
-            lines.append([f"`{name}`", f"{step}", f"{score:.3f}", shown])
+            lines.append([f"`{name}`", step, f"{score:.3f}", shown])
     return str(markdown(["target", "step", "published", "here"], lines))
 
 
