@@ -450,7 +450,7 @@ STUDIES = {
         ("expert-add-1", "expert-add-1.25"),
         range(3),
     ),
-    "more experts": Study(
+    "more_experts": Study(
         "The same in the other two domains",
         tuple(f"expert-{name}-{scale}" for name in DOMAINS[1:] for scale in ("1", "1.25")),
         range(3),

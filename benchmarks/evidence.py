@@ -216,12 +216,15 @@ def make_inputs() -> None:
         (TINY / f"prompts/{name}.jsonl").read_text().splitlines(keepends=True)
         for name in ("train", "test")
     )
-    (prompts / "rest.jsonl").write_text("".join(train[:-NUM_HELD_OUT]))
-    (prompts / "held_out.jsonl").write_text("".join(train[-NUM_HELD_OUT:]))
+    parts = {"rest": train[:-NUM_HELD_OUT], "held_out": train[-NUM_HELD_OUT:]}
     for name in DOMAINS:
         for lines, ending in ((train, ""), (test, "_test")):
             mine = [line for line in lines if json.loads(line)["domain"] == name]
-            (prompts / f"{name}{ending}.jsonl").write_text("".join(mine))
+            parts[f"{name}{ending}"] = mine
+    for name, lines in parts.items():
+        if not (prompts / f"{name}.jsonl").is_file():
+            (prompts / f"{name}.part").write_text("".join(lines))
+            (prompts / f"{name}.part").rename(prompts / f"{name}.jsonl")
 
 
 def execute(command: list[str], num_threads: int = 1) -> tuple[float, float]:
@@ -456,7 +459,7 @@ def main() -> None:
     elif args.study or args.decide:
         tables = study_tables(rows)
         for name in args.study or ["decide"]:
-            print(tables[{"expert": "end", "more experts": "end"}.get(name, name)])
+            print(tables[{"expert": "end", "more_experts": "end"}.get(name, name)])
     elif claims := args.claim or (list(CLAIMS) if args.suite == "full" else []):
         for key in claims:
             print(f"\n## {key}. {CLAIMS[key].title}\n\n{claim_table(rows, key)}")

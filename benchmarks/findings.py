@@ -58,7 +58,7 @@ def best_rates(rows: list[dict[str, str]]) -> dict[str, str]:
         if row["suite"] == "sweep":
             arm, _, rate = row["arm"].partition("@")
             swept.setdefault(arm, {})[rate] = float(row["avg_after"])
-    whole = {arm: of for arm, of in swept.items() if {*SWEPT[arm].rates} <= {*of}}
+    whole = {a: of for a, of in swept.items() if a in SWEPT and {*SWEPT[a].rates} <= {*of}}
     return {arm: max(of, key=of.__getitem__) for arm, of in whole.items()}
 
 
@@ -391,7 +391,7 @@ def time_to(curve: list[dict[str, Any]], key: str) -> float | None:
 def end_table(rows: list[Row]) -> str:
     """A Markdown table: where 200 steps end, and what it takes to a given score."""
     best, lines = best_rates(rows), []
-    for arm in (*END, *STUDIES["expert"].arms, *STUDIES["more experts"].arms):
+    for arm in (*END, *STUDIES["expert"].arms, *STUDIES["more_experts"].arms):
         mine = of_arm(same_numerics(rows, arm), arm, "avg_after")
         shown = [arm, rate_of(arm, best) or "-", f"{len(mine)}" if mine else NOT_RUN]
         shown += [spread(list(mine.values()))]
@@ -485,6 +485,24 @@ def draw(rows: list[Row], folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
 
     save(draw_comparisons(rows, plt), "evidence")
+    steps = list(LADDER.values())[1:]
+    gains = [
+        (place + shift, colour, find(rows, Comparison("", arm + end, f"ladder-opd{end}")).gains)
+        for end, colour, shift in (("", "C0", 0.0), ("-best", "C1", 0.2))
+        for place, (arm, _, _) in enumerate(steps)
+        if arm + end in ARMS
+    ]
+    if any(len(values) > 1 for _, _, values in gains):
+        figure, one = plt.subplots(figsize=(8, 3.4), layout="constrained")
+        for place, colour, values in gains:
+            if len(values) > 1:
+                how = {"fmt": "o", "color": colour, "capsize": 3}
+                one.errorbar(statistics.mean(values), place, xerr=half_width(values), **how)
+        one.axvline(0, color="black", linewidth=0.8)
+        one.set_yticks(range(len(steps)), list(LADDER)[1:])
+        one.invert_yaxis()
+        one.set_xlabel("accuracy minus opd's: at 3e-4 (blue), each at its best rate (orange)")
+        save(figure, "evidence_ladder")
     drawn = {arm: curves_of(rows, arm) for arm in (*END, *SUPPORT)}
     if any(drawn[arm] for arm in END):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
@@ -510,10 +528,10 @@ def draw(rows: list[Row], folder: Path) -> None:
         one.set(xlabel="step", ylabel="mass on the teacher's top K (dots: teacher's / e)")
         one.legend(fontsize=8)
         save(figure, "evidence_support")
-    gains = {name: found for name, found in gate_gains(rows).items() if len(found[1]) > 1}
-    if gains:
+    gated = {name: found for name, found in gate_gains(rows).items() if len(found[1]) > 1}
+    if gated:
         figure, one = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        for name, (agree, over, random) in gains.items():
+        for name, (agree, over, random) in gated.items():
             place = statistics.mean(agree)
             for values, colour, shift in ((over, "C0", 0.0), (random, "C1", 0.002)):
                 if len(values) > 1:

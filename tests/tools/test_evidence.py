@@ -302,6 +302,27 @@ def test_curves_are_those_of_the_rows(tmp_path, monkeypatch):
     assert "| noise | not run | - | - | - |" in tables["teachers"]
 
 
+def test_every_figure_is_drawn_from_its_rows(tmp_path, monkeypatch):
+    """Without rows none but the comparisons; with rows and curves of every study all of them."""
+    findings.draw([], tmp_path / "none")
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["evidence.png"]
+    monkeypatch.setattr(findings, "RESULTS", tmp_path)
+    values = {"step": 1, "correct_mean": 0.5, "incorrect_mean": 0.3, "agree_correct_mean": 0.4}
+    values |= {"agree_incorrect_mean": 0.2, "student_top": 0.3, "teacher_top": 0.9}
+    values |= {"accuracy": 0.5, "tokens": 100, "train_s": 5.0}
+    rows, seeds = [], (FIRST_SEED, FIRST_SEED + 1)
+    for study in STUDIES.values():
+        rows += rows_of(first=FIRST_SEED, **{arm: [0.5, 0.6] for arm in study.arms})
+    for row in rows:
+        path = tmp_path / f"evidence/one/run-{row['arm']}-{row['seed']}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((json.dumps(values) + "\n") * 2)
+    assert {int(row["seed"]) for row in rows} == {*seeds}
+    findings.draw(rows, tmp_path / "all")
+    names = {path.stem for path in (tmp_path / "all").iterdir()}
+    assert names == {f"evidence{end}" for end in ("", "_ladder", "_end", "_support", "_gate")}
+
+
 def test_studies_without_rows_say_so():
     for name, text in findings.study_tables([]).items():
         rows = [line for line in text.splitlines()[2:]]
