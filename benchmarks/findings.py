@@ -496,8 +496,14 @@ def draw(rows: list[Row], folder: Path) -> None:
         figure, one = plt.subplots(figsize=(8, 3.4), layout="constrained")
         for place, colour, values in gains:
             if len(values) > 1:
-                how = {"fmt": "o", "color": colour, "capsize": 3}
-                one.errorbar(statistics.mean(values), place, xerr=half_width(values), **how)
+                one.errorbar(
+                    statistics.mean(values),
+                    place,
+                    xerr=half_width(values),
+                    fmt="o",
+                    color=colour,
+                    capsize=3,
+                )
         one.axvline(0, color="black", linewidth=0.8)
         one.set_yticks(range(len(steps)), list(LADDER)[1:])
         one.invert_yaxis()
@@ -507,24 +513,24 @@ def draw(rows: list[Row], folder: Path) -> None:
     if any(drawn[arm] for arm in END):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
         for each, key, unit in zip(axes, ("tokens", "train_s"), (1e6, 60)):
-            for colour, arm in enumerate(END):
+            for number, arm in enumerate(END):
                 for at, curve in enumerate(drawn[arm]):
                     points = [(r[key] / unit, r["accuracy"]) for r in curve if "accuracy" in r]
                     label = None if at else arm.removeprefix("end-")
-                    each.plot(*zip(*points), color=f"C{colour}", linewidth=1, label=label)
+                    each.plot(*zip(*points), color=f"C{number}", linewidth=1, label=label)
         axes[0].set(xlabel="sampled tokens, millions", ylabel="accuracy")
         axes[1].set(xlabel="training, minutes of a core")
         axes[1].legend(fontsize=8)
         save(figure, "evidence_end")
     if any(drawn[arm] for arm in SUPPORT):
         figure, one = plt.subplots(figsize=(8, 3.6), layout="constrained")
-        for colour, arm in enumerate(SUPPORT):
+        for number, arm in enumerate(SUPPORT):
             for at, curve in enumerate(drawn[arm]):
                 kept = [row for row in curve if "student_top" in row]
                 steps, label = [row["step"] for row in kept], None if at else arm
-                one.plot(steps, [r["student_top"] for r in kept], color=f"C{colour}", label=label)
+                one.plot(steps, [r["student_top"] for r in kept], color=f"C{number}", label=label)
                 predicted = [row["teacher_top"] / math.e for row in kept]
-                one.plot(steps, predicted, ":", color=f"C{colour}")
+                one.plot(steps, predicted, ":", color=f"C{number}")
         one.set(xlabel="step", ylabel="mass on the teacher's top K (dots: teacher's / e)")
         one.legend(fontsize=8)
         save(figure, "evidence_support")

@@ -145,9 +145,10 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> Found:
         grad = torch.cat([each.flatten() for each in grads]).double()
         total = total + grad
         squares.append(float(grad.square().sum()))
+        at_hidden = [hidden.grad for hidden in kept if hidden.grad is not None]
         pieces += [
-            (hidden.grad.square().sum(-1), *of_batch(method, loaded, part, args))
-            for hidden, (part, _) in zip(kept, batch, strict=True)
+            (each.square().sum(-1), *of_batch(method, loaded, part, args))
+            for each, (part, _) in zip(at_hidden, batch, strict=True)
         ]
     child.close()
     return Found(total, squares, *(torch.cat(each) for each in zip(*pieces)))
