@@ -1,14 +1,15 @@
-"""The papers' claims as arms to run and comparisons to make; `evidence.py` runs them.
+"""Arms to run, the papers' claims as comparisons of them, and studies; `evidence.py` runs them.
 
 An arm is a script with flags; a comparison says which of two arms should score more, by which
 column of `benchmarks/results/evidence.csv`. Its verdict follows from the 95 % interval of the
-difference, paired by seed:
+difference, paired by seed among rows of the same numerics:
 
-    reproduced       the whole interval is on the claim's side of 0 (weakly: not that of 99 %)
-    not reproduced   the whole interval is on the other side
-    not decidable    it contains 0: nothing can be said at this size and with these seeds
+    reproduced                      the whole interval is on the claim's side of 0
+    not reproduced here             the whole interval is on the other side
+    no difference seen, at most X   it contains 0; X is its far end
 
-A comparison that the paper does not make is `ours`: it holds, does not hold, or is not decidable.
+Nothing is refuted at this size. A comparison that the paper does not make is `ours`: it holds, does
+not hold here, or no difference is seen. A study is a table of its own, of arms and seeds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,25 +32,61 @@ NOISY = f"--student {FOLDER}/models/noisy"  # far from its teacher
 OTHER_END = f"--teacher {FOLDER}/models/other_end"  # ends its turns with another token
 
 
+SURE = 1.5  # the final norm of the teacher "sure" is so much larger, that of "flat" smaller
+RATES = ("1.5e-4", "3e-4", "6e-4", "1.2e-3")
+
+
 @dataclass(frozen=True)
 class Arm:
-    """A script, its flags, and the arm of the sweep whose best learning rate it takes."""
+    """A script with flags and a budget.
+
+    Attributes:
+        rate: the arm of the sweep whose best learning rate it takes; or a rate.
+        eval_every: 0: at both ends.  step_s: CPU seconds of a step, measured on an EPYC (Zen 4).
+    """
 
     script: str
     flags: str = ""
     rate: str = ""
+    steps: int = 30
+    eval_every: int = 0
+    eval_samples: int = 8
+    step_s: float = 2.6
+
+    @property
+    def cpu_min(self) -> float:
+        """CPU minutes to expect of a cell: an evaluation of the tiny pair takes 2.75 s a sample."""
+        evaluations = 1 + self.steps // (self.eval_every or self.steps)
+        return (self.steps * self.step_s + 2.75 * self.eval_samples * evaluations) / 60
 
 
-def method(name: str, flags: str = "", rate: str = "") -> Arm:
+@dataclass(frozen=True)
+class Sweep:
+    """How the rate of an arm is found.
+
+    `held_out`: on training prompts that are taken out for it, not on the test prompts.
+    """
+
+    rates: tuple[str, ...] = RATES
+    steps: int = 15
+    held_out: bool = False
+
+
+def method(name: str, flags: str = "", rate: str = "", **more: Any) -> Arm:
     """An arm that runs a method file at the rate of that method, if no other is named."""
-    return Arm(f"methods/{name}.py", flags, rate or name)
+    return Arm(f"methods/{name}.py", flags, rate or name, **more)
+
+
+def fork(name: str, rate: str = "", **more: Any) -> Arm:
+    """An arm that runs a fork."""
+    return Arm(f"forks/{name}.py", "", rate or name, **more)
 
 
 ARMS = {name: method(name) for name in METHODS} | {
     "exopd-merge": method("exopd", MERGE, "exopd-merge"),
     # 1: what one would do without on-policy distillation
-    "supervised": Arm("forks/supervised.py", "", "supervised"),
-    "grpo": Arm("forks/grpo.py", "", "grpo"),
+    "supervised": fork("supervised"),
+    "grpo": fork("grpo"),
     "opd-full": method("opd", "--objective full"),
     # 2: the teacher's top K
     "topk_opd-4": method("topk_opd", "--support-size 4"),
@@ -77,8 +115,6 @@ ARMS = {name: method(name) for name in METHODS} | {
     # 5: a student that is far from the teacher
     "opd-noisy": method("opd", NOISY),
     "tropd-noisy": method("tropd", NOISY),
-    "tropd-noisy-clip": method("tropd", f"{NOISY} --outlier clip --outlier-threshold -5"),
-    "tropd-noisy-mask": method("tropd", f"{NOISY} --outlier mask --outlier-threshold -5"),
     "tropd-noisy-no_guidance": method("tropd", f"{NOISY} --no-guidance"),
     "tropd-noisy-scalar": method(
         "tropd", f"{NOISY} --no-guidance --acceptance never --outlier-form scalar"
@@ -86,16 +122,110 @@ ARMS = {name: method(name) for name in METHODS} | {
     "opd-noisy-swept": method("opd", NOISY, "opd-noisy"),
     "tropd-noisy-swept": method("tropd", NOISY, "tropd-noisy"),
 }
+
+# ---- The ladder from opd to tropd: at opd's rate, and (-best) each at its own ----
+CLIP, MASK = "--no-guidance --outlier clip", "--no-guidance --outlier mask"
+LADDER = {  # what the table calls it -> arm, method, flags
+    "opd": ("ladder-opd", "opd", ""),
+    "clipped at -1e9, no guidance: has to equal opd": (
+        "ladder-open",
+        "tropd",
+        f"{CLIP} --outlier-threshold=-1e9",
+    ),
+    "clipped at -1.72": ("ladder-clip-1.72", "tropd", f"{CLIP} --outlier-threshold=-1.72"),
+    "clipped at -0.85": ("ladder-clip-0.85", "tropd", f"{CLIP} --outlier-threshold=-0.85"),
+    "masked at -0.85": ("ladder-mask", "tropd", f"{MASK} --outlier-threshold=-0.85"),
+    "outliers by forward KL": ("ladder-forward_kl", "tropd", "--no-guidance"),
+    "+ guidance: tropd": ("ladder-tropd", "tropd", ""),
+    "tropd, outliers in the scalar form": ("ladder-scalar", "tropd", "--outlier-form scalar"),
+}
+for _arm, _name, _flags in LADDER.values():
+    ARMS[_arm] = method(_name, f"{NOISY} {_flags}", "3e-4")
+    if _arm != "ladder-open":  # opd again
+        ARMS[f"{_arm}-best"] = method(_name, f"{NOISY} {_flags}", f"{_arm}-best")
+
+# ---- To the end: 200 steps, accuracy every 20 ----
+LONG = {"steps": 200, "eval_every": 20}
+END = {
+    "end-opd": method("opd", "", "end-opd", **LONG),
+    "end-supervised": fork("supervised", "end-supervised", **LONG),
+    "end-grpo": fork("grpo", "end-grpo", **LONG),
+    "end-topk_opd": method("topk_opd", "", "end-topk_opd", **LONG),
+    "end-exopd-merge": method("exopd", MERGE, "end-exopd-merge", **LONG),
+    "end-opd-merge": method("exopd", f"{MERGE} --reward-scale 1", "end-opd-merge", **LONG),
+    "end-opd-noisy": method("opd", NOISY, "end-opd-noisy", **LONG),
+    "end-tropd-noisy": method("tropd", NOISY, "end-tropd-noisy", **LONG),
+}
+ARMS |= END
+DOMAINS = ("add", "sub", "mul")
+for _name in DOMAINS:  # the paper's setting: its teacher is the student after RL, in one domain
+    _flags = f"--teacher {TINY}/expert_{_name} --eval-teacher "
+    _flags += f"--prompts {FOLDER}/prompts/{_name}.jsonl "
+    _flags += f"--test-prompts {FOLDER}/prompts/{_name}_test.jsonl --reward-scale "
+    for _scale in ("1", "1.25"):
+        ARMS[f"expert-{_name}-{_scale}"] = method("exopd", _flags + _scale, "end-opd", **LONG)
+
+# ---- A support that does not hold the mass: top K without renormalisation, a constant rate ----
+CONSTANT = "--lr-schedule constant --support-size"
+SUPPORT = {
+    "support-4-raw": method("topk_opd", f"{CONSTANT} 4 --no-renormalise", steps=300),
+    "support-2-raw": method("topk_opd", f"{CONSTANT} 2 --no-renormalise", steps=150),
+    "support-8-raw": method("topk_opd", f"{CONSTANT} 8 --no-renormalise", steps=150),
+    "support-4": method("topk_opd", f"{CONSTANT} 4", steps=150),
+}
+ARMS |= SUPPORT
+
+# ---- When a gate helps: opd, sg_opd and its random gate under teachers of every quality ----
+TEACHERS = {  # name -> flags, arms of opd, sg_opd, its random gate
+    "the good one": ("", "opd", "sg_opd", "sg_opd-random"),
+    "expert of additions": (WEAK, "opd-weak", "sg_opd-weak", "sg_opd-weak-random"),
+}
+for _name, _path in {
+    "expert_sub": f"{TINY}/expert_sub",
+    "noise": f"{FOLDER}/models/teacher_noise",
+    "sure": f"{FOLDER}/models/teacher_sure",
+    "flat": f"{FOLDER}/models/teacher_flat",
+}.items():
+    _arms = f"opd-{_name}", f"sg_opd-{_name}", f"sg_opd-{_name}-random"
+    TEACHERS[_name] = (f"--teacher {_path}", *_arms)
+for _flags, _plain, _gated, _random in TEACHERS.values():
+    ARMS[_plain] = method("opd", _flags)
+    ARMS[_gated] = method("sg_opd", _flags)
+    ARMS[_random] = method("sg_opd", f"{_flags} --gate-control random".strip())
+
+# ---- A real vocabulary: SmolLM2-135M and its noisy copy (docs/reproducing.md makes them) ----
+SMOL = (
+    "--student models/smollm2-noisy --teacher models/smollm2 --prompts assets/plurals/train.jsonl "
+    "--test-prompts assets/plurals/test.jsonl --verifier assets/plurals/turns.py:right "
+    "--max-completion-tokens 32 --micro-batch-tokens 1024 --diagnostic-tokens 256"
+)
+SMOL_BUDGET: dict[str, Any] = {"steps": 40, "eval_samples": 1, "step_s": 45.0}
+ONE_EACH, TWO_EACH = (
+    f"{SMOL} --prompts-per-step {16 // each} --rollouts-per-prompt {each}" for each in (1, 2)
+)
+VOCABULARY = {
+    "vocabulary-opd": method("opd", ONE_EACH, "2e-5", **SMOL_BUDGET),
+    "vocabulary-topk_opd": method("topk_opd", ONE_EACH, "2e-5", **SMOL_BUDGET),
+    "vocabulary-tropd": method("tropd", TWO_EACH, "2e-5", **SMOL_BUDGET),
+}
+ARMS |= VOCABULARY
+
 SMOKE = (*METHODS, "exopd-merge")
 START = "start"
-SWEPT = (*SMOKE, "supervised", "grpo", "opd-noisy", "tropd-noisy")
+TEACHER = "teacher"
+SWEPT = dict.fromkeys((*SMOKE, "supervised", "grpo", "opd-noisy", "tropd-noisy"), Sweep())
+SWEPT |= {arm: Sweep(held_out=True) for arm in ARMS if arm.startswith("ladder-") and "best" in arm}
+SWEPT |= dict.fromkeys(END, Sweep(("1.5e-4", "3e-4", "6e-4"), 100, held_out=True))
+SWEPT["end-supervised"] = Sweep(("3e-4", "6e-4", "1.2e-3"), 100, held_out=True)
+SWEPT["end-grpo"] = Sweep(("7.5e-5", "1.5e-4", "3e-4"), 100, held_out=True)  # best at the lowest
 
 
 @dataclass(frozen=True)
 class Comparison:
     """`arm` should have more of `column` than `than`, an arm or a number; or less of it.
 
-    START is the arm itself before training. `ours`: the paper does not claim it.
+    START is the arm itself before training, TEACHER the teacher that it was evaluated with. `ours`:
+    the paper does not claim it.
     """
 
     text: str
@@ -204,6 +334,16 @@ CLAIMS = {
             Comparison("better with the teacher's base as reference", "exopd-corrected", "exopd"),
             Comparison("merging three experts: lambda 1.25 above 1", "exopd-merge", "opd-merge"),
             Comparison(
+                "200 steps, the expert of additions alone: lambda 1.25 above the expert",
+                "expert-add-1.25",
+                TEACHER,
+            ),
+            Comparison(
+                "200 steps, the expert of additions alone: lambda 1.25 above 1",
+                "expert-add-1.25",
+                "expert-add-1",
+            ),
+            Comparison(
                 "the merged student above the mean of the experts",
                 "exopd-merge",
                 round(sum(EXPERTS) / 3, 3),
@@ -244,14 +384,24 @@ CLAIMS = {
         "arXiv:2606.01249v3: average of mathematics 49.85 against 46.79 by OPD; outliers by "
         "forward KL 49.00, clipped 47.86, masked 47.72; forward KL alone 1.40",
         (
-            Comparison("above opd", "tropd-noisy", "opd-noisy"),
+            Comparison("above opd, at rates of the usual student", "tropd-noisy", "opd-noisy"),
             Comparison(
                 "above opd, at rates swept with this student",
                 "tropd-noisy-swept",
                 "opd-noisy-swept",
             ),
-            Comparison("outliers by forward KL above clipped", "tropd-noisy", "tropd-noisy-clip"),
-            Comparison("outliers by forward KL above masked", "tropd-noisy", "tropd-noisy-mask"),
+            Comparison("above opd, both at opd's rate", "ladder-tropd", "ladder-opd"),
+            Comparison(
+                "outliers by forward KL above clipped, each at its best rate",
+                "ladder-forward_kl-best",
+                "ladder-clip-0.85-best",
+            ),
+            Comparison(
+                "outliers by forward KL above masked, each at its best rate",
+                "ladder-forward_kl-best",
+                "ladder-mask-best",
+            ),
+            Comparison("clipped above opd, at opd's rate", "ladder-clip-0.85", "ladder-opd"),
             Comparison("guidance above none", "tropd-noisy", "tropd-noisy-no_guidance"),
             Comparison(
                 "forward KL alone, as a scalar, below opd",
@@ -262,4 +412,53 @@ CLAIMS = {
         ),
         ("opd", "tropd"),
     ),
+}
+
+
+# ---- Comparisons that get as many seeds as they need ----
+HALF_WIDTH, FIRST_SEED, FEWEST, MOST = 0.010, 5, 5, 32
+DECIDED = (
+    Comparison("opd above supervision on the teacher's outputs", "opd", "supervised"),
+    Comparison("opd above GRPO with the verifier", "opd", "grpo"),
+    Comparison("topk_opd above opd", "topk_opd", "opd"),
+    Comparison("exopd: lambda 1.25 above 1", "exopd", "opd"),
+    Comparison("sg_opd above opd, good teacher", "sg_opd", "opd"),
+    Comparison("sg_opd above opd, weak teacher", "sg_opd-weak", "opd-weak"),
+    Comparison("sg_opd above its random gate, weak teacher", "sg_opd-weak", "sg_opd-weak-random"),
+)  # and tropd's best form against opd on the noisy student: `findings.decided`
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms that have a table of their own."""
+
+    title: str
+    arms: tuple[str, ...]
+    seeds: range
+
+
+STUDIES = {
+    "ladder": Study(
+        "What TrOPD needs",
+        tuple(arm for arm in ARMS if arm.startswith("ladder-")),
+        range(3),
+    ),
+    "support": Study("Where renormalisation matters", tuple(SUPPORT), range(2)),
+    "end": Study("To the end", tuple(END), range(3)),
+    "expert": Study(
+        "The teacher is the student after RL, in one domain",
+        ("expert-add-1", "expert-add-1.25"),
+        range(3),
+    ),
+    "more_experts": Study(
+        "The same in the other two domains",
+        tuple(f"expert-{name}-{scale}" for name in DOMAINS[1:] for scale in ("1", "1.25")),
+        range(3),
+    ),
+    "teachers": Study(
+        "When a gate helps",
+        ("sg_opd-random", *(arm for _, *arms in list(TEACHERS.values())[2:] for arm in arms)),
+        range(FIRST_SEED, FIRST_SEED + 6),  # those of DECIDED, which has the arms of two teachers
+    ),
+    "vocabulary": Study("A real vocabulary", tuple(VOCABULARY), range(2)),
 }

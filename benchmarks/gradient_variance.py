@@ -1,36 +1,49 @@
-"""How noisy is one batch's gradient? Every method on the tiny pair, before any training.
+"""How noisy is one batch's gradient, and which tokens carry it? Before any training.
 
-    python benchmarks/gradient_variance.py            # 6 arms, 3 sets of prompts, 8 batches of each
+    python benchmarks/gradient_variance.py                # 6 arms, 3 sets of prompts, 8 batches
+    python benchmarks/gradient_variance.py --pair noisy   # the student with noise on its weights
+    python benchmarks/gradient_variance.py --pair smol    # SmolLM2-135M and its noisy copy
+    python benchmarks/gradient_variance.py --figure docs/images/evidence_tokens.png
 
-The same 32 prompts are answered again and again by the same weights (128 rollouts a batch), so what
-varies is sampling alone. With gradients g_1 ... g_M of the loss, g their mean:
+The same prompts are answered again and again by the same weights (128 rollouts a batch of the tiny
+pair), so what varies is sampling alone. With gradients g_1 ... g_M of the loss, g their mean:
 
     variance  = 1/(M-1) sum |g_m - g|^2          (trace of the covariance)
     signal    = |g|^2 - variance / M             (unbiased for the square of the true gradient)
     noise     = variance / signal                (1: one batch is as much noise as signal)
     cosine    = of g with the g of `opd --objective full`, the exact reverse KL at the same prompts
 
-Losses differ in scale, so that `noise` compares and `variance` does not. Rows go to
-benchmarks/results/gradient_variance.csv.
+Losses differ in scale, so that `noise` compares and `variance` does not. What a token carries is
+the squared length of the gradient at the hidden state that its loss is computed from: `worst` is
+the share of the 1 % of tokens with the most, `share_i` that of the tokens whose log_ratio lies in
+the i-th of BINS, `tokens_i` how many they are. Rows go to
+benchmarks/results/gradient_variance.csv; those of `--pair` to gradient_tokens.csv there.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+import claims  # noqa: E402
+import evidence  # noqa: E402
 from rows import RESULTS as FOLDER  # noqa: E402
 from rows import append, environment, markdown, read, spread  # noqa: E402
 
+import opd_ops  # noqa: E402
 from opd_run import ranks, retry, setup, verifier  # noqa: E402
 
-RESULTS = FOLDER / "gradient_variance.csv"
+RESULTS, TOKENS = FOLDER / "gradient_variance.csv", FOLDER / "gradient_tokens.csv"
 FIELDS = "arm,seed,batches,variance,signal,noise,cosine,commit,torch,date,command,device,dirty"
 ARMS = {  # without rollouts or prefixes of the teacher: the losses, at prefixes of the student
     "opd --objective full": ("opd", "--objective full"),
@@ -40,10 +53,65 @@ ARMS = {  # without rollouts or prefixes of the teacher: the losses, at prefixes
     "topk_opd": ("topk_opd", ""),
     "tropd": ("tropd", "--no-guidance"),
 }
+OF_TOKENS = {
+    "opd --objective full": ("opd", "--objective full"),
+    "opd --objective full --divergence forward": ("opd", "--objective full --divergence forward"),
+    **{name: ARMS[name] for name in ("opd", "topk_opd", "tropd")},
+    "tropd --outlier clip": ("tropd", "--no-guidance --outlier clip"),
+}
+PAIRS = {"tiny": "", "noisy": claims.NOISY, "smol": claims.SMOL}
+SMALL = "--prompts-per-step 16 --rollouts-per-prompt 1"  # of a pair that is not tiny
+BINS = (0.0, 1.0, 3.0, 6.0)  # nats of log_ratio: below the first, between them, above the last
+TOP = 32
+OF_BINS = [f"{name}_{i}" for name in ("share", "tokens") for i in range(len(BINS) + 1)]
+TOKEN_FIELDS = f"pair,{FIELDS},num_tokens,worst,p99_first,p99_last,top_mass,accepted," + ",".join(
+    OF_BINS
+)
 
 
-def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
-    """[batches, parameters]: the gradient of each batch, divided by its trained tokens."""
+@dataclass
+class Found:
+    """Of one arm and one set of prompts, over batches: gradients, and numbers of each token."""
+
+    total: torch.Tensor  # [parameters], float64: the sum of the gradients
+    squares: list[float]  # of each batch: the squared length of its gradient
+    carried: torch.Tensor  # [N] squared length of the gradient at the token's hidden state
+    log_ratio: torch.Tensor  # [N] nats
+    place: torch.Tensor  # [N] of the token in its completion, from 0 to 1
+    top_mass: torch.Tensor  # [N] the teacher's probability of its TOP likeliest tokens
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance of a batch's gradient."""
+        num = len(self.squares)
+        return (sum(self.squares) - float(self.total.square().sum()) / num) / (num - 1)
+
+    @property
+    def signal(self) -> float:
+        """The squared length of the true gradient, without bias."""
+        num = len(self.squares)
+        return float(self.total.square().sum()) / num**2 - self.variance / num
+
+    def of_tokens(self) -> dict[str, str]:
+        """Columns of TOKEN_FIELDS."""
+        carried, order = self.carried / self.carried.sum(), self.carried.argsort(descending=True)
+        bins = torch.bucketize(self.log_ratio, torch.tensor(BINS))
+        few = max(1, len(carried) // 100)
+        found = {"worst": float(carried[order[:few]].sum())}
+        for i in range(len(BINS) + 1):
+            found[f"share_{i}"] = float(carried[bins == i].sum())
+            found[f"tokens_{i}"] = float((bins == i).float().mean())
+        for name, mine in (("first", self.place < 0.1), ("last", self.place >= 0.9)):
+            found[f"p99_{name}"] = float(self.log_ratio[mine].quantile(0.99))
+        found["top_mass"] = float(self.top_mass.mean())
+        found["accepted"] = float((-self.log_ratio).clamp(max=0).exp().mean())
+        return {name: f"{value:.4g}" for name, value in found.items()} | {
+            "num_tokens": str(len(carried))
+        }
+
+
+def gradients(name: str, flags: str, seed: int, batches: int) -> Found:
+    """The gradients of an arm, each divided by its trained tokens."""
     method = importlib.import_module(name)
     args = method.parse_args([*flags.split(), "--device", "cpu", "--seed", str(seed)])
     ranks.start(args)
@@ -51,18 +119,56 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> torch.Tensor:
     prompts = setup.prompts_of(method, args.prompts, tokenizer, facts, args)
     child = verifier.Verifier(args.verifier, args.verifier_timeout_s)
     chosen = method.prompts_of_step(prompts, 0, args)
-    found = []
+    kept: list[torch.Tensor] = []  # hidden states [N, D] of the micro-batches of a batch
+    plain = method.read_tokens
+
+    def read_tokens(model: Any, rollout: Any, read: Any) -> Any:
+        def noted(hidden: torch.Tensor, head: torch.Tensor | None) -> Any:
+            if hidden.requires_grad:
+                hidden.retain_grad()
+                kept.append(hidden)
+            return read(hidden, head)
+
+        return plain(model, rollout, noted)
+
+    total, squares, pieces = torch.zeros(()), [], []
     for each in range(batches):
         args.seed = 1000 * (seed + 1) + each  # of sampling; the prompts are chosen
         rollout, _ = method.collect(loaded, tokenizer, child, chosen, args, 0)
         batch = [(m, method.score(loaded, m, args)) for m in retry.micro_batches(rollout, args)]
         tokens = sum(int(rollout.trained_mask.sum()) for rollout, _ in batch)
         loaded["student"].train()
-        method.accumulate(loaded["student"], tokens, args, batch)
+        kept.clear()
+        with mock.patch.object(method, "read_tokens", read_tokens):
+            method.accumulate(loaded["student"], tokens, args, batch)
         grads = [w.grad for w in loaded["student"].parameters() if w.grad is not None]
-        found.append(torch.cat([grad.flatten() for grad in grads]))
+        grad = torch.cat([each.flatten() for each in grads]).double()
+        total = total + grad
+        squares.append(float(grad.square().sum()))
+        at_hidden = [hidden.grad for hidden in kept if hidden.grad is not None]
+        pieces += [
+            (each.square().sum(-1), *of_batch(method, loaded, part, args))
+            for each, (part, _) in zip(at_hidden, batch, strict=True)
+        ]
     child.close()
-    return torch.stack(found).double()
+    return Found(total, squares, *(torch.cat(each) for each in zip(*pieces)))
+
+
+@torch.no_grad()
+def of_batch(method: Any, loaded: Any, rollout: Any, args: Any) -> tuple[torch.Tensor, ...]:
+    """log_ratio, place and the teacher's top mass of the N trained tokens of a micro-batch."""
+    mask, teacher = rollout.trained_mask, loaded["teacher"]
+    student_logp, teacher_logp = (
+        method.token_logp(loaded[name], rollout, args)[mask] for name in ("student", "teacher")
+    )
+    lengths = mask.sum(-1, keepdim=True)
+    place = ((mask.cumsum(-1) - 1) / lengths)[mask]
+
+    def read(hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
+        top = opd_ops.topk_logp(hidden, head, TOP, **method.loss_law(teacher, args))
+        return top.logp.exp().sum(-1)
+
+    return student_logp - teacher_logp, place, method.read_tokens(teacher, rollout, read)[mask]
 
 
 def main() -> None:
@@ -72,25 +178,35 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="sets of prompts")
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--pair", choices=list(PAIRS), help="of students and teachers, for tokens")
+    parser.add_argument("--flags", default="", help="more flags of the methods, for a try")
+    parser.add_argument("--figure", type=Path, help="draw the rows of the noisy pair, run nothing")
+    parser.add_argument("--out", type=Path, help="another file for the rows")
     args = parser.parse_args()
-    seen, rows = environment(), []
+    if args.figure:
+        draw(args.figure)
+        return
+    if args.pair == "noisy":
+        evidence.make_inputs()
+    arms = OF_TOKENS if args.pair else ARMS
+    pair = f"{PAIRS[args.pair or 'tiny']} {SMALL if args.pair == 'smol' else ''} {args.flags}"
+    out = args.out or (TOKENS if args.pair else RESULTS)
+    seen = environment()
     for seed in range(args.seeds):
         exact = None
-        for arm, (name, flags) in ARMS.items():
-            each = gradients(name, flags, seed, args.batches)
-            mean = each.mean(0)
-            exact = mean if exact is None else exact
-            variance = float((each - mean).square().sum() / (args.batches - 1))
-            signal = float(mean.square().sum()) - variance / args.batches
-            cosine = float(torch.cosine_similarity(mean, exact, dim=0))
-            rows.append(seen | {
-                "arm": arm, "seed": seed, "batches": args.batches, "variance": f"{variance:.4g}",
-                "signal": f"{signal:.4g}", "noise": f"{variance / signal:.4f}",
-                "cosine": f"{cosine:.4f}",
-            })  # fmt: skip
-            print(f"seed {seed}  {arm:22s} noise {variance / signal:8.3f}  cosine {cosine:.3f}")
-    append(RESULTS, rows, FIELDS)
-    print(table())
+        for arm, (name, flags) in arms.items():
+            found = gradients(name, f"{pair} {flags}", seed, args.batches)
+            exact = found.total if exact is None else exact
+            noise = found.variance / found.signal
+            cosine = float(torch.cosine_similarity(found.total, exact, dim=0))
+            row = {
+                "arm": arm, "seed": seed, "batches": args.batches, "noise": f"{noise:.4f}",
+                "variance": f"{found.variance:.4g}", "signal": f"{found.signal:.4g}",
+                "cosine": f"{cosine:.4f}", "pair": args.pair or "",
+            }  # fmt: skip
+            append(out, [seen | row | found.of_tokens()], TOKEN_FIELDS if args.pair else FIELDS)
+            print(f"seed {seed}  {arm:42s} noise {noise:8.3f}  cosine {cosine:.3f}")
+    print(token_table() if args.pair else table())
 
 
 def table() -> str:
@@ -103,6 +219,56 @@ def table() -> str:
         shown = [spread([float(row[key]) for row in mine]) for key in ("noise", "cosine")]
         lines.append([f"`{arm}`", f"{len(mine)}", *shown])
     return markdown(titles, lines)
+
+
+def token_table() -> str:
+    """A Markdown table: which tokens carry the gradient; means over sets of prompts."""
+    rows, lines = read(TOKENS), []
+    columns = ("noise", "worst", "share_4", "tokens_4", "p99_first", "p99_last", "top_mass")
+    for pair in PAIRS:
+        for arm in OF_TOKENS:
+            mine = [row for row in rows if (row["pair"], row["arm"]) == (pair, arm)]
+            if mine:
+                shown = [spread([float(row[key]) for row in mine]) for key in columns]
+                accepted = spread([float(row["accepted"]) for row in mine])
+                lines.append([pair, f"`{arm}`", f"{len(mine)}", *shown, accepted])
+    far = f"{BINS[-1]:.0f} nats"
+    titles = ("pair", "loss", "sets of prompts", "noise / signal", "worst 1 % of tokens carry",
+              f"log_ratio above {far}: carry", "are", "99 %: first tenth", "last tenth",
+              f"teacher's top {TOP}", "acceptance")  # fmt: skip
+    return markdown(titles, lines) if lines else "not run"
+
+
+def draw(path: Path) -> None:
+    """Which log_ratios the gradient of each loss comes from, in the noisy pair."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in read(TOKENS) if row["pair"] == "noisy"]
+    if not rows:
+        raise SystemExit("no rows yet: run --pair noisy first")
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    ends = [
+        "< 0",
+        *(f"{a:.0f} to {b:.0f}" for a, b in itertools.pairwise(BINS)),
+        f"> {BINS[-1]:.0f}",
+    ]
+    bars = {arm: "share" for arm in OF_TOKENS} | {"how many tokens": "tokens"}
+    for at, (arm, name) in enumerate(bars.items()):
+        mine = [row for row in rows if row["arm"] == arm or name == "tokens"]
+        means = [
+            sum(float(row[f"{name}_{i}"]) for row in mine) / len(mine) for i in range(len(ends))
+        ]
+        places = [i + at / (len(bars) + 1) for i in range(len(ends))]
+        colour = "black" if name == "tokens" else f"C{at}"
+        axes.bar(places, means, 1 / (len(bars) + 1), color=colour, label=arm)
+    axes.set_xticks([i + 0.4 for i in range(len(ends))], ends)
+    axes.set(xlabel="log_ratio of the token, nats", ylabel="share of the squared gradient")
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 if __name__ == "__main__":

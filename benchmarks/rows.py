@@ -22,8 +22,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-STUDENT_T = {2: (12.71, 63.66), 3: (4.303, 9.925), 4: (3.182, 5.841), 5: (2.776, 4.604)}
-# quantiles of 97.5 % and 99.5 % for n values, n - 1 degrees of freedom
 NOT_MEASURED = "not measured"
 
 
@@ -170,9 +168,33 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([shown[0], rule, *shown[1:]])
 
 
-def half_width(values: Sequence[float], wide: bool = False) -> float:
-    """Of the 95 % interval of the mean by Student's t; `wide`: of that of 99 %."""
-    return STUDENT_T[len(values)][wide] * statistics.stdev(values) / math.sqrt(len(values))
+def student_t(freedom: int, confidence: float = 0.95) -> float:
+    """The t that |T| stays below with this probability, for a whole number of degrees of freedom.
+
+    The distribution is a finite sum of sines and cosines (Abramowitz and Stegun, 26.7.3 and
+    26.7.4); its inverse is bisected.
+    """
+
+    def below(angle: float) -> float:
+        """The probability of |T| < sqrt(freedom) tan(angle)."""
+        cosine, even = math.cos(angle), freedom % 2 == 0
+        term, total = (1.0 if even else cosine), 0.0
+        for n in range(0 if even else 1, freedom - 1, 2):
+            total += term
+            term *= cosine**2 * (n + 1) / (n + 2)
+        total *= math.sin(angle)
+        return total if even else (angle + total) * 2 / math.pi
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean by Student's t, of two values or more."""
+    return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def spread(values: Sequence[float]) -> str:

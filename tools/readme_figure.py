@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import findings  # noqa: E402
 from rows import RESULTS, read  # noqa: E402
 
 ARMS = {  # of the evidence: what it is called, and its colour
@@ -30,8 +31,7 @@ ARMS = {  # of the evidence: what it is called, and its colour
 
 def pass_rates(arm: str) -> list[list[float]]:
     """Of each seed: the share of right rollouts, step by step."""
-    paths = sorted((RESULTS / "evidence").glob(f"run-{arm}-[0-9].jsonl"))
-    curves = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    curves = findings.curves_of(read(RESULTS / "evidence.csv"), arm, *ARMS)
     return [[row["verifier_pass_rate"] for row in curve] for curve in curves]
 
 
@@ -48,7 +48,7 @@ def draw(out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3.1), layout="constrained")
-    ends = [row for row in read(RESULTS / "evidence.csv") if row["suite"] == "run"]
+    ends = findings.same_numerics(read(RESULTS / "evidence.csv"), *ARMS)
     for arm, (name, colour) in ARMS.items():
         curves = pass_rates(arm)
         steps = range(1, len(curves[0]) + 1)

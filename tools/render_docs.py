@@ -4,12 +4,12 @@
     python tools/render_docs.py --check    # 1 if something would change
 
 `equations` is the table from equation to code, made from the `# Eq. (n)` tags of a method file;
-`diff` is the golden diff against opd.py; `smoke`, `sweep` and `claim N` are tables from
-benchmarks/results/evidence.csv, in a method's page only its rows and those of opd; `ops ...`,
-`gradient variance`, `plurals`, `step ...` and `gpu ...` come from the other files there; `size
-NAME` is the number of lines that a file changes in opd.py, `seen NAME` how its accuracy compares
-with opd's. `this is opd` are lines of methods/opd.py, `this is exopd` those in which
-methods/exopd.py differs.
+`diff` is the golden diff against opd.py; `sentences`, `verdicts`, `smoke`, `sweep`, `claim N` and
+`study NAME` are from benchmarks/results/evidence.csv, in a method's page only its rows and those of
+opd; `ops ...`, `gradient ...`, `plurals`, `targets`, `step ...` and `gpu ...` come from the other
+files there; `size NAME` is the number of lines that a file changes in opd.py, `seen NAME` how its
+accuracy compares with opd's. `this is opd` are lines of methods/opd.py, `this is exopd` those in
+which methods/exopd.py differs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import bench_decode  # noqa: E402
 import bench_ops  # noqa: E402
 import claims  # noqa: E402
-import evidence  # noqa: E402
+import findings  # noqa: E402
 import gpu_tables  # noqa: E402
 import gradient_variance  # noqa: E402
 import plurals  # noqa: E402
 import step_tables  # noqa: E402
 import sync_methods  # noqa: E402
+import targets  # noqa: E402
 from rows import NOT_MEASURED, RESULTS, Row, half_width, markdown, newest, read  # noqa: E402
 
 
@@ -129,25 +130,10 @@ def ops_table(rows: list[Row]) -> str:
     return str(markdown(titles, lines))
 
 
-def verdict_line(rows: list[Row]) -> str:
-    """How many of the papers' comparisons came out how."""
-    comparisons = [each for claim in claims.CLAIMS.values() for each in claim.comparisons]
-    theirs = [each for each in comparisons if not each.ours]
-    verdicts = [evidence.find(rows, each).verdict(each).partition(",")[0] for each in theirs]
-    yes, open_, no = (verdicts.count(name) for name in evidence.VERDICTS)
-    return (
-        f"- Of {len(theirs)} comparisons that the papers make, rerun with this pair and 5 seeds: "
-        f"{yes} are reproduced, {no} come out on the other side, {open_} are not decidable (their "
-        "95 % interval contains 0); at scale all of that may be otherwise "
-        "([docs/evidence.md](docs/evidence.md))."
-    )
-
-
 def seen(method: str, rows: list[Row]) -> str:
     """A symbol and the difference in accuracy: to opd, or of opd to the untrained student."""
-    own = evidence.of_arm(rows, method, "avg_after")
-    than = evidence.of_arm(rows, "opd", "avg_before" if method == "opd" else "avg_after")
-    gains = [own[seed] - than[seed] for seed in own if seed in than]
+    than = claims.START if method == "opd" else "opd"
+    gains = findings.find(rows, claims.Comparison("", method, than)).gains
     mean = statistics.mean(gains)
     symbol = "≈" if half_width(gains) >= abs(mean) else "▲" if mean > 0 else "▼"
     return f"{symbol}&nbsp;{mean:+.3f}"
@@ -179,21 +165,24 @@ def result_tables(method: str) -> dict[str, str]:
     rows = read(RESULTS / "evidence.csv")
     if not method:
         tables: dict[str, str] = bench_ops.grid_tables()
-        tables |= {f"claim {key}": evidence.claim_table(rows, key) for key in evidence.CLAIMS}
-        tables["again 1"] = evidence.again_table(rows, "1")
+        tables |= {f"claim {key}": findings.claim_table(rows, key) for key in claims.CLAIMS}
+        tables["again 1"] = findings.again_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
+        tables["gradient tokens"] = gradient_variance.token_table()
         tables |= step_tables.tables() | gpu_tables.tables()
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["decode"] = bench_decode.decode_table()
-        tables["demo"], tables["verdicts"] = demo_line(), verdict_line(rows)
+        tables["targets"] = targets.table()
+        tables["demo"], tables["verdicts"] = demo_line(), findings.in_short(rows)
         tables |= loss_in_the_readme()
         tables["ops in short"] = ops_table(read(RESULTS / "ops.csv"))
-        tables["summary"] = evidence.summary_table(rows)
-        tables["failures"] = evidence.failure_table()
-        tables["smoke"] = evidence.table(rows, list(evidence.SMOKE))
-        return tables | {"sweep": evidence.sweep_table(rows)}
-    arms = [arm for arm in evidence.SMOKE if arm == "opd" or arm.split("-")[0] == method]
-    return {"smoke": evidence.table(rows, arms)}
+        tables["sentences"] = findings.sentences(rows)
+        tables |= {f"study {key}": text for key, text in findings.study_tables(rows).items()}
+        tables["failures"] = findings.failure_table(rows)
+        tables["smoke"] = findings.table(rows, claims.SMOKE)
+        return tables | {"sweep": findings.sweep_table(rows)}
+    arms = [arm for arm in claims.SMOKE if arm == "opd" or arm.split("-")[0] == method]
+    return {"smoke": findings.table(rows, arms)}
 
 
 def render(page: str, parts: dict[str, str]) -> str:
@@ -230,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = []
     pages = [*sorted((ROOT / "docs/methods").glob("*.md"))]
-    pages += [ROOT / f"docs/{name}.md" for name in ("evidence", "benchmarks", "forks", "forking")]
+    names = ("evidence", "benchmarks", "forks", "forking", "reproducing")
+    pages += [ROOT / f"docs/{name}.md" for name in names]
     for path in [*pages, ROOT / "README.md"]:
         method = path.stem if path.parent.name == "methods" else ""
         parts = result_tables(method)

@@ -41,7 +41,8 @@ def test_the_newest_row_of_a_case_counts():
 def test_committed_rows_can_be_read():
     for path in rows.RESULTS.glob("*.csv"):
         found = rows.read(path)
-        assert found and all(None not in row for row in found), (
+        may_be_empty = path.name == "targets.csv"  # a reader fills it
+        assert (found or may_be_empty) and all(None not in row for row in found), (
             path
         )  # no row is longer than its head
 
