@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo plurals report test test-fast test-engines test-torch-min test-browser test-plurals test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
+.PHONY: help install demo plurals report test test-fast test-engines test-torch-min test-browser test-plurals test-agents test-faults test-gpu test-gpu-memory gpu gpu-rehearsal nvcc lint type sync diffs docs bench bench-short bench-step toy clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -105,6 +105,10 @@ test-browser: install  ## the report's page in a headless Chromium, which must b
 
 test-plurals: install $(filter models/smollm2,$(MODEL))  ## a few steps of `make plurals`, for those who have the model
 	OMP_NUM_THREADS=$(THREADS) OPD_SMOLLM2=$(MODEL) $(BIN)/python -m pytest -m smollm2
+
+test-agents: install  ## games of TextWorld, which it installs
+	$(BIN)/python -m pip install -q -c constraints.txt 'textworld>=1.7'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m agents
 
 test-gpu: install  ## the tests that need a CUDA device
 	OPD_OPS_REQUIRE=cpp $(BIN)/python -m pytest -m gpu

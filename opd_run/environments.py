@@ -22,12 +22,14 @@ def of(spec: str) -> Callable[[], Any]:
     """The class that `--environment` names, `module:Class` or `file.py:Class`.
 
     Raises:
-        RunError: exit code 2; there is none, or it lacks a method.
+        RunError: there is none, or it lacks a method (exit code 2), or a package.
     """
     module, _, name = spec.rpartition(":")
     try:
         found: Callable[[], Any] = getattr(verdicts.imported(module), name)
         missing = [each for each in ("reset", "step") if not callable(getattr(found, each, None))]
+    except RunError:
+        raise
     except Exception as error:  # whatever the module raises when it is imported
         raise RunError(
             f"--environment {spec}: expected module:Class or file.py:Class: "

@@ -31,9 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`gpu`, `engines`, `browser` and `smollm2` tests run only where `-m` names them (`-m gpu`)."""
+    """Tests for a machine or package that few have run only where `-m` names them (`-m gpu`)."""
     named = set(re.findall(r"\w+", config.option.markexpr))
-    away = {"gpu", "engines", "browser", "smollm2"} - named
+    away = {"gpu", "engines", "browser", "smollm2", "agents"} - named
     kept = [item for item in items if not any(map(item.get_closest_marker, away))]
     part, parts = map(int, config.option.part.split("/"))
     kept = kept[part::parts]
