@@ -27,7 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # opd_run, without
 from opd_run.console import RunError, optional
 
 # At import, so that a run with --environment says that it is missing before a weight is read.
-textworld = optional("textworld", "tools/textworld_games.py")
+try:
+    textworld = optional("textworld", "tools/textworld_games.py")
+except RunError as error:
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {error}") from None
+    raise
 
 Row = dict[str, Any]
 PROMPT = "You are playing a text game. Answer with one of the commands and nothing else.\n"
