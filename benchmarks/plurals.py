@@ -60,21 +60,21 @@ SHOWN = (*CURVE, "eval/student/avg@1", "eval/teacher/avg@1", "eval/student/rever
 def training(arm: str, seed: int, model: str, steps: int) -> list[str]:
     """The command that trains an arm."""
     script, more = ARMS[arm]
-    flags = f"--student {model} --teacher {model} --prompts {WORDS}/train.jsonl --lr 2e-5 "
+    flags = f"--prompts {WORDS}/train.jsonl --lr 2e-5 "
     flags += f"--teacher-prompt {WORDS}/turns.py:teacher --verifier {WORDS}/turns.py:right "
     flags += f"--test-prompts {WORDS}/test.jsonl --eval-teacher --eval-every {steps} "
     flags += "--eval-samples 1 --eval-temperature 0 --diagnostic-tokens 0 --save-every 0 "
     flags += f"--max-completion-tokens 16 {more} --steps {steps} --seed {seed} --device cpu "
-    flags += f"--run-dir {FOLDER}/{arm}-{seed}"
-    return [f"methods/{script}.py", *flags.split(), "--overwrite"]
+    flags += f"--run-dir {FOLDER}/{arm}-{seed} --overwrite"
+    return [f"methods/{script}.py", "--student", model, "--teacher", model, *flags.split()]
 
 
 def answering(student: str, model: str, name: str) -> list[str]:
     """The command by which a model answers other questions; the teacher is the untouched one."""
-    flags = f"--student {student} --teacher {model} --test-prompts {WORDS}/elsewhere.jsonl "
+    flags = f"--test-prompts {WORDS}/elsewhere.jsonl "
     flags += "--eval-only --eval-samples 1 --max-completion-tokens 256 --device cpu "
     flags += f"--run-dir {FOLDER}/{name}-elsewhere --overwrite"
-    return ["methods/opd.py", *flags.split()]
+    return ["methods/opd.py", "--student", student, "--teacher", model, *flags.split()]
 
 
 def elsewhere(student: str, model: str, name: str, threads: int) -> tuple[dict[str, Any], Any]:
