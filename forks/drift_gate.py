@@ -382,7 +382,7 @@ def sample(
 
     Nothing but these arguments decides how: a checkpoint's generation_config is not read.
     `prefixes` are tokens that a completion starts with: not sampled, and not part of the response.
-    `done` is called with each chunk of them that is finished, before the next one is begun.
+    `done` gets each chunk of rollouts that the own sampler has finished, before the next one.
     """
     (num, width), device = uniform.shape, model.device
     out, uniform = rollouts.blank(Rollout, prompts, width, device), uniform.to(device)

@@ -128,16 +128,17 @@ def in_chunks(
         chunk = rows[: min(args.sampler_batch_size, _most_rows or args.sampler_batch_size)]
         try:
             work(chunk)
-            rows = rows[len(chunk) :]
-            if done:
-                done(rollouts.select(out, chunk))
-            continue
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if len(chunk) == 1:
                 raise OutOfMemory(f"not even one rollout fits: {one_line(error)}") from None
             why = one_line(error, 120)
+        else:
+            rows = rows[len(chunk) :]
+            if done:
+                done(rollouts.select(out, chunk))
+            continue
         torch.cuda.empty_cache()  # the failed attempt is gone, with what its traceback held
         rollouts.clear(out, chunk)
         _most_rows = (len(chunk) + 1) // 2

@@ -221,6 +221,17 @@ def test_what_is_finished_is_verified_while_the_rest_is_generated(student, monke
     assert rollout.verdict.tolist() == [float(len(text) % 2) for text, *_ in batch]
 
 
+def test_memory_that_runs_out_after_a_chunk_loses_none_of_it(student):
+    """It is not taken for the chunk's own, which would be forgotten and not sampled again."""
+    model, args, tokenizer = prepared(student, "--sampler-batch-size", "2")
+
+    def poor(chunk):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        draw_many(model, args, prompts(tokenizer, "1+2=", "a", "9"), done=poor)
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_eos_is_in_the_masks_and_nothing_after_it(tmp_path, pad_is_eos):
     """Trap 10: the EOS that ends a completion is trained, also where pad and EOS are one token."""
