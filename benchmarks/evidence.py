@@ -35,8 +35,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -368,25 +369,35 @@ def wanted_cells(args: argparse.Namespace, rows: list[Row], best: dict[str, str]
     return found
 
 
-def run_cells(todo: list[Cell], jobs: int, out: Path) -> int:
-    """Run cells, append their rows to a file; how many have failed."""
+def run_all(
+    runs: Sequence[Callable[[], dict[str, Any]]], jobs: int, keep: Callable[[dict[str, Any]], None]
+) -> int:
+    """Run some cells, `jobs` at once; `keep(row)` of each that is done. How many have failed."""
     num_failed = 0
-    make_inputs()
-    curves = out.parent / "evidence" / numerics()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        started = [pool.submit(run, cell, curves) for cell in todo]
-        for job in tqdm(concurrent.futures.as_completed(started), total=len(todo), unit="cell"):
+        started = concurrent.futures.as_completed([pool.submit(each) for each in runs])
+        for job in tqdm(started, total=len(runs), unit="cell", disable=not runs):
             if (error := job.exception()) is not None:  # the others go on, and are kept
                 num_failed += 1
                 print(f"failed: {error}", file=sys.stderr)
-                continue
-            row = job.result()
-            print(
-                f"{row['arm']} seed {row['seed']}: accuracy {row['avg_after']}, "
-                f"{row.get('sampled_tokens', '')} sampled tokens, {row['cpu_s']} CPU s"
-            )
-            append(out, [row], FIELDS)
+            else:
+                keep(job.result())
     return num_failed
+
+
+def run_cells(todo: list[Cell], jobs: int, out: Path) -> int:
+    """Run cells, append their rows to a file; how many have failed."""
+    make_inputs()
+    curves = out.parent / "evidence" / numerics()
+
+    def keep(row: dict[str, Any]) -> None:
+        print(
+            f"{row['arm']} seed {row['seed']}: accuracy {row['avg_after']}, "
+            f"{row.get('sampled_tokens', '')} sampled tokens, {row['cpu_s']} CPU s"
+        )
+        append(out, [row], FIELDS)
+
+    return run_all([partial(run, cell, curves) for cell in todo], jobs, keep)
 
 
 def main() -> None:

@@ -150,6 +150,11 @@ class Finding:
         """The difference of each seed."""
         return [one - two for one, two in zip(self.own, self.other)]
 
+    @property
+    def far_end(self) -> float:
+        """Of the interval of the difference, of two seeds or more, without its sign."""
+        return abs(statistics.mean(self.gains)) + half_width(self.gains)
+
     def verdict(self, comparison: Comparison) -> str:
         """One of VERDICTS or OURS: on which side of 0 the interval of the difference lies."""
         if len(self.own) < 2:
@@ -163,8 +168,7 @@ class Finding:
         """The verdict; where no difference is seen, with the interval's far end."""
         verdict = self.verdict(comparison)
         if verdict == VERDICTS[1]:
-            far = abs(statistics.mean(self.gains)) + half_width(self.gains)
-            verdict += f", at most {far:.3f}"
+            verdict += f", at most {self.far_end:.3f}"
         return verdict
 
 
@@ -266,11 +270,7 @@ def in_short(rows: list[Row]) -> str:
         return f" ({'; '.join(shown[:3])}{'; ...' * (len(shown) > 3)})" if shown else ""
 
     yes, open_, no = (len(came[verdict]) for verdict in VERDICTS)
-    fars = [
-        abs(statistics.mean(one.gains)) + half_width(one.gains)
-        for each, one in came[VERDICTS[1]]
-        if each.column == "avg_after"
-    ]
+    fars = [one.far_end for each, one in came[VERDICTS[1]] if each.column == "avg_after"]
     far = f" (in accuracy at most {min(fars):.3f} to {max(fars):.3f})" if fars else ""
     waiting = len(theirs) - yes - open_ - no
     return "\n".join([

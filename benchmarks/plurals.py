@@ -19,20 +19,18 @@ A cell is two processes; a finished one is a row of `benchmarks/results/plurals.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import shutil
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from evidence import CURVE, execute, write_curve  # noqa: E402
+from evidence import CURVE, execute, run_all, write_curve  # noqa: E402
 from rows import NOT_MEASURED, RESULTS, append, markdown, processor, read, spread  # noqa: E402
 
 from opd_run.files import read_metrics  # noqa: E402
@@ -183,19 +181,13 @@ def main() -> None:
     have = {(row["arm"], int(row["seed"])) for row in read(args.out)}
     wanted = [(UNTOUCHED, 0), *((arm, seed) for seed in range(args.seeds) for arm in args.arms)]
     todo = [] if args.table else [cell for cell in wanted if cell not in have]
-    num_failed = 0
     how = args.model, args.steps, args.threads, args.out.with_suffix("")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, *cell, *how) for cell in todo]
-        done = concurrent.futures.as_completed(jobs)
-        for job in tqdm(done, total=len(jobs), unit="cell", disable=not jobs):
-            if (error := job.exception()) is not None:  # the others go on, and are kept
-                num_failed += 1
-                print(f"failed: {error}", file=sys.stderr)
-                continue
-            row = job.result()
-            print(f"{row['arm']} seed {row['seed']}: {row.get('before')} -> {row.get('after')}")
-            append(args.out, [row], FIELDS)
+
+    def keep(row: dict[str, Any]) -> None:
+        print(f"{row['arm']} seed {row['seed']}: {row.get('before')} -> {row.get('after')}")
+        append(args.out, [row], FIELDS)
+
+    num_failed = run_all([partial(run, *cell, *how) for cell in todo], args.jobs, keep)
     print(table(read(args.out)))
     if num_failed:
         raise SystemExit(f"{num_failed} of {len(todo)} cells failed; run the command again")

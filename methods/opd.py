@@ -685,7 +685,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with run.phase("generate"):
             chosen = prompts_of_step(prompts, step, args)
             rollout, metrics = collect(models, tokenizer, verifier, chosen, args, step)
-            if views.ask_for_attempts(args):
+            if data.asks_functions(args):
                 tell = partial(told, tokenizer=tokenizer, args=args)
                 metrics |= views.show_attempts(rollout, texts_of(rollout, tokenizer), tell, facts)
         with run.phase("teacher"):

@@ -142,9 +142,7 @@ def load_prompts(
     Where a function says what a teacher reads, one process asks it, and all have its answers.
     """
     source = source_of(spec, args.seed, args, test)
-    specs = [getattr(args, name, None) for name in ("teacher_prompt", "reference_prompt")]
-    asks = any(is_function(each) for each in specs if each)
-    every = ranks.first(load, source, make) if asks else load(source, make)
+    every = ranks.first(load, source, make) if asks_functions(args) else load(source, make)
     return check_prompts(source, every, num_positions, args)
 
 
@@ -438,6 +436,13 @@ def fill(spec: str, row: Row, prompt: str | None = None) -> str:
 def is_function(spec: str) -> bool:
     """Whether all of `--teacher-prompt` is `module:name` or `file.py:name`; else a template."""
     return re.fullmatch(r"([\w.]+|[^\n{}]+\.py):[^\W\d]\w*", spec) is not None
+
+
+def asks_functions(args: Any) -> bool:
+    """Whether a function says what a model reads in the student's place; it is called again when
+    there are attempts."""
+    specs = [getattr(args, name, None) for name in ("teacher_prompt", "reference_prompt")]
+    return any(is_function(each) for each in specs if each is not None)
 
 
 # ------------------------------------------------------------------------------ what is said of it

@@ -109,11 +109,6 @@ def of(args: argparse.Namespace) -> list[View]:
     return found
 
 
-def ask_for_attempts(args: argparse.Namespace) -> bool:
-    """Whether one is a function, which is called again when there are attempts."""
-    return any(view.spec is not None and data.is_function(view.spec) for view in of(args))
-
-
 def attempts(
     prompts: Sequence[data.Prompt], texts: Sequence[str], of_text: Sequence[float]
 ) -> list[Attempts]:

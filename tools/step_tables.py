@@ -41,6 +41,12 @@ def size(row: Row) -> list[str]:
     return [f"{int(row['vocab']):,}", f"{row['rollouts']} x {int(row['completion']):,}"]
 
 
+def timed(row: Row) -> str:
+    """Seconds of a step, with the shortest and the longest round."""
+    seconds = sorted(map(float, row["every_total_s"].split()))
+    return f"{float(row['total_s']):.2f} s [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
+
+
 def before_and_after() -> str:
     """A step of ours at the large vocabulary: the newest rows of version 0.1, and of later ones."""
     keys = ["completion", "rollouts", "num_threads", "objective"]
@@ -57,15 +63,11 @@ def before_and_after() -> str:
     for key, first in before.items():
         cells, then = [rows.NOT_MEASURED] * 3, after.get(key)
         if then is not None:
-            seconds = sorted(map(float, then["every_total_s"].split()))
-            cells[0] = f"{float(then['total_s']):.2f} s [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
+            cells[0] = timed(then)
             cells[1] = f"{float(first['total_s']) / float(then['total_s']):.2f}"
             cells[2] = mib(then)
-        seconds = sorted(map(float, first["every_total_s"].split()))
-        shown = f"{float(first['total_s']):.2f} s [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
-        lines.append(
-            [size(first)[1], NAMES[first["objective"]], shown, *cells[:2], mib(first), cells[2]]
-        )
+        shown = [size(first)[1], NAMES[first["objective"]], timed(first)]
+        lines.append([*shown, *cells[:2], mib(first), cells[2]])
     titles = ["rollouts x tokens", "objective", "before", "after", "before over after"]
     return str(markdown([*titles, "MiB before", "after"], lines))
 

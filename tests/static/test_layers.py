@@ -101,8 +101,8 @@ PLUMBING = {
     "command": {"command"},
     "compat": {"Facts", "check_prompts", "prompt_ids"},
     "data": {
-        *("Prompt", "Source", "completions_of", "load_sets", "messages_of", "plain", "user_text"),
-        "value_of",
+        *("Prompt", "Source", "asks_functions", "completions_of", "load_sets", "messages_of"),
+        *("plain", "user_text", "value_of"),
     },
     "diagnose": {
         *("num_not_finite", "of_evaluation", "of_step", "offending", "pass_metrics", "places"),
@@ -125,7 +125,7 @@ PLUMBING = {
     "selfcheck": {"check_models"},
     "setup": {"load_lm", "load_models", "prepare", "token_ids", "zero_moments"},
     "verifier": {"Verifier"},
-    "views": {"ask_for_attempts", "decay_of", "of", "show_attempts"},
+    "views": {"decay_of", "of", "show_attempts"},
     "vllm_sampler": {"fill_by_vllm"},
 }
 
