@@ -496,6 +496,29 @@ def until(condition, process) -> None:
         time.sleep(0.02)
 
 
+def test_a_terminal_that_dies_ends_no_run(folder, whole):
+    """What is printed to it from then on is an error of input and output."""
+    ours, theirs = os.openpty()
+    process = start(flags(folder, "dead_terminal"), stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert os.read(ours, 1)  # it has begun to print
+    os.close(ours)
+    assert process.wait(timeout=240) == 0
+    assert losses(folder / "dead_terminal") == losses(whole)
+
+
+def test_the_c_locale_ends_no_run(folder, whole, tmp_path):
+    """Its encoding is ASCII; what the log shows of rows in another script is escaped."""
+    rows = (folder / "prompts.jsonl").read_text().replace('"answer": "', '"answer": "数')
+    (tmp_path / "prompts.jsonl").write_text(rows, encoding="utf-8")
+    argv = flags(folder, "c_locale", "--prompts", str(tmp_path / "prompts.jsonl"))
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    process = start(argv, env=locale)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert losses(folder / "c_locale") == losses(whole) and "\\u6570" in output
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
 def test_a_connection_that_drops_saves(folder, name):
     number = getattr(signal, name)
