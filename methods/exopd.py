@@ -354,18 +354,21 @@ def draw(
     column = column.clamp(max=probs.shape[1] - 1)  # NaN: the step is refused later
     rollout_logp = (probs.gather(1, column) / mass).log()[:, 0]
     token = (column if ids is None else ids.gather(1, column))[:, 0]
+    if sampling == (law["temperature"], 1.0, 0):  # both log-probs are of one distribution
+        return token, rollout_logp, rollout_logp
     return token, rollout_logp, opd_ops.token_logp(logits, None, token, check_ids=False, **law).logp
 
 
-def next_logits(model: CausalLM, cache: Any, ids: Tensor, seen: Tensor) -> Tensor:
-    """[B, V] logits after the newest tokens `ids` [B, n]; `seen` [B, L] masks all tokens so far."""
+def next_logits(model: CausalLM, cache: Any, ids: Tensor, position: Tensor, seen: Any) -> Tensor:
+    """[B, V] logits after the newest tokens `ids` at `position`, [B, n]; `seen` [B, L] masks all
+    tokens so far, or is None: there is no padding."""
     last = min(model.facts.num_positions, 2**31) - 1  # a rollout that has ended may run beyond
     return model(
         lambda hidden, head: hidden if head is None else F.linear(hidden, head),
         None,
         input_ids=ids,
         attention_mask=seen,
-        position_ids=(seen.cumsum(1) - 1).clamp(0, last)[:, -ids.shape[1] :],
+        position_ids=position.clamp(0, last),
         past_key_values=cache,
         use_cache=True,
     )
@@ -417,34 +420,31 @@ def decode(
     distinct = list(dict.fromkeys(begun))  # equal prompts are read once, then copied
     copies = torch.tensor([distinct.index(each) for each in begun], device=device)
     ids, seen = rollouts.left_padded(distinct, device)
-    logits = next_logits(model, cache, ids, seen)[copies]  # [n, V]
+    padded, place = not seen.all(), seen.cumsum(1) - 1
+    logits = next_logits(model, cache, ids, place, seen if padded else None)[copies]  # [n, V]
     cache.batch_select_indices(copies)
-    seen, column = seen[copies], out.prefix_mask[rows].sum(1)  # [n], where the next token goes
-    alive = torch.ones_like(rows, dtype=torch.bool)  # [n], has not ended
-    grids = out.completion_ids, out.rollout_logp, out.behaviour_logp  # what `draw` returns
+    seen, place = seen[copies], place[copies, -1:]  # [n, 1], of the last token of the prompt
+    column = out.prefix_mask[rows].sum(1)  # [n], where the first token goes
+    alive, drawn = torch.ones_like(rows, dtype=torch.bool), []  # has not ended; not yet recorded
     bar = tqdm(total=len(rows), unit="rollout", desc="sample", leave=False, disable=None)
     look_every = 1 if device.type == "cpu" else 8  # tokens; to look, a GPU has to be waited for
     for t in range(width):
         token, *logp = draw(logits, uniform[rows, t], sampling, law)
-        for grid, values in zip(grids, (token, *logp)):
-            grid[rows, column] = torch.where(alive, values, grid[rows, column])
-        out.completion_mask[rows, column] |= alive
-        ends = torch.isin(token, stop) & alive
-        out.ended[rows] |= ends
-        alive = alive & ~ends & (column + 1 < width)
-        if t % look_every == look_every - 1:
+        drawn.append((alive, token, *logp))
+        alive = alive & ~torch.isin(token, stop) & (column + t + 1 < width)
+        if t % look_every == look_every - 1 or t + 1 == width:
             keep = alive.nonzero()[:, 0]
-            if len(keep) == 0:
-                break
             if len(keep) <= 0.9 * len(rows):  # copying the cache costs about a token
+                rollouts.record(out, rows, column + t + 1 - len(drawn), drawn, stop)
                 bar.update(len(rows) - len(keep))
+                if len(keep) == 0:
+                    break
                 cache.batch_select_indices(keep)
-                rows, seen, token, column, alive = (
-                    values[keep] for values in (rows, seen, token, column, alive)
-                )
-        if t + 1 < width:
-            seen, column = F.pad(seen, (0, 1), value=True), (column + 1).clamp(max=width - 1)
-            logits = next_logits(model, cache, token[:, None], seen)
+                rows, seen, place, token, column, alive, drawn = (
+                    *(each[keep] for each in (rows, seen, place, token, column, alive)), []
+                )  # fmt: skip
+        seen = F.pad(seen, (0, 1), value=True) if padded else seen
+        logits = next_logits(model, cache, token[:, None], place + t + 1, seen if padded else None)
     bar.close()
 
 

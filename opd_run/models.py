@@ -135,8 +135,8 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
                 if start:
                     self._room[which][..., :start, :] = old
         for room, new in zip(self._room, (keys, values)):
-            room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self._room)
+            room.narrow(-2, start, end - start).copy_(new)
+        self.keys, self.values = (room.narrow(-2, 0, end) for room in self._room)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:

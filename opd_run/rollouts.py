@@ -77,6 +77,26 @@ def begun(rollout: Any, row: int, role: str) -> tuple[int, ...]:
     return ids
 
 
+def record(
+    rollout: Any, rows: Tensor, column: Tensor, drawn: Sequence[tuple[Tensor, ...]], stop: Tensor
+) -> None:
+    """Write tokens that were drawn one after another into some of the rollouts, in place.
+
+    Args:
+        rows: [n].  column: [n], where the first token of each goes.  stop: [S], ids that end one.
+        drawn: (whether this row's token counts, token, rollout_logp, behaviour_logp), [n] each.
+    """
+    counts, *values = (torch.stack(each, 1) for each in zip(*drawn))  # [n, tokens]
+    columns = column[:, None] + torch.arange(len(drawn), device=column.device)
+    where = rows[:, None].expand_as(counts)[counts], columns[counts]
+    rollout.completion_mask[where] = True
+    for grid, value in zip(
+        (rollout.completion_ids, rollout.rollout_logp, rollout.behaviour_logp), values
+    ):
+        grid[where] = value[counts]
+    rollout.ended[rows] |= (torch.isin(values[0], stop) & counts).any(1)
+
+
 def clear(rollout: Any, rows: Tensor) -> None:
     """Forget what was sampled of some rollouts, in place: their prompts and prefixes are left."""
     prefix = rollout.prefix_mask[rows]

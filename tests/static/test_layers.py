@@ -118,8 +118,8 @@ PLUMBING = {
     },
     "retry": {"fit_memory", "in_chunks", "micro_batches", "of_tokens"},
     "rollouts": {
-        *("begun", "blank", "by_teacher", "gather", "join", "left_padded", "right_padded"),
-        *("scattered", "select", "shaped"),
+        *("begun", "blank", "by_teacher", "gather", "join", "left_padded", "record"),
+        *("right_padded", "scattered", "select", "shaped"),
     },
     "run": {"Run", "say_plan"},
     "selfcheck": {"check_models"},
