@@ -222,14 +222,35 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
 def again_table(rows: list[dict[str, str]], key: str) -> str:
     """A Markdown table: the comparisons of a claim, as first run and as run `--again`."""
     again = [row | {"suite": "run"} for row in rows if row["suite"] == "again"]
+    numerics = {numerics_of(row) for row in again}
+    first = [row for row in rows if numerics_of(row) in numerics or not again]
     lines = []
     for each in CLAIMS[key].comparisons:
-        one, two = find(rows, each), find(again, each)
+        one, two = find(first, each), find(again, each)
         shown = [each.text, f"`{each.arm}` - `{each.than}`", spread(one.gains), spread(two.gains)]
         same = two.verdict(each) == one.verdict(each)
         shown.append("the same" if same else f"**{two.shown(each)}**")
         lines.append(shown)
     return markdown(["here", "difference of", "first run", "second run", "verdict"], lines)
+
+
+def moved_table(rows: list[Row], key: str) -> str:
+    """A Markdown table: accuracies of a claim's arms in the first rows and in the newest.
+
+    These are of two numerics: the change is of the code, and no finding about a method.
+    """
+    old = {*FIRST_ROWS.values()}
+    first = [row for row in rows if numerics_of(row) in old]
+    later = [row for row in rows if numerics_of(row) not in old]
+    lines = []
+    for arm in CLAIMS[key].arms:
+        before = of_arm(first, arm, "avg_after")
+        after = of_arm(same_numerics(later, arm), arm, "avg_after")
+        seeds = [seed for seed in before if seed in after]
+        one, two = ([of[seed] for seed in seeds] for of in (before, after))
+        change = spread([b - a for a, b in zip(one, two)])
+        lines.append([arm, f"{len(seeds)}", spread(one), spread(two), change])
+    return markdown(["arm", "seeds", "2026-11-21", "now", "change, by seed"], lines)
 
 
 def sentences(rows: list[Row]) -> str:

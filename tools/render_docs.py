@@ -167,6 +167,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables: dict[str, str] = bench_ops.grid_tables()
         tables |= {f"claim {key}": findings.claim_table(rows, key) for key in claims.CLAIMS}
         tables["again 1"] = findings.again_table(rows, "1")
+        tables["moved 1"] = findings.moved_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
         tables["gradient tokens"] = gradient_variance.token_table()
         tables |= step_tables.tables() | gpu_tables.tables()

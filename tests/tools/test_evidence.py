@@ -177,6 +177,18 @@ def test_a_second_run_stands_beside_the_first():
     assert "| 0.103 ± 0.014 | 0.007 ± 0.029 | **no difference seen, at most 0.035** |" in line
     line = next(x for x in findings.again_table(rows * 2, "1").splitlines() if "GRPO" in x)
     assert "| 0.103 ± 0.014 | - | **not run** |" in line
+    newer = rows_of("two", opd=[0.9] * 3, grpo=[0.1] * 3)  # are beside neither
+    assert findings.again_table(rows + more + newer, "1") == findings.again_table(rows + more, "1")
+
+
+def test_what_newer_code_moved_is_shown_by_seed():
+    old = [row | {"numerics": "", "commit": next(iter(findings.FIRST_ROWS))}
+           for row in rows_of(grpo=[0.6, 0.62, 0.64, 0.9])]  # fmt: skip
+    new = rows_of("two", grpo=[0.61, 0.62, 0.66])
+    again = [row | {"suite": "again", "avg_after": "0.1"} for row in old]
+    line = next(x for x in findings.moved_table(old + new + again, "1").splitlines() if "grpo" in x)
+    assert line == "| grpo | 3 | 0.620 ± 0.050 | 0.630 ± 0.066 | 0.010 ± 0.025 |"
+    assert "| grpo | 0 | - | - | - |" in findings.moved_table(old, "1")
 
 
 def test_every_arm_is_a_command_that_its_script_takes(monkeypatch):
