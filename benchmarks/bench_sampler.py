@@ -16,6 +16,7 @@ import argparse
 import copy
 import importlib.metadata
 import importlib.util
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -83,9 +84,12 @@ def generate_batch(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Na
     return sum(len(each.generated_tokens) for each in found)
 
 
+TURN = itertools.count()  # so that ours draws anew in every turn, as the others do
+
+
 def ours(model: CausalLM, prompts: list[opd.Prompt], args: argparse.Namespace) -> int:
     """Tokens that the method files' sampler made, EOS included; or the model's engine for it."""
-    uniform = opd.uniforms(len(prompts), "rollouts", 0, args)
+    uniform = opd.uniforms(len(prompts), "rollouts", next(TURN), args)
     return int(opd.sample(model, prompts, uniform, args).completion_mask.sum())
 
 

@@ -424,7 +424,7 @@ def decode(
     padded, place = not seen.all(), seen.cumsum(1) - 1
     logits = next_logits(model, cache, ids, place, seen if padded else None)[copies]  # [n, V]
     cache.batch_select_indices(copies)
-    seen, place = seen[copies], place[copies, -1:]  # [n, 1], of the last token of the prompt
+    seen, place = F.pad(seen, (0, width), value=True)[copies], place[copies, -1:]  # place [n, 1]
     column = out.prefix_mask[rows].sum(1)  # [n], where the first token goes
     alive, drawn = torch.ones_like(rows, dtype=torch.bool), []  # has not ended; not yet recorded
     bar = tqdm(total=len(rows), unit="rollout", desc="sample", leave=False, disable=None)
@@ -444,8 +444,8 @@ def decode(
                 rows, seen, place, token, column, alive, drawn = (
                     *(each[keep] for each in (rows, seen, place, token, column, alive)), []
                 )  # fmt: skip
-        seen = F.pad(seen, (0, 1), value=True) if padded else seen
-        logits = next_logits(model, cache, token[:, None], place + t + 1, seen if padded else None)
+        so_far = seen[:, : ids.shape[1] + t + 1] if padded else None
+        logits = next_logits(model, cache, token[:, None], place + t + 1, so_far)
     bar.close()
 
 

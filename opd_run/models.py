@@ -40,6 +40,7 @@ class CausalLM(torch.nn.Module):
         super().__init__()
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
         self.facts = facts
+        self._decoder = (lm.get_decoder(),) if plain_head else ()  # no submodule; 1 % of a token
         self.engine: Any = None
         self.refusal, self.role = "", "student"
         self.average: tuple[CausalLM, ...] = ()  # no submodule
@@ -95,7 +96,7 @@ class CausalLM(torch.nn.Module):
         """`read` at the positions `where`, a mask [B, P+T]; None: the last position of each row."""
         with self.autocast():
             if self.plain_head:
-                hidden = self.lm.get_decoder()(**inputs).last_hidden_state
+                hidden = self._decoder[0](**inputs).last_hidden_state
             else:
                 hidden = self.lm(**inputs, logits_to_keep=int(where is None)).logits
             return read(hidden[:, -1] if where is None else hidden[where], self.head)
