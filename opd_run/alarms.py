@@ -249,7 +249,8 @@ ALARMS = (
         "`truncated_share` = 1 in 3 steps in a row",
         _all_truncated,
         "Completions are cut before they can end, or the student knows no EOS.",
-        "a larger --max-completion-tokens, the EOS and the chat template in the compat lines",
+        "a larger --max-completion-tokens (or --max-turns), the EOS and the chat template in the "
+        "compat lines",
     ),
     Alarm(
         "verifier_all_wrong",
