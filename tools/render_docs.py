@@ -160,6 +160,19 @@ def demo_line() -> str:
     )
 
 
+def forks_table() -> str:
+    """All forks at the size of `make demo`, from the rows of `tools/compare_runs.py --csv`."""
+    shown = {"avg@8 after": ".3f", "reverse_kl after": ".3f", "grad norm median": ".3f",
+             "length after": ".1f", "sampled tokens": ",.0f", "seconds": ".0f"}  # fmt: skip
+    lines = [
+        [row["group"], *(format(float(row[key]), how) if row[key] else "-"
+                         for key, how in shown.items())]
+        for row in read(RESULTS / "forks.csv")
+    ]  # fmt: skip
+    titles = "file,accuracy,reverse KL,gradient norm,length,sampled tokens,seconds".split(",")
+    return str(markdown(titles, lines))
+
+
 def result_tables(method: str) -> dict[str, str]:
     """Markdown tables of what has been run; in the page of a method its arms and opd alone."""
     rows = read(RESULTS / "evidence.csv")
@@ -174,6 +187,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["decode"] = bench_decode.decode_table()
         tables["targets"] = targets.table()
+        tables["forks"] = forks_table()
         tables["demo"], tables["verdicts"] = demo_line(), findings.in_short(rows)
         tables |= loss_in_the_readme()
         tables["ops in short"] = ops_table(read(RESULTS / "ops.csv"))
