@@ -40,7 +40,8 @@ class CausalLM(torch.nn.Module):
         super().__init__()
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
         self.facts = facts
-        self._decoder = (lm.get_decoder(),) if plain_head else ()  # no submodule; 1 % of a token
+        # No submodule. Asked for once: 1 % of a token.
+        self._decoder: tuple[Any, ...] = (lm.get_decoder(),) if plain_head else ()
         self.engine: Any = None
         self.refusal, self.role = "", "student"
         self.average: tuple[CausalLM, ...] = ()  # no submodule

@@ -102,7 +102,7 @@ def clear(rollout: Any, rows: Tensor) -> None:
     prefix = rollout.prefix_mask[rows]
     rollout.completion_mask[rows], rollout.ended[rows] = prefix, False
     for values in (rollout.completion_ids, rollout.rollout_logp, rollout.behaviour_logp):
-        values[rows] = values[rows] * prefix
+        values[rows] = values[rows].masked_fill(~prefix, 0)  # NaN, too
 
 
 def select(rollout: Any, rows: Tensor) -> Any:

@@ -137,6 +137,16 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(student, monkeypatch, capsys
     opd.retry.start()
 
 
+def test_what_is_forgotten_leaves_no_number(student):
+    """Memory that runs out where logits are not finite: NaN times no mask is NaN."""
+    model, args, tokenizer = prepared(student)
+    rollout = draw_many(model, args, prompts(tokenizer, "a", "9"), prefixes=[(11, 12), (13,)])
+    rollout.rollout_logp[:, 2:] = torch.nan
+    opd.rollouts.clear(rollout, torch.tensor([0]))
+    assert (rollout.rollout_logp[0] == 0).all() and rollout.rollout_logp[1, 2:].isnan().all()
+    assert rollout.completion_ids[0].tolist() == [11, 12] + [0] * 10
+
+
 def test_the_cache_grows_by_blocks_and_keeps_what_a_plain_one_has():
     generator = torch.Generator().manual_seed(0)
     ours, plain = models._GrowingLayer(), DynamicLayer()

@@ -111,6 +111,20 @@ def test_it_uses_the_functions_of_the_file(made, broken):
         checked(made("qwen3"), **{broken: {"sample": sample, "token_logp": token_logp}[broken]})
 
 
+def test_rows_that_need_no_padding_are_looked_at_too(made, monkeypatch):
+    """They are sampled without a mask, which a model may read in another way."""
+    forward = models.CausalLM.forward
+
+    def stretched(self, read, where, **inputs):
+        if inputs.get("attention_mask") is None and "position_ids" in inputs:
+            inputs["position_ids"] = 2 * inputs["position_ids"]
+        return forward(self, read, where, **inputs)
+
+    monkeypatch.setattr(models.CausalLM, "forward", stretched)
+    with pytest.raises(RunError, match="the sampler recorded are off"):
+        checked(made("qwen3"))
+
+
 def test_numbers_that_are_none_are_refused(made):
     def token_logp(model, rollout, args):
         return opd.token_logp(model, rollout, args) * (
