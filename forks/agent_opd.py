@@ -367,7 +367,7 @@ def next_logits(model: CausalLM, cache: Any, ids: Tensor, position: Tensor, seen
     tokens so far, or is None: there is no padding."""
     last = min(model.facts.num_positions, 2**31) - 1  # a rollout that has ended may run beyond
     return model(
-        lambda hidden, head: hidden if head is None else F.linear(hidden, head),
+        cache.to_logits,
         None,
         input_ids=ids,
         attention_mask=seen,
@@ -428,7 +428,7 @@ def decode(
     cache.batch_select_indices(copies)
     seen, place = F.pad(seen, (0, width), value=True)[copies], place[copies, -1:]  # place [n, 1]
     column = out.prefix_mask[rows].sum(1)  # [n], where the first token goes
-    alive, drawn = torch.ones_like(rows, dtype=torch.bool), []  # has not ended; not yet recorded
+    alive, drawn = column < width, []  # has room and has not ended; not yet recorded
     bar = tqdm(total=len(rows), unit="rollout", desc="sample", leave=False, disable=None)
     look_every = 1 if device.type == "cpu" else 8  # tokens; to look, a GPU has to be waited for
     for t in range(width):

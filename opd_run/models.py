@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -154,6 +155,7 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._dtype = dtype
+        self._head: Tensor | None = None
         layers: list[Any] = getattr(self, "layers")  # noqa: B009  (untyped)
         self.layers = [_GrowingLayer() if type(x) is DynamicLayer else x for x in layers]
 
@@ -161,6 +163,18 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
         if self._dtype != torch.float32:
             keys, values = keys.to(self._dtype), values.to(self._dtype)
         return super().update(keys, values, *args, **kwargs)
+
+    def to_logits(self, hidden: Tensor, head: Tensor | None) -> Tensor:
+        """Logits [n, V]: on a GPU float32, of 16-bit operands too, by a head cast once."""
+        if head is None:
+            return hidden
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        if kind != "cuda" or dtype.itemsize != 2:
+            return F.linear(hidden, head)
+        if self._head is None:
+            self._head = head.detach().to(dtype).T
+        return torch.mm(hidden.to(dtype), self._head, out_dtype=torch.float32)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, of linear-attention layers too, whose states `transformers`

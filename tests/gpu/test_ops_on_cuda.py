@@ -24,6 +24,7 @@ from strategies import (
 
 import opd_ops
 from opd_ops import reference
+from opd_run import models
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.opd_ops
@@ -371,6 +372,17 @@ def test_opcheck_and_compile():
     (expected,) = torch.autograd.grad(loss(z), z)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(z), z)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("vocab", [1000, 1003])
+def test_the_sampler_multiplies_into_float32(vocab):
+    hidden, head = torch.randn(4, 256, device="cuda").bfloat16(), torch.randn(vocab, 256).cuda()
+    want = hidden.double() @ head.bfloat16().double().T
+    cache = models._TypedCache(torch.bfloat16)
+    for kept in (head, head.bfloat16()):
+        with torch.autocast("cuda", torch.bfloat16, enabled=kept is head):
+            found = cache.to_logits(hidden, kept)
+        assert found.dtype == torch.float32 and (found - want).abs().max() < 1e-3  # bfloat16: 0.2
 
 
 def test_no_rows_and_rows_of_weight_zero():
