@@ -454,12 +454,13 @@ def decode(
 # ==== 4. The method ===============================================================================
 
 MUST_BE_FINITE = ("log_ratio", "policy_log_ratio")  # of what `token_loss` logs, else no step
+SUCCESS = "opd_run.environments:success"  # the verifier, which repeats what an environment says
 
 
 def add_method_args(parser: argparse.ArgumentParser) -> None:
     """Hyper-parameters of the method."""
     add = partial(flags.flag, parser.add_argument_group("method"))
-    parser.set_defaults(verifier="opd_run.environments:success", max_completion_tokens=256)
+    parser.set_defaults(verifier=SUCCESS, max_completion_tokens=256)
     add("--environment", "opd_run.environments:TryAgain", "module:Class or file.py:Class")
     add("--max-turns", 2, "turns of the model in one rollout, K", "[1,inf)")
     add("--max-turn-tokens", 112, "longer turns are cut, and then answered", "[1,inf)")
@@ -472,13 +473,16 @@ def check_method_args(args: Args) -> list[str]:
         errors.append("--teacher: one is expected (exopd.py takes several)")
     if args.sampler == "vllm":
         errors.append("--sampler vllm: turns go on from tokens, which it is not given")
+    if args.verifier != SUCCESS:
+        errors.append("--verifier: the verdict is the environment's success")
     environments_of(args)  # it raises a usage error
     return errors
 
 
 def check_method_data(tokenizer: Any, prompts: list[Prompt], facts: Facts, args: Args) -> list[str]:
     """What is wrong with the flags that only tokenizer and prompts can tell."""
-    return []
+    shown = bool(observed("?", tokenizer, args))
+    return [] if shown else ["--chat-template: it leaves out what was said before the last turn"]
 
 
 def model_paths(args: Args) -> dict[str, str]:
@@ -495,11 +499,19 @@ def generate(
     models: Models, name: str, prompts: list[Prompt], uniform: Tensor,
     args: Args, sampling: Sampling, tokenizer: Any, verifier: Verifier,
 ) -> Rollout:  # fmt: skip
-    """Turns and observations until the environment is done; success stands in the prompt's row."""
+    """Turns and observations until the environment is done, whose success is the verdict."""
     (num, width), made, model = uniform.shape, environments_of(args), models[name]
     games = [Game(made()) for _ in prompts]
     said_first = [game.environment.reset(each.row) for game, each in zip(games, prompts)]
-    prompts = [opened(*both, tokenizer, args) for both in zip(prompts, said_first)]
+    kinds: dict[Any, Prompt] = {}  # a group has one prompt object
+    prompts = [
+        kinds.setdefault((id(each), said), opened(each, said, tokenizer, args))
+        for each, said in zip(prompts, said_first)
+    ]
+    longest = max(each.longest for each in prompts)
+    if longest > min(args.max_prompt_tokens, model.facts.num_positions - width):
+        flags.refuse([f"--environment: a prompt with what reset says has {longest} tokens, more "
+            "than --max-prompt-tokens, or than --max-completion-tokens leave"])  # fmt: skip
     for turn in range(1, args.max_turns + 1):
         rows = [row for row in range(num) if not games[row].done and len(games[row].ids) < width]
         if not rows:
@@ -512,16 +524,17 @@ def generate(
         for place, row in enumerate(rows):
             games[row].say(said, place, turn, args)
             games[row].play(tokenizer, args, last=turn == args.max_turns)
-    told = [
-        replace(each, row=each.row | {"success": game.success})
-        for each, game in zip(prompts, games)
-    ]
-    out = rollouts.blank(Rollout, told, width, model.device)
+    out = rollouts.blank(Rollout, prompts, width, model.device)
     out.extra["turn"] = torch.zeros(num, width, device=model.device)
     for row, game in enumerate(games):
         game.write(out, row, width)
     out = rollouts.select(out, torch.arange(num))
+    out.prompts = [
+        replace(each, row=each.row | {"success": game.success})
+        for each, game in zip(prompts, games)
+    ]
     verify(out, tokenizer, verifier)
+    out.prompts = prompts
     return out
 
 

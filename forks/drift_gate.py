@@ -20,8 +20,8 @@ Differences from opd.py:
 3. Left out: --objective full, --discount.
 
     python forks/drift_gate.py                                 # the embedded tiny pair, on a CPU
-    python forks/drift_gate.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \
-        --prompts train.jsonl --verifier math --max-completion-tokens 4096 --lr 1e-6 \
+    python forks/drift_gate.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
+        --prompts train.jsonl --verifier math --max-completion-tokens 4096 --lr 1e-6 \\
         --updates-per-rollout 4
 """
 
@@ -541,8 +541,9 @@ def drift_gate(policy_log_ratio: Tensor, mask: Tensor, args: Args) -> Tensor:
         for values in (policy_log_ratio * mask, mask.float())
     ]
     drift = blocks[0] / blocks[1].clamp(min=1.0)  # Eq. (5)
-    gate = (-args.drift_rate * drift.abs()).exp().repeat_interleave(size, 1)[:, :width] * mask
-    return gate * mask.sum(1, keepdim=True) / gate.sum(1, keepdim=True).clamp(min=1e-30)  # Eq. (6)
+    log_gate = (-args.drift_rate * drift.abs()).repeat_interleave(size, 1)[:, :width]
+    share = log_gate.masked_fill(~mask, -1e30).softmax(1) * mask  # no underflow where all drift
+    return share * mask.sum(1, keepdim=True)  # Eq. (6)
 
 
 def importance_weight(policy_log_ratio: Tensor, args: Args) -> Tensor | float:

@@ -539,7 +539,8 @@ def token_loss(
 
     def loss_of(logp: Tensor, support_logp: Tensor, gate: Tensor, *values: Tensor) -> Any:
         student_logp, (teacher_logp, behaviour_logp) = logp[:, -1], values
-        forward = (support_logp.exp() * (support_logp - logp[:, :-1])).sum(-1)  # Eq. (6)
+        probs = support_logp.exp()  # may be 0
+        forward = -(torch.special.entr(probs) + probs * logp[:, :-1]).sum(-1)  # Eq. (6)
         log_ratio = student_logp.detach() - teacher_logp  # Eq. (1)
         advantage = -log_ratio  # Eq. (2)
         policy_log_ratio = student_logp.detach() - behaviour_logp

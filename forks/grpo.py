@@ -17,7 +17,7 @@ Differences from opd.py:
 3. Left out: --objective full, --discount.
 
     python forks/grpo.py                                       # the embedded tiny student, on a CPU
-    python forks/grpo.py --student Qwen/Qwen3-0.6B --prompts train.jsonl --verifier math \
+    python forks/grpo.py --student Qwen/Qwen3-0.6B --prompts train.jsonl --verifier math \\
         --rollouts-per-prompt 8 --max-completion-tokens 4096 --lr 1e-6
 """
 

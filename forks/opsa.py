@@ -17,7 +17,7 @@ Differences from opd.py:
 3. Left out: --objective full, --discount.
 
     python forks/opsa.py                                       # the embedded tiny student, on a CPU
-    python forks/opsa.py --student Qwen/Qwen3-0.6B --prompts train.jsonl --verifier math \
+    python forks/opsa.py --student Qwen/Qwen3-0.6B --prompts train.jsonl --verifier math \\
         --max-completion-tokens 4096 --lr 1e-6
 """
 

@@ -564,7 +564,7 @@ def clear_mask(models: Models, rollout: Rollout, args: Args, by_entropy: bool) -
     if by_entropy and rollout.response_mask.any():
         highest = values[rollout.response_mask].sort(descending=True).values
         least = float(highest[math.ceil(args.entropy_share * len(highest)) - 1])
-    rollout.response_mask &= values >= least  # Eq. (6), (7)
+    rollout.response_mask &= ~(values < least)  # Eq. (6), (7); NaN stays, so the step is refused
 
 
 def entropies(hidden: Tensor, head: Tensor | None, law: dict[str, Any]) -> Tensor:

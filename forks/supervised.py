@@ -13,7 +13,7 @@ Differences from opd.py:
 3. Left out: --objective full, --discount.
 
     python forks/supervised.py                                 # the embedded tiny pair, on a CPU
-    python forks/supervised.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \
+    python forks/supervised.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
         --prompts train.jsonl --verifier math --right-only --max-completion-tokens 4096 --lr 1e-5
 """
 

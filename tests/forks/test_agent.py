@@ -11,7 +11,7 @@ import tinylm
 import torch
 from tablelm import TableLM, all_completions, expected_gradient, rollout_of
 
-from opd_run import rollouts
+from opd_run import environments, rollouts
 from opd_run.console import RunError
 
 VOCAB = 3
@@ -95,7 +95,7 @@ def test_a_rollout_is_turn_observation_turn(monkeypatch):
     assert torch.equal(out.response_mask, turns > 0)
     assert torch.equal(out.extra["turn"], turns)
     assert out.completion_mask.all() and not out.prefix_mask.any() and out.ended.all()
-    assert [p.row["success"] for p in out.prompts] == [b == 2 for _, b in ACTIONS]
+    assert len(set(map(id, out.prompts))) == 1, "a group has one prompt object"
     assert (out.verdict > 0).tolist() == [b == 2 for _, b in ACTIONS]
 
 
@@ -199,6 +199,25 @@ def test_a_turn_ends_once(folder):
         assert game.ids[2:] == want and game.trained == [False] * len(want)
 
 
+def test_a_template_that_leaves_out_turns_is_refused(folder):
+    args = agent_opd.parse_args(flags(folder))
+    tokenizer = tinylm.tokenizer()
+    assert not agent_opd.check_method_data(tokenizer, [], None, args)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    (said,) = agent_opd.check_method_data(tokenizer, [], None, args)
+    assert "--chat-template" in said
+
+
+def test_a_long_prompt_of_reset_is_refused(folder, capsys):
+    """It would run beyond the positions of the models; prompts of the file are checked before."""
+    (folder / "long.py").write_text(GAME.replace('"go"', '"go " * 40'))
+    game = f"--environment={folder / 'long.py'}:Game"
+    with pytest.raises(SystemExit) as stop:
+        agent_opd.main(flags(folder, game, "--max-prompt-tokens=30"))
+    assert stop.value.code == 2
+    assert "--environment: a prompt with what reset says has" in capsys.readouterr().err
+
+
 def test_a_run_logs_turns_and_success(folder):
     agent_opd.main(flags(folder))
     rows = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -213,8 +232,44 @@ def test_a_run_logs_turns_and_success(folder):
 
 
 def test_bad_environments_are_refused(folder):
-    (folder / "half.py").write_text("class Half:\n    def reset(self, row): return ''\n")
-    for spec, word in (("nowhere:X", "nowhere"), (f"{folder / 'half.py'}:Half", "no method step")):
+    half = "class Half:\n    def reset(self, row): return ''\n"
+    full = GAME.replace("Game", "Full") + "    def __init__(self, path): pass\n"
+    (folder / "half.py").write_text(f"{half}{full}{GAME}game = Game()\n")
+    words = {"Half": "no method step", "Full": "argument: 'path'", "game": "is no class"}
+    specs = {f"{folder / 'half.py'}:{name}": word for name, word in words.items()}
+    for spec, word in ({"nowhere:X": "nowhere"} | specs).items():
         with pytest.raises(RunError, match=word) as stop:
             agent_opd.parse_args(["--environment", spec])
         assert stop.value.code == 2
+
+
+def test_the_verdict_is_the_environments():
+    with pytest.raises(RunError, match="--verifier: the verdict is the environment's success"):
+        agent_opd.parse_args(["--verifier", "math"])
+
+
+WORDS = """import numpy
+class Says:
+    def reset(self, row): return row.get("first")
+    def step(self, text): return eval(text)
+"""
+
+
+def test_what_an_environment_says_is_checked(folder):
+    """numpy's bool and None are words; what Python would read as true, or as text, is none."""
+    (folder / "says.py").write_text(WORDS)
+    made = environments.of(f"{folder / 'says.py'}:Says")
+    game = made()
+    assert game.reset({}) == "" and game.reset({"first": "go"}) == "go"
+    assert game.step("'x', numpy.bool_(True), None") == ("x", True, False)
+    assert game.step("[None, 0, numpy.bool_(True)]") == ("", False, True)
+    bad = {"'x', 1.0, False, False, {}": "expected .observation, done, success.", "'xyz'": "xyz"}
+    bad |= {"5, False, False": "step said 5; expected text", "b'x', True, True": "expected text"}
+    bad |= {"'x', 'no', True": "done: returned str", "'x', False, 'False'": "success: returned str"}
+    for text, word in bad.items():
+        with pytest.raises(RunError, match=rf"--environment .*says.py:Says: ?.*{word}"):
+            game.step(text)
+    with pytest.raises(RunError, match=r"reset said .*expected text"):
+        game.reset({"first": [{"role": "user", "content": "go"}]})
+    again = environments.of(f"{folder / 'says.py'}:Says")
+    assert again is made, "a file is executed once"

@@ -118,6 +118,21 @@ def test_eopd_adds_the_forward_kl_where_the_teacher_is_uncertain(renormalise):
     assert close(off, exact(reverse_kl()))
 
 
+def test_eopd_where_the_teacher_has_ruled_out_a_token():
+    """The support holds it, with probability 0: 0 log 0 is 0."""
+    module, teacher = importlib.import_module("eopd"), TableLM(VOCAB, LENGTH, 2)
+    with torch.no_grad():
+        teacher.table[:, 2] = -math.inf
+    rollout = rollout_of(module, COMPLETIONS[(COMPLETIONS != 2).all(1)])
+    args = module.parse_args(["--support-size", "3", "--uncertain-above", "0"])
+    scores = module.score({"teacher": teacher}, rollout, args)
+    loss, logged = module.token_loss(STUDENT, rollout, scores, args)
+    assert loss.isfinite() and exact(loss).isfinite().all()
+    logp, teacher_logp = (each.logp(rollout.completion_ids) for each in (STUDENT, teacher))
+    pairs = (teacher_logp.exp() * (teacher_logp - logp))[..., :2]
+    assert torch.allclose(logged["support_forward_kl"].double(), pairs.sum(-1), atol=1e-6)
+
+
 FLOORS = {"knee": math.log(0.3 / 0.7), "skew": math.log(0.3) / 0.7}
 
 
@@ -153,6 +168,16 @@ def test_reopold_trains_what_is_above_the_floor_then_what_is_uncertain():
     assert cleared(True, "--entropy-share", "1").all()
 
 
+@pytest.mark.parametrize("by_entropy", [False, True])
+def test_reopold_hides_no_nan(monkeypatch, by_entropy):
+    """A token that is not finite stays in the mask, where it makes the step a bad one."""
+    broken = TableLM(VOCAB, LENGTH, 1)
+    with torch.no_grad():
+        broken.table[0] = math.nan  # of the first token
+    monkeypatch.setitem(globals(), "STUDENT" if by_entropy else "TEACHER", broken)
+    assert cleared(by_entropy)[:, 0].all()
+
+
 def gates_by_hand(drift: torch.Tensor, rate: float) -> torch.Tensor:
     """[27, 3] with blocks of two tokens."""
     blocks = torch.stack([drift[:, :2].mean(1), drift[:, 2]], 1)
@@ -178,6 +203,14 @@ def test_drift_gate_scales_tokens_by_the_drift_of_their_block(rate):
 def test_drift_gate_is_opd_before_the_first_update():
     now = STUDENT.token_logp(COMPLETIONS).detach().float()
     assert close(estimate("drift_gate", behaviour_logp=now), exact(reverse_kl()))
+
+
+def test_drift_gate_is_one_on_average_however_far_all_has_drifted():
+    module = importlib.import_module("drift_gate")
+    args = module.parse_args(["--drift-rate", "10", "--block-tokens", "2"])
+    mask = torch.tensor([[True, True, True], [True, False, False], [False] * 3])
+    gate = module.drift_gate(torch.full((3, 3), -20.0), mask, args)  # exp(-200) is 0 in float32
+    assert torch.allclose(gate, mask.float())
 
 
 @pytest.mark.parametrize("verdict", [1.0, -1.0])

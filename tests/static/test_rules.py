@@ -72,6 +72,13 @@ def test_removing_the_full_objective_is_free_and_nothing_else():
     assert sync_methods.num_changed(REFERENCE, REFERENCE[:start] + REFERENCE[end:]) == 0
 
 
+@pytest.mark.parametrize("method", [*METHODS, *FORKS])
+def test_help_shows_commands_as_they_are_written(method):
+    """A backslash that joins lines has to be written twice in a docstring."""
+    said = ast.get_docstring(ast.parse(source(method))) or ""
+    assert max(map(len, said.splitlines())) <= 100
+
+
 # ---------------------------------------------------------------------------------------- names
 BANNED = {"ratio", "kl", "ref", "p", "q"}
 BANNED_PARTS = re.compile(r"logprob|log_prob|logps\b|kl_div$")
