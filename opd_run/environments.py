@@ -73,9 +73,10 @@ class _Checked:
         return self._text("step", observation), bool(done[0]), bool(success[0])
 
     def _text(self, method: str, said: Any) -> str:
-        if not isinstance(said, str | None):
+        said = "" if said is None else said
+        if not isinstance(said, str) or any("\ud800" <= each <= "\udfff" for each in said):
             raise RunError(f"{self.spec}: {method} said {said!r:.80}; expected text")
-        return said or ""
+        return said
 
 
 def success(completion: str, right_answer: Any, row: dict[str, Any], ended: bool) -> bool:

@@ -265,6 +265,7 @@ def test_what_an_environment_says_is_checked(folder):
     assert game.step("[None, 0, numpy.bool_(True)]") == ("", False, True)
     bad = {"'x', 1.0, False, False, {}": "expected .observation, done, success.", "'xyz'": "xyz"}
     bad |= {"5, False, False": "step said 5; expected text", "b'x', True, True": "expected text"}
+    bad |= {"'a half' + chr(0xD83D), False, False": "step said 'a half.ud83d'; expected text"}
     bad |= {"'x', 'no', True": "done: returned str", "'x', False, 'False'": "success: returned str"}
     for text, word in bad.items():
         with pytest.raises(RunError, match=rf"--environment .*says.py:Says: ?.*{word}"):
