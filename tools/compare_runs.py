@@ -415,12 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_label(parser)
     args = parser.parse_args(argv)
     groups = group(load_all(args.runs, args.label))
-    print(text_table(groups))
-    if differ := differences(groups):
-        print(aligned([["differences", *[each.name for each in groups]], *differ]))
-    print("± is the sample standard deviation over runs")
-    for line in warnings(groups):
-        print(f"! {line}")
+    files = []
     for name, write in (("csv", write_csv), ("plot", plot)):
         if (to := getattr(args, name)) is not None:
             try:
@@ -428,7 +423,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write(Path(to), groups, *keys)
             except OSError as error:
                 raise console.RunError(f"--{name} {to}: {console.one_line(error)}", 2) from None
-            print(f"{name}: {to}")
+            files.append(f"{name}: {to}")
+    print(text_table(groups))  # what reads this may end early (`| head`): the files are there
+    if differ := differences(groups):
+        print(aligned([["differences", *[each.name for each in groups]], *differ]))
+    print("± is the sample standard deviation over runs")
+    for line in [*(f"! {warning}" for warning in warnings(groups)), *files]:
+        print(line)
 
 
 if __name__ == "__main__":
