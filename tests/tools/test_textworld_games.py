@@ -77,7 +77,7 @@ def test_agent_opd_plays(games, tmp_path):
     named = [f"--{flag}={tmp_path / name}" for flag, name in paths.items()]
     sizes = "--max-turns 2 --max-turn-tokens 4 --max-completion-tokens 600 --prompts-per-step 2"
     few = "--rollouts-per-prompt 1 --steps 1 --eval-every 1 --eval-samples 1 --device cpu"
-    agent_opd.main([*named, *f"{sizes} {few} --environment {SPEC}".split()])
+    agent_opd.main([*named, f"--environment={SPEC}", *f"{sizes} {few}".split()])
     (row,) = [row for row in read_metrics(tmp_path / "run") if "turns_mean" in row]
     assert row["turns_mean"] == 2.0  # a random model does not win
     assert 0 < row["in_turn_2_mean"] < 1 and row["num_untrained_tokens"] > 100
