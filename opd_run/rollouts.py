@@ -2,7 +2,8 @@
 
 A method file declares its `Rollout` with `shaped`: every tensor says its shape in the dimensions
 B rollouts, P prompt tokens (left-padded), T completion tokens (right-padded). What a method adds
-stands in `extra`, [B] or [B, T] each. Nothing here goes by the name of a field.
+stands in `extra`, [B] or [B, T] each. Names that are used here
+are those of the prompts, of the masks, and of what the sampler writes; no method's own.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ def begun(rollout: Any, row: int, role: str) -> tuple[int, ...]:
     return ids
 
 
+def _drawn(rollout: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the sampler draws of each token, [B, T] each, in its order."""
+    return rollout.completion_ids, rollout.rollout_logp, rollout.behaviour_logp
+
+
 def record(
     rollout: Any, rows: Tensor, column: Tensor, drawn: Sequence[tuple[Tensor, ...]], stop: Tensor
 ) -> None:
@@ -90,9 +96,7 @@ def record(
     columns = column[:, None] + torch.arange(len(drawn), device=column.device)
     where = rows[:, None].expand_as(counts)[counts], columns[counts]
     rollout.completion_mask[where] = True
-    for grid, value in zip(
-        (rollout.completion_ids, rollout.rollout_logp, rollout.behaviour_logp), values
-    ):
+    for grid, value in zip(_drawn(rollout), values):
         grid[where] = value[counts]
     rollout.ended[rows] |= (torch.isin(values[0], stop) & counts).any(1)
 
@@ -101,7 +105,7 @@ def clear(rollout: Any, rows: Tensor) -> None:
     """Forget what was sampled of some rollouts, in place: their prompts and prefixes are left."""
     prefix = rollout.prefix_mask[rows]
     rollout.completion_mask[rows], rollout.ended[rows] = prefix, False
-    for values in (rollout.completion_ids, rollout.rollout_logp, rollout.behaviour_logp):
+    for values in _drawn(rollout):
         values[rows] = values[rows].masked_fill(~prefix, 0)  # NaN, too
 
 
