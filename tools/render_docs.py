@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import bench_decode  # noqa: E402
+import bench_lines  # noqa: E402
 import bench_ops  # noqa: E402
 import claims  # noqa: E402
 import findings  # noqa: E402
@@ -186,6 +187,7 @@ def result_tables(method: str) -> dict[str, str]:
         tables |= step_tables.tables() | gpu_tables.tables()
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["decode"] = bench_decode.decode_table()
+        tables["lines"] = bench_lines.lines_table()
         tables["targets"] = targets.table()
         tables["forks"] = forks_table()
         tables["demo"], tables["verdicts"] = demo_line(), findings.in_short(rows)
