@@ -374,6 +374,33 @@ def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
         opd.train_step(models["student"], optimizer, [(rollout, {"teacher_logp": one})], args, step)
 
 
+@pytest.mark.parametrize("teacher", ["live", "ema:0.5"])
+def test_a_teacher_that_moves_stays_as_it_was_when_it_scored(folder, teacher):
+    """With --updates-per-rollout 2, and a full divergence: hidden states and head of one moment;
+    the next step has the next one's, though scores of this one are still held."""
+    argv = flags(folder, "moves", "--objective", "full", "--updates-per-rollout", "2")
+    argv = [word if word != f"{folder}/teacher" else teacher for word in argv]
+    args = opd.parse_args([*argv, "--teacher-prompt", "{answer} {prompt}"])
+    models, tokenizer = tinylm.load(opd, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)[:3]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args)
+
+    def logits(scores):
+        return scores["teacher_hidden"] @ scores["teacher_head"]().T
+
+    optimizer = opd.make_optimizer(models["student"], args)
+    one = opd.score(models, rollout, args)
+    before = logits(one)
+    opd.train_step(models["student"], optimizer, [(rollout, one)], args, 0)
+    if teacher != "live":
+        opd.move_average(models, 0.5)
+    assert torch.equal(logits(one), before)
+    with torch.no_grad():
+        now = opd.read_tokens(models["teacher"], rollout, lambda hidden, head: hidden @ head.T)
+    torch.testing.assert_close(logits(opd.score(models, rollout, args)), now, rtol=0.0, atol=1e-5)
+    assert (now - before).abs().max() > 1e-3
+
+
 def of_average(folder, run: str, decay: float, *more: str) -> list[str]:
     given = flags(folder, run, "--teacher-prompt", "{answer} {prompt}", *more)
     return [word if word != f"{folder}/teacher" else f"ema:{decay}" for word in given]

@@ -37,7 +37,7 @@ def hint(row, completions, verdicts, index):  # another answer on another rank
 """
 VIEWS = {  # method and flags of a teacher with another prompt, and of a student that teaches itself
     "average": ["opd", "--teacher", "ema:0.5"],
-    "live": ["opd", "--teacher", "live"],
+    "live": ["opd", "--teacher", "live", "--objective", "full"],
     "adapters": ["opd", "--teacher", "ema:0.5", "--lora-rank", "2"],
     "template": ["exopd"],
     "told": ["topk_opd", "--teacher-prompt", "told.py:hint"],
@@ -83,7 +83,7 @@ def view_flags(folder: Path, kind: str, run: str, *more: str) -> list[str]:
     method, *own = VIEWS[kind]
     own = [f"{folder}/{each}" if each.startswith("told.py") else each for each in own]
     own = own if "--teacher-prompt" in own else [*own, "--teacher-prompt", "{answer} {prompt}"]
-    own += ["--objective", "sampled"] if method == "opd" else []
+    own += ["--objective", "sampled"] if method == "opd" and "--objective" not in own else []
     return [method, flags(folder, method, f"{run}-{kind}", *own, *more)]
 
 
