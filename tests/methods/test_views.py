@@ -193,6 +193,13 @@ def late(row, completions, verdicts, index):
         raise ValueError("no sibling has it")
 def few(row):
     return None
+def nothing(row, completions, verdicts, index):
+    return [{"role": "user", "content": None}]
+def half(row, completions, verdicts, index):
+    return [{"role": "user", "content": "\\ud800"}]
+def spoils(row, completions, verdicts, index):
+    row["prompt"] = "7"
+    return [{"from": "human", "value": [{"type": "text", "text": row["prompt"]}]}]
 """
 
 
@@ -242,6 +249,9 @@ def test_a_function_is_told_what_the_group_wrote(folder, method, monkeypatch):
         (["--teacher-prompt", "no_module:f"], "expected a template, or module:function"),
         (["--teacher-prompt", "{folder}/told.py:few"], "(row, completions, verdicts, index)"),
         (["--teacher-prompt", "{folder}/told.py:number"], "expected text, a list of chat messages"),
+        (["--teacher-prompt", "{folder}/told.py:nothing"], "nothing: expected messages with role"),
+        (["--teacher-prompt", "{folder}/told.py:half"], "half: expected text, got half a char"),
+        (["--eval-teacher", ""], "--eval-teacher: leave --eval-every 0 out"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(folder, more, message, capsys):
@@ -298,6 +308,46 @@ def test_a_system_message_that_no_template_shows_is_refused(folder, kind, capsys
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("error", "usage"))]
     assert (f"--teacher-system: {message}" if message else "weights are read") in line
     assert stop.value.code == (2 if message else 1)
+
+
+def test_a_function_may_return_messages_of_any_form_and_does_not_change_the_row(folder):
+    (folder / "told.py").write_text(FUNCTIONS)
+    views.function_of.cache_clear()
+    args = opd.parse_args(flags(folder, "spoilt", "--teacher-prompt", f"{folder}/told.py:spoils"))
+    models, tokenizer = tinylm.load(opd, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)
+    told = tuple(tokenizer.encode("<user>7<bot>", add_special_tokens=False))
+    assert all(prompt.views == {"teacher": told} for prompt in prompts)
+    assert all(prompt.row["prompt"] == prompt.text != "7" for prompt in prompts)
+
+
+def test_what_changes_nothing_is_said(folder, capsys):
+    """An argument that the template does not know; an average under the student's own prompt."""
+    template = tinylm.TEMPLATE + "{% if hint %}{{ hint }}{% endif %}"
+    shutil.copytree(folder / "student", folder / "hints", dirs_exist_ok=True)
+    (folder / "hints/chat_template.jinja").write_text(template)
+    more = ["--chat-template-args", '{"hint": 1}']
+    more += ["--teacher-template-args", '{"hint": 2, "no": 3}']
+    argv = flags(folder, "idle", *more, "--teacher-prompt", "{answer} {prompt}", "--dry-run")
+    opd.main([word.replace(f"{folder}/student", f"{folder}/hints") for word in argv])
+    said = capsys.readouterr().out
+    assert "! --teacher-template-args: 'no' changes nothing" in said
+    assert "'hint' changes" not in said
+    for told in (False, True):
+        more = ["--teacher-prompt", "{answer} {prompt}"] * told
+        argv = [word if word != f"{folder}/teacher" else "ema:0.9"
+                for word in flags(folder, "idle", "--dry-run", *more)]  # fmt: skip
+        opd.main(argv)
+        assert ("reads what the student reads" in capsys.readouterr().out) == (not told)
+
+
+def test_a_prompt_that_is_too_long_for_the_teacher_alone_is_said_to_be(folder, capsys):
+    told = "a" * 300
+    with pytest.raises(SystemExit):
+        opd.main(flags(folder, "told_long", "--teacher-prompt", told, "--max-prompt-tokens", "40"))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert "all 12 are longer than --max-prompt-tokens 40, or, 12 of them, as the teacher" in line
+    assert "than 250 tokens, which is what --max-completion-tokens 6 leaves" in line
 
 
 def test_a_function_that_fails_ends_the_run_saved(folder, capsys):
@@ -510,6 +560,12 @@ def test_the_gap_is_said_before_a_step_is_made(folder, capsys):
         assert found.start() < said.index("step 1/1")
         assert (one == two) == few and ("little to learn" in found[0]) == bool(found[1])
         assert found[1] or not few
+
+
+def test_an_alarm_says_that_prompts_outgrow_the_teacher():
+    for num, names in ((5, []), (6, ["prompt_too_long"])):
+        row = {"num_teacher_prompts_too_long": num, "num_rollouts": 100.0}
+        assert [alarm.name for alarm, _ in alarms.Alarms([]).check(row)] == names
 
 
 def test_an_alarm_says_that_the_prompt_misleads():
