@@ -320,6 +320,23 @@ def processes(parent: int) -> dict[int, int]:
     return found
 
 
+def test_what_a_function_of_the_user_raises_ends_all_processes_saved(tmp_path):
+    """It is asked by the first process, and all have its error; one line says it."""
+    tinylm.save_family(tmp_path)
+    (tmp_path / "told.py").write_text(TOLD.replace("completions[1 - index]", "completions[9]"))
+    view = ["--teacher-prompt", f"{tmp_path}/told.py:hint", "--shard", "fsdp"]
+    argv = flags(tmp_path, "opd", "fails", *view, "--eval-every", "0")
+    process = torchrun(str(ROOT / "methods/opd.py"), *argv)
+    try:
+        said, errors = process.communicate(timeout=400)
+    finally:
+        end_session(process)
+    lines = [line for line in errors.splitlines() if "list index out of range" in line]
+    assert len(lines) == 1 and "told.py:hint: IndexError" in lines[0], errors
+    assert "! RunError in phase generate: saved" in said + errors
+    assert (tmp_path / "fails-opd/checkpoints/step_0/manifest.json").is_file()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_when_one_rank_dies_or_hangs_the_other_ends_within_the_limit(tmp_path, number):
     tinylm.save_model(tmp_path / "student", 0)
