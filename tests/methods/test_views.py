@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import opd
 import pytest
@@ -20,6 +21,7 @@ from opd_run import alarms, data, diagnose, files, rollouts, setup, views
 from opd_run.console import RunError
 from opd_run.models import ReadAs
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["opd", "sg_opd", "exopd", "topk_opd", "tropd"]
 VOCAB, LENGTH = 3, 3
 OWN, OTHER = (0,), (2, 1, 2)  # the student's prompt, the teacher's
@@ -348,6 +350,35 @@ def test_a_prompt_that_is_too_long_for_the_teacher_alone_is_said_to_be(folder, c
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert "all 12 are longer than --max-prompt-tokens 40, or, 12 of them, as the teacher" in line
     assert "than 250 tokens, which is what --max-completion-tokens 6 leaves" in line
+
+
+def test_the_function_of_the_recipe(folder):
+    """SDPO's, as it stands in the page: a sibling that is right, else what was wrong; in a run."""
+    page = (ROOT / "docs/recipes.md").read_text()
+    (text,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.S) if "hint(" in each]
+    (folder / "hint.py").write_text(text)
+    views.function_of.cache_clear()
+    hint = views.function_of(f"{folder}/hint.py:hint", "teacher")
+    row, wrote = {"prompt": "1+1="}, ["A", "B", "C"]
+    assert hint(row, [], [], None) is None
+    told = [hint(row, wrote, [-1.0, 1.0, 0.0], index) for index in range(3)]
+    assert told[0] == told[2] and "A correct solution:\nB\n" in told[0] and told[1] is None
+    told = [hint(row, wrote, [-1.0, 0.0, -1.0], index) for index in range(3)]
+    assert "A" in told[0] and told[1] is None and "C" in told[2]
+    assert all(each.startswith("1+1=") for each in told if each)
+    topk_opd = importlib.import_module("topk_opd")
+    more = [
+        "--teacher-prompt",
+        f"{folder}/hint.py:hint",
+        "--support",
+        "student",
+        "--tail",
+        "bucket",
+    ]
+    argv = flags(folder, "recipe", *more, "--steps", "1")
+    topk_opd.main([word if word != f"{folder}/teacher" else "ema:0.99" for word in argv])
+    shown = json.loads((folder / "recipe/samples.jsonl").read_text().splitlines()[0])
+    assert "T h i s" not in shown["prompt"] and len(shown["teacher_prompt"]) > 40
 
 
 def test_a_function_that_fails_ends_the_run_saved(folder, capsys):
