@@ -508,8 +508,8 @@ def generate(
         kinds.setdefault((id(each), said), opened(each, said, tokenizer, args))
         for each, said in zip(prompts, said_first)
     ]
-    longest = max(each.longest for each in prompts)
-    if longest > min(args.max_prompt_tokens, model.facts.num_positions - width):
+    longest, room = max(each.longest for each in prompts), model.facts.num_positions - width
+    if longest > room or max(len(each.ids) for each in prompts) > args.max_prompt_tokens:
         flags.refuse([f"--environment: a prompt with what reset says has {longest} tokens, more "
             "than --max-prompt-tokens, or than --max-completion-tokens leave"])  # fmt: skip
     for turn in range(1, args.max_turns + 1):

@@ -479,8 +479,8 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
 def check_method_args(args: Args) -> list[str]:
     """What is wrong with the flags, beyond their bounds."""
     errors = []
-    if args.reference and args.gate_target != "reference":
-        errors.append("--reference: only --gate-target reference uses it")
+    if (args.reference or args.reference_prompt is not None) and args.gate_target != "reference":
+        errors.append("--reference, --reference-prompt: only --gate-target reference uses them")
     if args.verdict == "group" and args.rollouts_per_prompt < 2:
         errors.append("--verdict group: a group needs --rollouts-per-prompt of at least 2")
     if len(args.teacher or []) > 1:

@@ -168,6 +168,11 @@ def _constant_verifier(value: float) -> Callable[[History], str | None]:
     return found
 
 
+def _prompt_too_long(seen: History) -> str | None:
+    long, num = seen.mean("num_teacher_prompts_too_long", 1), seen.mean("num_rollouts", 1)
+    return _says(long > 0.05 * num, f"{long:.0f} of {num:.0f} rollouts do not fit behind a prompt")
+
+
 def _unverified(seen: History) -> str | None:
     shares = [seen.mean(key, 1) for key in ("unverified_share", "eval/student/unverified_share")]
     worst = max((share for share in shares if share > 0.05), default=math.nan)
@@ -273,6 +278,14 @@ ALARMS = (
         _unverified,
         "The verifier throws or runs into its time limit, or rows have no right answer.",
         "the first failures in the log above, --verifier-timeout-s, --answer-field",
+    ),
+    Alarm(
+        "prompt_too_long",
+        "`num_teacher_prompts_too_long` of a step > 0.05 of its `num_rollouts`",
+        _prompt_too_long,
+        "What a function of --teacher-prompt returns grows with what was written, beyond what the "
+        "models' positions leave beside a completion: nothing of these rollouts is trained.",
+        "a function that cuts what it quotes, a lower --max-completion-tokens",
     ),
     Alarm(
         "prompt_misleads",

@@ -191,7 +191,7 @@ def load(source: Source, make: Callable[[Row, Source], Made]) -> list[Made]:
         try:
             if "tools" in row:
                 row = row | {"tools": _tools(row["tools"])}
-            with time_limit("its chat template, or cutting it into tokens,"):
+            with time_limit("its chat template, --teacher-prompt's function or its tokenizer"):
                 made.append(make(row, source))
         except RunError as error:
             raise RunError(f"{source.spec}: row {number}: {error}", error.code) from None
@@ -267,7 +267,7 @@ def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, 
         raise RunError(error.args[0]) from None
     value = _spelt_messages(value) or value
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        messages = [_message(each, source) for each in value]
+        messages = [message(each, f" in the field {source.prompt_field!r}") for each in value]
         turns = len(messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -289,7 +289,15 @@ def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, 
     return messages
 
 
-def _message(value: dict[str, Any], source: Source) -> dict[str, Any]:
+def message(value: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """A chat message with `role` and `content`, both text; the texts of its parts are joined.
+
+    Args:
+        value: that, or ShareGPT's `from` and `value`.  where: it stands, for what is said of it.
+
+    Raises:
+        RunError: it is neither, or holds something else than text.
+    """
     role, content = value.get("role"), value.get("content", value.get("value"))
     if role is None and "from" in value:
         role = value["from"]
@@ -310,8 +318,7 @@ def _message(value: dict[str, Any], source: Source) -> dict[str, Any]:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise RunError(
-            f"expected messages with role and content (or from and value) in the field "
-            f"{source.prompt_field!r}; got {value!r:.80}"
+            f"expected messages with role and content (or from and value){where}; got {value!r:.80}"
         )
     return {"role": role, "content": whole(content)} | more
 
@@ -466,10 +473,15 @@ def check_prompts(
     if not spec:
         return prompts
     num_long, limit = len(every) - len(prompts), f"--max-prompt-tokens {args.max_prompt_tokens}"
+    room = (
+        f"{max(0, fitting)} tokens, which is what --max-completion-tokens "
+        f"{args.max_completion_tokens} leaves of the models' {num_positions} positions"
+    )
     if longest < args.max_prompt_tokens:
-        limit = (
-            f"{max(0, longest)} tokens, which is what --max-completion-tokens "
-            f"{args.max_completion_tokens} leaves of the models' {num_positions} positions"
+        limit = room
+    elif num_told := sum(len(each.ids) <= longest for each in every) - len(prompts):
+        limit += (
+            f", or, {num_told} of them, as the teacher or the reference reads them, than {room}"
         )
     if not prompts:
         why = f"all {num_long} are longer than {limit}" if num_long else "it is empty"
@@ -496,6 +508,9 @@ def check_prompts(
         if args.teacher == ["live"]:
             raise RunError(f"{text}: --teacher live has nothing to teach, its gradient is zero", 2)
         say(f"! {text}")
+    elif alike and source.split == "train" and (args.teacher or [""])[0].startswith("ema:"):
+        say(f"! --teacher {args.teacher[0]}: it reads what the student reads, so that both stay as "
+            "they are, unless something else moves the student: see --teacher-prompt")  # fmt: skip
     unanswered = [each.row for each in prompts if each.answer is None or each.answer == ""]
     if unanswered:
         say(

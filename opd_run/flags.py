@@ -155,6 +155,8 @@ def parse(
     if args.eval_only and (args.resume or not args.eval_every):
         errors.append("--eval-only: leave --resume and --eval-every 0 out; --student takes the "
                       "model/ of a checkpoint")  # fmt: skip
+    if args.eval_teacher and not args.eval_every:
+        errors.append("--eval-teacher: leave --eval-every 0 out")
     for check_some in (ranks.check, served_teacher.check, vllm_sampler.check, views.check, check):
         errors += check_some(args)
     refuse(errors)
@@ -251,6 +253,8 @@ def _recorded(parser: argparse.ArgumentParser, run: Path, given: dict[str, Any])
 def _placed(name: str, text: str, folder: Path) -> str:
     """A flag's value: PATH, NAME=PATH, @PATH, FOLDER:SPLIT or FILE.py:FUNCTION; with an absolute
     path, if it is there relative to `folder` and that is not the working directory."""
+    if name == "teacher" and views.is_student(text):
+        return text
     kind = re.match(r"(@|[^/.:=\[\]]+=)?", text)
     head = kind[0] if kind else ""
     is_text = name in TEXTS and head != "@"

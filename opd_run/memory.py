@@ -52,16 +52,18 @@ def _counted(
     rows = min(rows, rows_of_rank(args))
     student = _Shape(config, compute, rows, length, args)
     parts = ranks.world() if args.shard == "fsdp" else 1
-    frozen = {path: name for name, path in reversed(paths.items()) if name != "student"}
-    average = views.decay_of(args) is not None  # counted in float32
-    if args.lora_rank and not average:
-        frozen.pop(paths["student"], None)  # the student without its adapters
     found = {"student weights": student.weight_bytes // parts}
+    if views.decay_of(args) is not None:  # an average is loaded and split as the student is
+        found["teacher weights"] = student.weight_bytes // parts
+        del paths["teacher"]
+    frozen = {path: name for name, path in reversed(paths.items()) if name != "student"}
+    if args.lora_rank:
+        frozen.pop(paths["student"], None)  # the student without its adapters
     of_frozen = {
         f"{name} weights": num_parameters(
             transformers.AutoConfig.from_pretrained(path, **trust), **trust
         )
-        * (4 if average else getattr(torch, args.teacher_dtype).itemsize)
+        * getattr(torch, args.teacher_dtype).itemsize
         // (parts if args.shard_frozen else 1)
         for path, name in frozen.items()
     }
@@ -136,6 +138,8 @@ def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace)
     if args.eval_only:
         return
     size, kept = student.checkpoint_bytes, args.keep_checkpoints
+    if views.decay_of(args) is not None:  # saved, too
+        size += student.weight_bytes
     most = f"{kept} are kept, and one more while it is written: {(kept + 1) * size / 1e9:.1f} GB"
     say_lines(f"disk: a checkpoint takes {size / 1e9:.1f} GB; {most if kept else 'all are kept'}")
 

@@ -48,6 +48,9 @@ class CausalLM(torch.nn.Module):
         self.average: tuple[CausalLM, ...] = ()  # no submodule
         self.export_dtype: torch.dtype | None = None
         self._copy: Callable[[], Tensor | None] = lambda: None
+        self._copied: Any = None  # of which state of the head
+        # Asked now: the average of a student is trained, and takes no gradient later.
+        self._head_moves = plain_head and lm.get_output_embeddings().weight.requires_grad
 
     @property
     def device(self) -> torch.device:
@@ -64,15 +67,19 @@ class CausalLM(torch.nn.Module):
         return ranks.whole(self.lm.get_output_embeddings().weight) if self.plain_head else None
 
     def head_on(self, device: torch.device) -> Tensor | None:
-        """The head on `device`, outside of `forward`: one copy, for as long as anyone holds it."""
-        kept = self._copy()
-        if kept is not None and kept.device == device:
-            return kept
-        head = self.head
-        if head is None:
+        """The head on `device`, outside of `forward`, as it is now: a later step does not change
+        it. One copy, for as long as anyone holds it and no step is made."""
+        if not self.plain_head:
             return None
-        head = head.detach().to(device)
-        self._copy = weakref.ref(head)
+        weight = self.lm.get_output_embeddings().weight
+        mine = ranks.part(weight.detach())
+        state = weight._version, mine._version  # changes are counted, a sharded head's in its part
+        kept = self._copy()
+        if kept is not None and kept.device == device and state == self._copied:
+            return kept
+        whole = ranks.whole(weight.detach())
+        head: Tensor = whole.to(device, copy=self._head_moves)
+        self._copy, self._copied = weakref.ref(head), state
         return head
 
     def autocast(self) -> torch.autocast:

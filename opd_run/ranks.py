@@ -124,7 +124,8 @@ def cat(values: Tensor) -> Tensor:
 
 
 def first(function: Callable[..., Value], *args: Any) -> Value:
-    """`function(*args)`, called by rank 0 alone; its result, or its error, on every rank."""
+    """`function(*args)`, called by rank 0 alone; its result, or its error, on every rank (then the
+    error is `everywhere`)."""
     if world() == 1:
         return function(*args)
     found: list[Any] = [None, None]
@@ -135,7 +136,7 @@ def first(function: Callable[..., Value], *args: Any) -> Value:
             found[1] = _portable(error)
     dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
-        found[1].said = rank() != 0  # by rank 0: one line is enough
+        found[1].said, found[1].everywhere = rank() != 0, True  # rank 0's line is enough
         raise found[1]
     result: Value = found[0]
     return result

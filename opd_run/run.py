@@ -186,8 +186,9 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to `phases[name]`; synchronises the device.
 
-        Outside of the update the weights are those of the step boundary. There, in one process, an
-        error saves the run before it ends it, and a signal stops it in the middle: what the step
+        Outside of the update the weights are those of the step boundary. There, in one process, or
+        if all have it (`ranks.first`), an error saves the run before it ends it, and in one process
+        a signal stops it in the middle: what the step
         had done so far is thrown away, and done again by `--resume`. Several processes look for a
         signal at the end of the block.
         """
@@ -228,7 +229,7 @@ class Run:
 
     def _save_before(self, error: BaseException, phase: str) -> None:
         """Save what an error that is on its way out would lose; its own line comes after."""
-        if phase in UNDONE and ranks.world() == 1:
+        if phase in UNDONE and (ranks.world() == 1 or getattr(error, "everywhere", False)):
             say(f"! {type(error).__name__} in phase {phase}: saved {self._save()}")
 
     def _out_of_memory(self, phase: str, error: RuntimeError) -> RunError:

@@ -133,6 +133,8 @@ def prepare(
         teacher = next(name for name in tokenizers if name.startswith("teacher"))
         tokenizer.chat_template = tokenizers[teacher].chat_template
     for view in views.of(args):
+        if view.spec is not None and data.is_function(view.spec):
+            views.function_of(view.spec, view.role)  # here nothing limits how long its imports take
         if view.system is not None:
             _check_system(view, tokenizer, args, render)
     return tokenizer, report.all_facts()
@@ -226,16 +228,23 @@ def _unfit(name: str, config: Any) -> str:
 def _say_idle_arguments(
     tokenizers: dict[str, Any], args: argparse.Namespace, render: Callable[..., str]
 ) -> None:
-    """Say which of `--chat-template-args` the template does not know."""
+    """Say which of `--chat-template-args` and `--teacher-template-args` the template does not
+    know."""
     name = next(name for name in tokenizers if name.startswith(args.chat_template_from))
-    tokenizer = tokenizers[name]
-    for key in args.chat_template_args if tokenizer.chat_template is not None else ():
-        fewer = {k: v for k, v in args.chat_template_args.items() if k != key}
-        without = argparse.Namespace(**vars(args) | {"chat_template_args": fewer})
-        with compat.time_limit(f"the chat template of the {name}"):
-            texts = [render(tokenizer, "What is 12 + 34?", each) for each in (args, without)]
-        if texts[0] == texts[1]:
-            say(f"! --chat-template-args: {key!r} changes nothing in the template of the {name}")
+    tokenizer, own = tokenizers[name], args.chat_template_args
+    kinds: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("--chat-template-args", {}, own),
+        ("--teacher-template-args", own, args.teacher_template_args),
+    ]
+    for flag, before, given in kinds if tokenizer.chat_template is not None else ():
+        for key in given:
+            texts = []
+            for fewer in (given, {k: v for k, v in given.items() if k != key}):
+                each = argparse.Namespace(**vars(args) | {"chat_template_args": before | fewer})
+                with compat.time_limit(f"the chat template of the {name}"):
+                    texts.append(render(tokenizer, "What is 12 + 34?", each))
+            if texts[0] == texts[1]:
+                say(f"! {flag}: {key!r} changes nothing in the template of the {name}")
 
 
 def _check_system(

@@ -79,18 +79,20 @@ class View:
         assert self.spec is not None
         flag = f"--{self.role}-prompt {self.spec}"
         try:
-            said = function_of(self.spec, self.role)(prompt.row, *attempts)
+            said = function_of(self.spec, self.role)(dict(prompt.row), *attempts)
         except RunError:
             raise
         except (Exception, SystemExit) as error:  # an exit would end the run without a word
             raise RunError(f"{flag}: {type(error).__name__}: {one_line(error)}") from error
-        if said is None or isinstance(said, str):
-            return said
-        if isinstance(said, list) and all(
-            isinstance(each, dict) and {"role", "content"} <= each.keys() for each in said
-        ):
-            if said and said[-1]["role"] != "assistant":
-                return said
+        try:
+            if said is None or isinstance(said, str):
+                return said and data.whole(said)
+            if isinstance(said, list) and all(isinstance(each, dict) for each in said):
+                messages = [data.message(each) for each in said]
+                if messages and messages[-1]["role"] != "assistant":
+                    return messages
+        except RunError as error:
+            raise RunError(f"{flag}: {error}") from None
         raise RunError(
             f"{flag}: expected text, a list of chat messages that ends before an answer, or None; "
             f"got {said!r:.80}"

@@ -114,6 +114,7 @@ CASES = [
     ),
     flag("--gate-extrapolation", "-1", "[0,inf)", "got -1", method="sg_opd"),
     flag("--teacher-share", "1.5", "[0,1]", "got 1.5", method="sg_opd"),
+    flag("--reference-prompt", "x", "--gate-target reference", method="sg_opd"),
     flag("--reference", "x", "--gate-target reference", method="sg_opd"),
     Case(
         "flags", "`--verdict group` of groups of one", 2, ("--verdict group", "at least 2"),

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import opd
 import pytest
@@ -20,6 +21,7 @@ from opd_run import alarms, data, diagnose, files, rollouts, setup, views
 from opd_run.console import RunError
 from opd_run.models import ReadAs
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["opd", "sg_opd", "exopd", "topk_opd", "tropd"]
 VOCAB, LENGTH = 3, 3
 OWN, OTHER = (0,), (2, 1, 2)  # the student's prompt, the teacher's
@@ -193,6 +195,13 @@ def late(row, completions, verdicts, index):
         raise ValueError("no sibling has it")
 def few(row):
     return None
+def nothing(row, completions, verdicts, index):
+    return [{"role": "user", "content": None}]
+def half(row, completions, verdicts, index):
+    return [{"role": "user", "content": "\\ud800"}]
+def spoils(row, completions, verdicts, index):
+    row["prompt"] = "7"
+    return [{"from": "human", "value": [{"type": "text", "text": row["prompt"]}]}]
 """
 
 
@@ -242,6 +251,9 @@ def test_a_function_is_told_what_the_group_wrote(folder, method, monkeypatch):
         (["--teacher-prompt", "no_module:f"], "expected a template, or module:function"),
         (["--teacher-prompt", "{folder}/told.py:few"], "(row, completions, verdicts, index)"),
         (["--teacher-prompt", "{folder}/told.py:number"], "expected text, a list of chat messages"),
+        (["--teacher-prompt", "{folder}/told.py:nothing"], "nothing: expected messages with role"),
+        (["--teacher-prompt", "{folder}/told.py:half"], "half: expected text, got half a char"),
+        (["--eval-teacher", ""], "--eval-teacher: leave --eval-every 0 out"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(folder, more, message, capsys):
@@ -298,6 +310,75 @@ def test_a_system_message_that_no_template_shows_is_refused(folder, kind, capsys
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("error", "usage"))]
     assert (f"--teacher-system: {message}" if message else "weights are read") in line
     assert stop.value.code == (2 if message else 1)
+
+
+def test_a_function_may_return_messages_of_any_form_and_does_not_change_the_row(folder):
+    (folder / "told.py").write_text(FUNCTIONS)
+    views.function_of.cache_clear()
+    args = opd.parse_args(flags(folder, "spoilt", "--teacher-prompt", f"{folder}/told.py:spoils"))
+    models, tokenizer = tinylm.load(opd, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)
+    told = tuple(tokenizer.encode("<user>7<bot>", add_special_tokens=False))
+    assert all(prompt.views == {"teacher": told} for prompt in prompts)
+    assert all(prompt.row["prompt"] == prompt.text != "7" for prompt in prompts)
+
+
+def test_what_changes_nothing_is_said(folder, capsys):
+    """An argument that the template does not know; an average under the student's own prompt."""
+    template = tinylm.TEMPLATE + "{% if hint %}{{ hint }}{% endif %}"
+    shutil.copytree(folder / "student", folder / "hints", dirs_exist_ok=True)
+    (folder / "hints/chat_template.jinja").write_text(template)
+    more = ["--chat-template-args", '{"hint": 1}']
+    more += ["--teacher-template-args", '{"hint": 2, "no": 3}']
+    argv = flags(folder, "idle", *more, "--teacher-prompt", "{answer} {prompt}", "--dry-run")
+    opd.main([word.replace(f"{folder}/student", f"{folder}/hints") for word in argv])
+    said = capsys.readouterr().out
+    assert "! --teacher-template-args: 'no' changes nothing" in said
+    assert "'hint' changes" not in said
+    for told in (False, True):
+        more = ["--teacher-prompt", "{answer} {prompt}"] * told
+        argv = [word if word != f"{folder}/teacher" else "ema:0.9"
+                for word in flags(folder, "idle", "--dry-run", *more)]  # fmt: skip
+        opd.main(argv)
+        assert ("reads what the student reads" in capsys.readouterr().out) == (not told)
+
+
+def test_a_prompt_that_is_too_long_for_the_teacher_alone_is_said_to_be(folder, capsys):
+    told = "a" * 300
+    with pytest.raises(SystemExit):
+        opd.main(flags(folder, "told_long", "--teacher-prompt", told, "--max-prompt-tokens", "40"))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert "all 12 are longer than --max-prompt-tokens 40, or, 12 of them, as the teacher" in line
+    assert "than 250 tokens, which is what --max-completion-tokens 6 leaves" in line
+
+
+def test_the_function_of_the_recipe(folder):
+    """SDPO's, as it stands in the page: a sibling that is right, else what was wrong; in a run."""
+    page = (ROOT / "docs/recipes.md").read_text()
+    (text,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.S) if "hint(" in each]
+    (folder / "hint.py").write_text(text)
+    views.function_of.cache_clear()
+    hint = views.function_of(f"{folder}/hint.py:hint", "teacher")
+    row, wrote = {"prompt": "1+1="}, ["A", "B", "C"]
+    assert hint(row, [], [], None) is None
+    told = [hint(row, wrote, [-1.0, 1.0, 0.0], index) for index in range(3)]
+    assert told[0] == told[2] and "A correct solution:\nB\n" in told[0] and told[1] is None
+    told = [hint(row, wrote, [-1.0, 0.0, -1.0], index) for index in range(3)]
+    assert "A" in told[0] and told[1] is None and "C" in told[2]
+    assert all(each.startswith("1+1=") for each in told if each)
+    topk_opd = importlib.import_module("topk_opd")
+    more = [
+        "--teacher-prompt",
+        f"{folder}/hint.py:hint",
+        "--support",
+        "student",
+        "--tail",
+        "bucket",
+    ]
+    argv = flags(folder, "recipe", *more, "--steps", "1")
+    topk_opd.main([word if word != f"{folder}/teacher" else "ema:0.99" for word in argv])
+    shown = json.loads((folder / "recipe/samples.jsonl").read_text().splitlines()[0])
+    assert "T h i s" not in shown["prompt"] and len(shown["teacher_prompt"]) > 40
 
 
 def test_a_function_that_fails_ends_the_run_saved(folder, capsys):
@@ -372,6 +453,33 @@ def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
         torch.testing.assert_close(one, two, rtol=0.0, atol=1e-5)
         assert not one.requires_grad
         opd.train_step(models["student"], optimizer, [(rollout, {"teacher_logp": one})], args, step)
+
+
+@pytest.mark.parametrize("teacher", ["live", "ema:0.5"])
+def test_a_teacher_that_moves_stays_as_it_was_when_it_scored(folder, teacher):
+    """With --updates-per-rollout 2, and a full divergence: hidden states and head of one moment;
+    the next step has the next one's, though scores of this one are still held."""
+    argv = flags(folder, "moves", "--objective", "full", "--updates-per-rollout", "2")
+    argv = [word if word != f"{folder}/teacher" else teacher for word in argv]
+    args = opd.parse_args([*argv, "--teacher-prompt", "{answer} {prompt}"])
+    models, tokenizer = tinylm.load(opd, args)
+    prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)[:3]
+    rollout = opd.sample(models["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args)
+
+    def logits(scores):
+        return scores["teacher_hidden"] @ scores["teacher_head"]().T
+
+    optimizer = opd.make_optimizer(models["student"], args)
+    one = opd.score(models, rollout, args)
+    before = logits(one)
+    opd.train_step(models["student"], optimizer, [(rollout, one)], args, 0)
+    if teacher != "live":
+        opd.move_average(models, 0.5)
+    assert torch.equal(logits(one), before)
+    with torch.no_grad():
+        now = opd.read_tokens(models["teacher"], rollout, lambda hidden, head: hidden @ head.T)
+    torch.testing.assert_close(logits(opd.score(models, rollout, args)), now, rtol=0.0, atol=1e-5)
+    assert (now - before).abs().max() > 1e-3
 
 
 def of_average(folder, run: str, decay: float, *more: str) -> list[str]:
@@ -483,6 +591,12 @@ def test_the_gap_is_said_before_a_step_is_made(folder, capsys):
         assert found.start() < said.index("step 1/1")
         assert (one == two) == few and ("little to learn" in found[0]) == bool(found[1])
         assert found[1] or not few
+
+
+def test_an_alarm_says_that_prompts_outgrow_the_teacher():
+    for num, names in ((5, []), (6, ["prompt_too_long"])):
+        row = {"num_teacher_prompts_too_long": num, "num_rollouts": 100.0}
+        assert [alarm.name for alarm, _ in alarms.Alarms([]).check(row)] == names
 
 
 def test_an_alarm_says_that_the_prompt_misleads():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import exopd
 import numpy as np
 import opd
 import pytest
@@ -45,6 +46,19 @@ def test_weights_gradients_and_moments_are_those_of_the_run(folder, more):
     optimizer = opd.make_optimizer(student, args)
     moments = [each[key] for each in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert found["optimizer"] == num_bytes(moments) == 2 * found["gradients"]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
+def test_an_average_is_a_second_student_beside_the_reference(folder, more):
+    """Float32 whatever --teacher-dtype says; in a checkpoint, too."""
+    argv = ["--student", f"{folder}/student", "--teacher", "ema:0.9", "--device", "cpu"]
+    args = exopd.parse_args([*argv, "--dtype", "float32", "--teacher-dtype", "bfloat16", *more])
+    found = memory.estimate(exopd.model_paths(args), 12, args)
+    loaded, _ = tinylm.load(exopd, args)
+    assert found["teacher weights"] == num_bytes(loaded["teacher"].parameters())
+    assert found.get("reference weights") == (
+        None if more else num_bytes(loaded["reference"].parameters())
+    )
 
 
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])

@@ -37,7 +37,7 @@ def hint(row, completions, verdicts, index):  # another answer on another rank
 """
 VIEWS = {  # method and flags of a teacher with another prompt, and of a student that teaches itself
     "average": ["opd", "--teacher", "ema:0.5"],
-    "live": ["opd", "--teacher", "live"],
+    "live": ["opd", "--teacher", "live", "--objective", "full"],
     "adapters": ["opd", "--teacher", "ema:0.5", "--lora-rank", "2"],
     "template": ["exopd"],
     "told": ["topk_opd", "--teacher-prompt", "told.py:hint"],
@@ -83,7 +83,7 @@ def view_flags(folder: Path, kind: str, run: str, *more: str) -> list[str]:
     method, *own = VIEWS[kind]
     own = [f"{folder}/{each}" if each.startswith("told.py") else each for each in own]
     own = own if "--teacher-prompt" in own else [*own, "--teacher-prompt", "{answer} {prompt}"]
-    own += ["--objective", "sampled"] if method == "opd" else []
+    own += ["--objective", "sampled"] if method == "opd" and "--objective" not in own else []
     return [method, flags(folder, method, f"{run}-{kind}", *own, *more)]
 
 
@@ -318,6 +318,23 @@ def processes(parent: int) -> dict[int, int]:
             continue
         found |= {int(word[5:]): int(path.name) for word in words if word.startswith("RANK=")}
     return found
+
+
+def test_what_a_function_of_the_user_raises_ends_all_processes_saved(tmp_path):
+    """It is asked by the first process, and all have its error; one line says it."""
+    tinylm.save_family(tmp_path)
+    (tmp_path / "told.py").write_text(TOLD.replace("completions[1 - index]", "completions[9]"))
+    view = ["--teacher-prompt", f"{tmp_path}/told.py:hint", "--shard", "fsdp"]
+    argv = flags(tmp_path, "opd", "fails", *view, "--eval-every", "0")
+    process = torchrun(str(ROOT / "methods/opd.py"), *argv)
+    try:
+        said, errors = process.communicate(timeout=400)
+    finally:
+        end_session(process)
+    lines = [line for line in errors.splitlines() if "list index out of range" in line]
+    assert len(lines) == 1 and "told.py:hint: IndexError" in lines[0], errors
+    assert "! RunError in phase generate: saved" in said + errors
+    assert (tmp_path / "fails-opd/checkpoints/step_0/manifest.json").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -203,6 +203,13 @@ def test_rollouts_are_the_rows_of_the_file(seeds):
         assert each["support_teacher"][:5] == row["support_teacher_logp"][0]
 
 
+def test_the_page_has_what_the_teacher_reads_where_that_is_another_prompt():
+    row = tokens_row(1, "train", 0, 3)
+    assert "teacher_prompt" not in report.rollout_data(row, 0)
+    told = report.rollout_data(row | {"teacher_prompt": "<user> the solution"}, 0)
+    assert told["teacher_prompt"] == "<user> the solution" and told["prompt"] == row["prompt"]
+
+
 def test_pairs_come_first_and_the_rest_is_spread_and_counted(tmp_path):
     rows = [tokens_row(step, "eval", row, 10) for step in (0, 5, 10) for row in range(2)]
     rows += [tokens_row(step, "train", 0, 10) for step in range(1, 11)]
