@@ -106,8 +106,9 @@ def test_sets(args: Any) -> dict[str, str]:
         given = _named(getattr(args, flag[2:].replace("-", "_")), flag)
         if unknown := sorted(set(given) - set(found)):
             raise RunError(f"{flag}: there is no --test-prompts {unknown[0]}=...", 2)
-    if not found and args.eval_only:
-        raise RunError("--eval-only: needs --test-prompts", 2)
+    for flag, given in (("--eval-only", args.eval_only), ("--eval-teacher", args.eval_teacher)):
+        if given and not found:
+            raise RunError(f"{flag}: needs --test-prompts", 2)
     if not found and args.eval_every:
         say("! no --test-prompts: nothing is evaluated (--eval-every 0 ends this line)")
     return found

@@ -437,8 +437,9 @@ class Run:
         except (Exception, CheckpointException) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
+            flags = "--student and --teacher" if student.average else "--student"
             raise RunError(
-                f"checkpoint {self.resume_from} does not fit --student: {one_line(root(error))}"
+                f"checkpoint {self.resume_from} does not fit {flags}: {one_line(root(error))}"
             ) from error
         if state["step"] != files.step_of(self.resume_from):
             raise RunError(f"checkpoint {self.resume_from} is of step {state['step']}: rename it")

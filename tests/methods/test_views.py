@@ -518,6 +518,14 @@ def test_the_average_moves_and_is_resumed_bit_for_bit(folder, adapters):
     assert not tinylm.equal(saved[3], saved[1])
 
 
+def test_a_run_without_an_average_cannot_go_on_with_one(folder, capsys):
+    live = [word if word != "ema:0.5" else "live" for word in of_average(folder, "moved", 0.5)]
+    opd.main([*live, "--steps", "1"])
+    with pytest.raises(SystemExit):
+        opd.main(of_average(folder, "moved", 0.5, "--resume"))
+    assert "does not fit --student and --teacher" in capsys.readouterr().err
+
+
 def test_the_average_of_adapters_is_that_of_their_factors(folder):
     """Not that of their products; what is frozen stays as it is."""
     args = opd.parse_args(of_average(folder, "factors", 0.5, "--lora-rank", "2"))

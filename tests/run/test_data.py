@@ -565,6 +565,7 @@ def test_test_sets_by_name():
         (["--test-prompts", "1", "--test-prompts", "2"], "given twice for the unnamed"),
         (["--test-prompts", "1", "--test-answer-field", "b=2"], "no --test-prompts b="),
         (["--prompts", "1", "--eval-only"], "--eval-only: needs --test-prompts"),
+        (["--prompts", "1", "--eval-teacher"], "--eval-teacher: needs --test-prompts"),
     ],
 )
 def test_test_sets_that_are_refused(flags, why):
