@@ -216,7 +216,6 @@ TEACHER = "teacher"
 SWEPT = dict.fromkeys((*SMOKE, "supervised", "grpo", "opd-noisy", "tropd-noisy"), Sweep())
 SWEPT |= {arm: Sweep(held_out=True) for arm in ARMS if arm.startswith("ladder-") and "best" in arm}
 SWEPT |= dict.fromkeys(END, Sweep(("1.5e-4", "3e-4", "6e-4"), 100, held_out=True))
-SWEPT["end-supervised"] = Sweep(("3e-4", "6e-4", "1.2e-3"), 100, held_out=True)
 SWEPT["end-grpo"] = Sweep(("7.5e-5", "1.5e-4", "3e-4"), 100, held_out=True)  # best at the lowest
 
 
