@@ -88,8 +88,9 @@ def draw_plurals(runs: list[str], out: Path) -> None:
         steps = [row for row in rows if "verifier_pass_rate" in row]
         of_step = [row["verifier_pass_rate"] for row in steps]
         label = f"{name + ': ' * bool(name)}rollouts of the step" if first else None
-        axes.plot([row["step"] for row in steps], of_step, color=colour, label=label)
-        points = [(row["step"], row[held_out]) for row in rows if held_out in row]
+        axes.plot([row["step"] for row in steps], of_step, color=colour, lw=1, label=label)
+        beside = 0.3 * int(colour[1:])  # names side by side, not one over the other
+        points = [(row["step"] + beside, row[held_out]) for row in rows if held_out in row]
         label = f"{name + ': ' * bool(name)}held-out words, greedy" if first else None
         axes.plot(*zip(*points), "o", color=colour, mec="white", ms=8, zorder=3, label=label)
         teachers |= {row["eval/teacher/avg@1"] for row in rows if "eval/teacher/avg@1" in row}
