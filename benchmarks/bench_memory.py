@@ -11,15 +11,13 @@ counts from before the first weight is read (`VmHWM` after a reset, less residen
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-from rows import RESULTS, append, environment, resident, restart_peak  # noqa: E402
+from rows import RESULTS, append, environment, resident, restart_peak, result_of  # noqa: E402
 
 COLUMNS = (
     "shape,calculated_mib,measured_mib,calculated_over_measured,components_mib,device,torch,date"
@@ -104,15 +102,8 @@ def main() -> None:
             measure(args.child, Path(folder))
         return
     for name in args.shapes:
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", name],
-            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        if not lines:
-            raise SystemExit(done.stderr[-2000:])
-        _, calculated, measured, components = lines[0].split(" ", 3)
+        found = result_of([sys.executable, __file__, "--child", name], OMP_NUM_THREADS="1")
+        calculated, measured, components = found.split(" ", 2)
         row = {
             "shape": name, "calculated_mib": int(calculated) // 2**20,
             "measured_mib": int(measured) // 2**20,

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 NOT_MEASURED = "not measured"
+RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # environment: what is freed goes back at once
 
 
 # ==== writing =====================================================================================
@@ -88,6 +89,20 @@ def resident(key: str) -> int:
     """`VmRSS`, `VmHWM` (the peak) or another line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def result_of(command: Sequence[Any], **environment: str) -> str:
+    """What a child process prints behind "RESULT ", where freed memory goes back at once.
+
+    Raises:
+        SystemExit: it has ended without; with the end of what it said.
+    """
+    environ = os.environ | RETURN | environment
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return line.removeprefix("RESULT ")
+    raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr[-2000:]}")
 
 
 def driver() -> str:

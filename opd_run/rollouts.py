@@ -2,8 +2,8 @@
 
 A method file declares its `Rollout` with `shaped`: every tensor says its shape in the dimensions
 B rollouts, P prompt tokens (left-padded), T completion tokens (right-padded). What a method adds
-stands in `extra`, [B] or [B, T] each. Names that are used here
-are those of the prompts, of the masks, and of what the sampler writes; no method's own.
+stands in `extra`, [B] or [B, T] each. Names that are used here are those of the prompts, of the
+masks, and of what the sampler writes; no method's own.
 """
 
 from __future__ import annotations

@@ -188,9 +188,8 @@ class Run:
 
         Outside of the update the weights are those of the step boundary. There, in one process, or
         if all have it (`ranks.first`), an error saves the run before it ends it, and in one process
-        a signal stops it in the middle: what the step
-        had done so far is thrown away, and done again by `--resume`. Several processes look for a
-        signal at the end of the block.
+        a signal stops it in the middle: what the step had done so far is thrown away, and done
+        again by `--resume`. Several processes look for a signal at the end of the block.
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -105,6 +105,11 @@ def flags(folder, run: str, *more: str) -> list[str]:
     return [*argv.split(), *more]
 
 
+def taught_by(teacher: str, folder, run: str, *more: str) -> list[str]:
+    """The flags of a run with this --teacher."""
+    return [word if word != f"{folder}/teacher" else teacher for word in flags(folder, run, *more)]
+
+
 def losses(folder, run: str) -> list[dict[str, float]]:
     names = ("loss", "grad_norm", "log_ratio_mean", "reverse_kl")
     rows = files.read_metrics(folder / run)
@@ -337,9 +342,7 @@ def test_what_changes_nothing_is_said(folder, capsys):
     assert "'hint' changes" not in said
     for told in (False, True):
         more = ["--teacher-prompt", "{answer} {prompt}"] * told
-        argv = [word if word != f"{folder}/teacher" else "ema:0.9"
-                for word in flags(folder, "idle", "--dry-run", *more)]  # fmt: skip
-        opd.main(argv)
+        opd.main(taught_by("ema:0.9", folder, "idle", "--dry-run", *more))
         assert ("reads what the student reads" in capsys.readouterr().out) == (not told)
 
 
@@ -367,16 +370,9 @@ def test_the_function_of_the_recipe(folder):
     assert "A" in told[0] and told[1] is None and "C" in told[2]
     assert all(each.startswith("1+1=") for each in told if each)
     topk_opd = importlib.import_module("topk_opd")
-    more = [
-        "--teacher-prompt",
-        f"{folder}/hint.py:hint",
-        "--support",
-        "student",
-        "--tail",
-        "bucket",
-    ]
-    argv = flags(folder, "recipe", *more, "--steps", "1")
-    topk_opd.main([word if word != f"{folder}/teacher" else "ema:0.99" for word in argv])
+    more = ["--teacher-prompt", f"{folder}/hint.py:hint"]
+    more += "--support student --tail bucket --steps 1".split()
+    topk_opd.main(taught_by("ema:0.99", folder, "recipe", *more))
     shown = json.loads((folder / "recipe/samples.jsonl").read_text().splitlines()[0])
     assert "T h i s" not in shown["prompt"] and len(shown["teacher_prompt"]) > 40
 
@@ -432,10 +428,7 @@ def test_what_does_not_fit_behind_a_prompt_is_not_trained(folder):
 # --------------------------------------------------------------------- the student as its teacher
 def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
     more = ["--teacher-prompt", "{answer} {prompt}"]
-    argv = [
-        word if word != f"{folder}/teacher" else "live" for word in flags(folder, "live", *more)
-    ]
-    args = opd.parse_args(argv)
+    args = opd.parse_args(taught_by("live", folder, "live", *more))
     models, tokenizer = tinylm.load(opd, args)
     assert isinstance(models["teacher"], ReadAs) and models["teacher"].lm is models["student"].lm
     prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)
@@ -459,9 +452,9 @@ def test_a_live_teacher_is_a_copy_of_the_student_now(folder):
 def test_a_teacher_that_moves_stays_as_it_was_when_it_scored(folder, teacher):
     """With --updates-per-rollout 2, and a full divergence: hidden states and head of one moment;
     the next step has the next one's, though scores of this one are still held."""
-    argv = flags(folder, "moves", "--objective", "full", "--updates-per-rollout", "2")
-    argv = [word if word != f"{folder}/teacher" else teacher for word in argv]
-    args = opd.parse_args([*argv, "--teacher-prompt", "{answer} {prompt}"])
+    more = ["--objective", "full", "--updates-per-rollout", "2"]
+    more += ["--teacher-prompt", "{answer} {prompt}"]
+    args = opd.parse_args(taught_by(teacher, folder, "moves", *more))
     models, tokenizer = tinylm.load(opd, args)
     prompts = setup.prompts_of(opd, args.prompts, tokenizer, models["student"].facts, args)[:3]
     rollout = opd.sample(models["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args)
@@ -483,8 +476,8 @@ def test_a_teacher_that_moves_stays_as_it_was_when_it_scored(folder, teacher):
 
 
 def of_average(folder, run: str, decay: float, *more: str) -> list[str]:
-    given = flags(folder, run, "--teacher-prompt", "{answer} {prompt}", *more)
-    return [word if word != f"{folder}/teacher" else f"ema:{decay}" for word in given]
+    more = ("--teacher-prompt", "{answer} {prompt}", *more)
+    return taught_by(f"ema:{decay}", folder, run, *more)
 
 
 @pytest.mark.parametrize("adapters", [[], ["--lora-rank", "2"]], ids=["weights", "adapters"])
@@ -519,8 +512,8 @@ def test_the_average_moves_and_is_resumed_bit_for_bit(folder, adapters):
 
 
 def test_a_run_without_an_average_cannot_go_on_with_one(folder, capsys):
-    live = [word if word != "ema:0.5" else "live" for word in of_average(folder, "moved", 0.5)]
-    opd.main([*live, "--steps", "1"])
+    more = ["--teacher-prompt", "{answer} {prompt}", "--steps", "1"]
+    opd.main(taught_by("live", folder, "moved", *more))
     with pytest.raises(SystemExit):
         opd.main(of_average(folder, "moved", 0.5, "--resume"))
     assert "does not fit --student and --teacher" in capsys.readouterr().err
