@@ -725,7 +725,7 @@ def test_paths_are_those_of_the_folder_where_the_run_was_started(folder, tmp_pat
         ("prompt_template", "data", "data"), ("prompt_template", "x" * 5000, "x" * 5000),
         ("teacher_prompt", "f.py:g", "{}/f.py:g"), ("teacher_prompt", "@f.py", "@{}/f.py"),
         ("teacher", "ema:0.99", "ema:0.99"), ("teacher", "live", "live"),
-        ("teacher", "./live", "{}/./live"),
+        ("teacher", "./live", "{}/live"),
     ],
 )  # fmt: skip
 def test_what_is_a_path_of_a_recorded_flag(name, text, there, tmp_path):
