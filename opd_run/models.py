@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -82,10 +83,16 @@ class CausalLM(torch.nn.Module):
         self._copy, self._copied = weakref.ref(head), state
         return head
 
-    def autocast(self) -> torch.autocast:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """The compute type of `--dtype`; outside of it weights would be cast anew in every call."""
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, self.compute_dtype, enabled)
+        enabled, casts = self.compute_dtype != torch.float32, _CASTS.get()
+        outer = _CASTS.set({} if casts is None else casts)
+        try:
+            with torch.autocast(self.device.type, self.compute_dtype, enabled):
+                yield
+        finally:
+            _CASTS.reset(outer)
 
     def present(self) -> contextlib.AbstractContextManager[None]:
         """The weights on `device` for the block."""
@@ -195,12 +202,28 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
                     states[each] = state if state is None else state[indices]
 
 
+# Weights of experts and their casts, for the outermost block of `CausalLM.autocast`.
+_CASTS: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`. What is trained is cast once in a block without gradients, as autocast
+    does for linear layers: else all experts would be cast at every token of a completion."""
+    whole, casts = weight if weight._base is None else weight._base, _CASTS.get()
+    if casts is None or torch.is_grad_enabled() or not (whole.is_leaf and whole.requires_grad):
+        return weight.to(dtype)
+    key = weight.data_ptr(), weight.shape, weight.stride()
+    if key not in casts:
+        casts[key] = whole, weight.to(dtype)  # `whole` lives, so that its address is no other's
+    return casts[key][1]
+
+
 def _grouped_product(one: Tensor, two: Tensor, *more: Any, **named: Any) -> Tensor:
     kind = one.device.type
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        found: Tensor = torch.ops.aten._grouped_mm(one.to(dtype), two.to(dtype), *more, **named)
-    return found
+        product = torch.ops.aten._grouped_mm(one.to(dtype), _cast(two, dtype), *more, **named)
+    return product  # type: ignore[no-any-return]
 
 
 # The product of experts that are one tensor is not on autocast's list, so that experts trained in

@@ -446,6 +446,24 @@ def test_experts_are_computed_in_the_type_of_the_run(made, more):
         assert 0 < (exact - logp)[rollout.completion_mask].abs().mean() < 0.1
 
 
+def test_experts_are_cast_once_for_all_tokens_and_anew_after_a_step(made):
+    """Issue: autocast keeps casts of linear layers alone; experts were cast at every token."""
+    student, _, args, prompts = modelzoo.loaded(made("qwen3_moe"), "--dtype", "bfloat16")
+    weights = [each for name, each in student.lm.named_parameters() if "experts" in name]
+    shapes, cast, of = {each.shape for each in weights}, [], models._cast
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "_cast", lambda *each: cast.append(of(*each)) or cast[-1])
+        first = modelzoo.sampled(student, prompts, args)
+        assert len(cast) > 2 * len(weights) and len({id(each) for each in cast}) == len(weights)
+        assert {each.mT.shape for each in cast} <= shapes
+        cast.clear()
+        for each in weights:
+            each.neg_()
+        again = modelzoo.sampled(student, prompts, args)
+    assert not torch.equal(first.behaviour_logp, again.behaviour_logp)
+    assert models._CASTS.get() is None
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
