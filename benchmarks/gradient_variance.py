@@ -16,7 +16,9 @@ pair), so what varies is sampling alone. With gradients g_1 ... g_M of the loss,
 Losses differ in scale, so that `noise` compares and `variance` does not. What a token carries is
 the squared length of the gradient at the hidden state that its loss is computed from: `worst` is
 the share of the 1 % of tokens with the most, `share_i` that of the tokens whose log_ratio lies in
-the i-th of BINS, `tokens_i` how many they are. Rows go to
+the i-th of BINS, `tokens_i` how many they are. Whatever was sampled, a position has a `stray` mass:
+what the student puts on tokens that the teacher gives less than RARE; `carried_i` is the share of
+the positions whose stray mass lies in the i-th of STRAY, `places_i` how many they are. Rows go to
 benchmarks/results/gradient_variance.csv; those of `--pair` to gradient_tokens.csv there.
 """
 
@@ -62,11 +64,12 @@ OF_TOKENS = {
 PAIRS = {"tiny": "", "noisy": claims.NOISY, "smol": claims.SMOL}
 SMALL = "--prompts-per-step 16 --rollouts-per-prompt 1"  # of a pair that is not tiny
 BINS = (0.0, 1.0, 3.0, 6.0)  # nats of log_ratio: below the first, between them, above the last
+STRAY, RARE = (0.01, 0.1, 0.5), 0.01  # the student's mass on tokens of less than RARE
 TOP = 32
 OF_BINS = [f"{name}_{i}" for name in ("share", "tokens") for i in range(len(BINS) + 1)]
-TOKEN_FIELDS = f"pair,{FIELDS},num_tokens,worst,p99_first,p99_last,top_mass,accepted," + ",".join(
-    OF_BINS
-)
+OF_BINS += [f"{name}_{i}" for name in ("carried", "places") for i in range(len(STRAY) + 1)]
+TOKEN_FIELDS = f"pair,{FIELDS},num_tokens,worst,p99_first,p99_last,top_mass,accepted,stray,"
+TOKEN_FIELDS += ",".join(OF_BINS)
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Found:
     log_ratio: torch.Tensor  # [N] nats
     place: torch.Tensor  # [N] of the token in its completion, from 0 to 1
     top_mass: torch.Tensor  # [N] the teacher's probability of its TOP likeliest tokens
+    stray: torch.Tensor  # [N] the student's probability of what the teacher gives less than RARE
 
     @property
     def variance(self) -> float:
@@ -95,15 +99,20 @@ class Found:
     def of_tokens(self) -> dict[str, str]:
         """Columns of TOKEN_FIELDS."""
         carried, order = self.carried / self.carried.sum(), self.carried.argsort(descending=True)
-        bins = torch.bucketize(self.log_ratio, torch.tensor(BINS))
         few = max(1, len(carried) // 100)
         found = {"worst": float(carried[order[:few]].sum())}
-        for i in range(len(BINS) + 1):
-            found[f"share_{i}"] = float(carried[bins == i].sum())
-            found[f"tokens_{i}"] = float((bins == i).float().mean())
+        for share, num, values, edges in (
+            ("share", "tokens", self.log_ratio, BINS),
+            ("carried", "places", self.stray, STRAY),
+        ):
+            bins = torch.bucketize(values, torch.tensor(edges))
+            for i in range(len(edges) + 1):
+                found[f"{share}_{i}"] = float(carried[bins == i].sum())
+                found[f"{num}_{i}"] = float((bins == i).float().mean())
         for name, mine in (("first", self.place < 0.1), ("last", self.place >= 0.9)):
             found[f"p99_{name}"] = float(self.log_ratio[mine].quantile(0.99))
         found["top_mass"] = float(self.top_mass.mean())
+        found["stray"] = float(self.stray.mean())
         found["accepted"] = float((-self.log_ratio).clamp(max=0).exp().mean())
         return {name: f"{value:.4g}" for name, value in found.items()} | {
             "num_tokens": str(len(carried))
@@ -156,19 +165,26 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> Found:
 
 @torch.no_grad()
 def of_batch(method: Any, loaded: Any, rollout: Any, args: Any) -> tuple[torch.Tensor, ...]:
-    """log_ratio, place and the teacher's top mass of the N trained tokens of a micro-batch."""
-    mask, teacher = rollout.trained_mask, loaded["teacher"]
+    """log_ratio, place, the teacher's top mass and the stray mass of N trained tokens."""
+    mask, teacher, student = rollout.trained_mask, loaded["teacher"], loaded["student"]
     student_logp, teacher_logp = (
-        method.token_logp(loaded[name], rollout, args)[mask] for name in ("student", "teacher")
+        method.token_logp(each, rollout, args)[mask] for each in (student, teacher)
     )
     lengths = mask.sum(-1, keepdim=True)
     place = ((mask.cumsum(-1) - 1) / lengths)[mask]
+    likely = int(1 / RARE)  # no more tokens have RARE
 
-    def read(hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
-        top = opd_ops.topk_logp(hidden, head, TOP, **method.loss_law(teacher, args))
-        return top.logp.exp().sum(-1)
+    def tops(hidden: torch.Tensor, head: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        found = opd_ops.topk_logp(hidden, head, likely, **method.loss_law(teacher, args))
+        return found.ids, found.logp
 
-    return student_logp - teacher_logp, place, method.read_tokens(teacher, rollout, read)[mask]
+    def of_student(hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
+        return opd_ops.gather_logp(hidden, head, ids, **method.loss_law(student, args)).logp
+
+    ids, logp = (each[mask] for each in method.read_tokens(teacher, rollout, tops))
+    mine = method.read_tokens(student, rollout, of_student)[mask]
+    stray = 1 - (mine.exp() * (logp.exp() >= RARE)).sum(-1)
+    return student_logp - teacher_logp, place, logp[:, :TOP].exp().sum(-1), stray
 
 
 def main() -> None:
@@ -239,6 +255,23 @@ def token_table() -> str:
     return markdown(titles, lines) if lines else "not run"
 
 
+def place_table() -> str:
+    """A Markdown table: the share of the gradient by the student's stray mass at a position."""
+    rows, lines = read(TOKENS), []
+    columns = range(len(STRAY) + 1)
+    for pair in PAIRS:
+        of_pair = [row for row in rows if row["pair"] == pair]
+        for arm in ("", *OF_TOKENS):
+            mine = [row for row in of_pair if arm in ("", row["arm"])]
+            name = "carried" if arm else "places"
+            if mine:
+                shown = [spread([float(row[f"{name}_{i}"]) for row in mine]) for i in columns]
+                lines.append([pair, f"`{arm}`" if arm else "how many positions", *shown])
+    ends = [f"below {STRAY[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(STRAY))]
+    titles = ("pair", "share of the squared gradient", *ends, f"above {STRAY[-1]:g}")
+    return markdown(titles, lines) if lines else "not run"
+
+
 def draw(path: Path) -> None:
     """Which log_ratios the gradient of each loss comes from, in the noisy pair."""
     import matplotlib
@@ -249,24 +282,26 @@ def draw(path: Path) -> None:
     rows = [row for row in read(TOKENS) if row["pair"] == "noisy"]
     if not rows:
         raise SystemExit("no rows yet: run --pair noisy first")
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    ends = [
-        "< 0",
-        *(f"{a:.0f} to {b:.0f}" for a, b in itertools.pairwise(BINS)),
-        f"> {BINS[-1]:.0f}",
-    ]
-    bars = {arm: "share" for arm in OF_TOKENS} | {"how many tokens": "tokens"}
-    for at, (arm, name) in enumerate(bars.items()):
-        mine = [row for row in rows if row["arm"] == arm or name == "tokens"]
-        means = [
-            sum(float(row[f"{name}_{i}"]) for row in mine) / len(mine) for i in range(len(ends))
-        ]
-        places = [i + at / (len(bars) + 1) for i in range(len(ends))]
-        colour = "black" if name == "tokens" else f"C{at}"
-        axes.bar(places, means, 1 / (len(bars) + 1), color=colour, label=arm)
-    axes.set_xticks([i + 0.4 for i in range(len(ends))], ends)
-    axes.set(xlabel="log_ratio of the token, nats", ylabel="share of the squared gradient")
-    axes.legend(fontsize=8)
+    figure, both = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharey=True)
+    for axes, edges, share, num, label in (
+        (both[0], BINS, "share", "tokens", "log_ratio of the sampled token, nats"),
+        (both[1], STRAY, "carried", "places", "student's mass where the teacher has under 1 %"),
+    ):
+        between = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)]
+        ends = [f"< {edges[0]:g}", *between, f"> {edges[-1]:g}"]
+        bars = dict.fromkeys(OF_TOKENS, share) | {"how many of all": num}
+        for at, (arm, name) in enumerate(bars.items()):
+            mine = [row for row in rows if row["arm"] == arm or name == num]
+            means = [
+                sum(float(row[f"{name}_{i}"]) for row in mine) / len(mine) for i in range(len(ends))
+            ]
+            places = [i + at / (len(bars) + 1) for i in range(len(ends))]
+            colour = "black" if name == num else f"C{at}"
+            axes.bar(places, means, 1 / (len(bars) + 1), color=colour, label=arm)
+        axes.set_xticks([i + 0.4 for i in range(len(ends))], ends)
+        axes.set_xlabel(label)
+    both[0].set_ylabel("share of the squared gradient")
+    both[1].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 

@@ -20,7 +20,7 @@ FEW = torch.tensor([0.0, 0.0])
 
 def test_sums_give_the_variance_and_the_signal_of_the_docstring():
     each = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).double()
-    found = found_by.Found(each.sum(0), [float(g.square().sum()) for g in each], FEW, FEW, FEW, FEW)
+    found = found_by.Found(each.sum(0), [float(g.square().sum()) for g in each], *[FEW] * 5)
     mean = each.mean(0)
     variance = float((each - mean).square().sum()) / 4
     assert found.variance == pytest.approx(variance)
@@ -42,10 +42,12 @@ def test_shares_are_of_the_tokens_that_carry_them():
     carried, log_ratio, place = torch.ones(100), torch.full((100,), 0.5), torch.zeros(100)
     carried[7], log_ratio[7], place[7] = 99.0, 9.0, 0.95
     log_ratio[:3] = -1.0
-    found = found_by.Found(FEW, [], carried, log_ratio, place, torch.full((100,), 0.9))
+    stray = torch.where(log_ratio < 0, 0.3, 0.0)
+    found = found_by.Found(FEW, [], carried, log_ratio, place, torch.full((100,), 0.9), stray)
     row = found.of_tokens()
     assert row["worst"] == row["share_4"] == "0.5" and row["tokens_4"] == "0.01"
     assert (row["share_0"], row["tokens_0"]) == ("0.01515", "0.03")
+    assert (row["carried_2"], row["places_2"], row["stray"]) == ("0.01515", "0.03", "0.009")
     assert (row["p99_first"], row["p99_last"], row["top_mass"]) == ("0.5", "9", "0.9")
     accepted = (3 + 96 * torch.tensor(-0.5).exp() + torch.tensor(-9.0).exp()) / 100
     assert float(row["accepted"]) == pytest.approx(float(accepted), abs=1e-4)
@@ -65,5 +67,6 @@ def test_a_loss_has_its_gradient_at_the_tokens(arm, tmp_path):
     assert 2 * 4 * 20 < num == len(found.carried) == len(found.log_ratio) == len(found.place)
     assert sum(float(row[f"share_{i}"]) for i in range(5)) == pytest.approx(1, abs=1e-3)
     assert float((found.carried > 0).float().mean()) > 0.95 and len(found.squares) == 2
+    assert float(found.stray.min()) > -1e-5 and 0.01 < float(row["stray"]) < 0.3
     assert 0.7 < float(row["accepted"]) < 1 and 0.9 < float(row["top_mass"]) <= 1
     assert float(found.place.min()) == 0.0 and 0.9 < float(found.place.max()) < 1
