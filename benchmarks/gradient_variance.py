@@ -4,6 +4,7 @@
     python benchmarks/gradient_variance.py --pair noisy   # the student with noise on its weights
     python benchmarks/gradient_variance.py --pair smol    # SmolLM2-135M and its noisy copy
     python benchmarks/gradient_variance.py --figure docs/images/evidence_tokens.png
+    python benchmarks/gradient_variance.py --pair noisy --after ladder-opd ladder-mask --batches 2
 
 The same prompts are answered again and again by the same weights (128 rollouts a batch of the tiny
 pair), so what varies is sampling alone. With gradients g_1 ... g_M of the loss, g their mean:
@@ -63,6 +64,7 @@ OF_TOKENS = {
 }
 PAIRS = {"tiny": "", "noisy": claims.NOISY, "smol": claims.SMOL}
 SMALL = "--prompts-per-step 16 --rollouts-per-prompt 1"  # of a pair that is not tiny
+AFTER = "--objective full --student runs/evidence/run-{arm}-{seed}/checkpoints/step_30/model"
 BINS = (0.0, 1.0, 3.0, 6.0)  # nats of log_ratio: below the first, between them, above the last
 STRAY, RARE = (0.01, 0.1, 0.5), 0.01  # the student's mass on tokens of less than RARE
 TOP = 32
@@ -195,6 +197,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sets of prompts")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--pair", choices=list(PAIRS), help="of students and teachers, for tokens")
+    parser.add_argument("--after", nargs="+", default=[], metavar="ARM", help="of the student that "
+                        "each arm of the ladder has made (benchmarks/evidence.py)")  # fmt: skip
     parser.add_argument("--flags", default="", help="more flags of the methods, for a try")
     parser.add_argument("--figure", type=Path, help="draw the rows of the noisy pair, run nothing")
     parser.add_argument("--out", type=Path, help="another file for the rows")
@@ -205,20 +209,22 @@ def main() -> None:
     if args.pair == "noisy":
         evidence.make_inputs()
     arms = OF_TOKENS if args.pair else ARMS
+    if args.after:
+        arms = {f"after {arm}": ("opd", AFTER.replace("{arm}", arm)) for arm in args.after}
     pair = f"{PAIRS[args.pair or 'tiny']} {SMALL if args.pair == 'smol' else ''} {args.flags}"
     out = args.out or (TOKENS if args.pair else RESULTS)
     seen = environment()
     for seed in range(args.seeds):
         exact = None
         for arm, (name, flags) in arms.items():
-            found = gradients(name, f"{pair} {flags}", seed, args.batches)
+            found = gradients(name, f"{pair} {flags.format(seed=seed)}", seed, args.batches)
             exact = found.total if exact is None else exact
             noise = found.variance / found.signal
             cosine = float(torch.cosine_similarity(found.total, exact, dim=0))
             row = {
                 "arm": arm, "seed": seed, "batches": args.batches, "noise": f"{noise:.4f}",
                 "variance": f"{found.variance:.4g}", "signal": f"{found.signal:.4g}",
-                "cosine": f"{cosine:.4f}", "pair": args.pair or "",
+                "cosine": "" if args.after else f"{cosine:.4f}", "pair": args.pair or "",
             }  # fmt: skip
             append(out, [seen | row | found.of_tokens()], TOKEN_FIELDS if args.pair else FIELDS)
             print(f"seed {seed}  {arm:42s} noise {noise:8.3f}  cosine {cosine:.3f}")
@@ -255,21 +261,38 @@ def token_table() -> str:
     return markdown(titles, lines) if lines else "not run"
 
 
-def place_table() -> str:
-    """A Markdown table: the share of the gradient by the student's stray mass at a position."""
-    rows, lines = read(TOKENS), []
-    columns = range(len(STRAY) + 1)
+def place_tables() -> tuple[str, str]:
+    """Markdown tables: the share of the gradient by the student's stray mass at a position, and how
+    many such positions the arms of the ladder have left."""
+    rows, carried, left = read(TOKENS), [], []
+
+    def shown(name: str, mine: list[dict[str, str]]) -> list[str]:
+        columns = [f"{name}_{i}" for i in range(len(STRAY) + 1)]
+        return [spread([float(row[column]) for row in mine]) for column in columns]
+
     for pair in PAIRS:
-        of_pair = [row for row in rows if row["pair"] == pair]
-        for arm in ("", *OF_TOKENS):
-            mine = [row for row in of_pair if arm in ("", row["arm"])]
-            name = "carried" if arm else "places"
+        before = [row for row in rows if row["pair"] == pair and row["arm"] in OF_TOKENS]
+        if before:
+            carried.append([pair, "how many positions", *shown("places", before)])
+        for arm in OF_TOKENS:
+            mine = [row for row in before if row["arm"] == arm]
             if mine:
-                shown = [spread([float(row[f"{name}_{i}"]) for row in mine]) for i in columns]
-                lines.append([pair, f"`{arm}`" if arm else "how many positions", *shown])
+                carried.append([pair, f"`{arm}`", *shown("carried", mine)])
+    trained = {row["arm"]: [] for row in rows if row["arm"].startswith("after ")}
+    before = [row for row in rows if (row["pair"], row["arm"]) == ("noisy", "opd")]
+    for arm in ["before", *trained] if trained else []:
+        mine = [row for row in rows if row["arm"] == arm] or before
+        stray = spread([float(row["stray"]) for row in mine])
+        left.append([arm.replace("after ", ""), f"{len(mine)}", *shown("places", mine), stray])
     ends = [f"below {STRAY[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(STRAY))]
-    titles = ("pair", "share of the squared gradient", *ends, f"above {STRAY[-1]:g}")
-    return markdown(titles, lines) if lines else "not run"
+    ends.append(f"above {STRAY[-1]:g}")
+    tables = (
+        markdown(("pair", "share of the squared gradient", *ends), carried),
+        markdown(("student after 30 steps", "seeds", *ends, "mean stray mass"), left),
+    )
+    return tuple(
+        table if lines else "not run" for table, lines in zip(tables, (carried, left), strict=True)
+    )
 
 
 def draw(path: Path) -> None:
@@ -279,10 +302,10 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in read(TOKENS) if row["pair"] == "noisy"]
+    rows = [row for row in read(TOKENS) if row["pair"] == "noisy" and row["arm"] in OF_TOKENS]
     if not rows:
         raise SystemExit("no rows yet: run --pair noisy first")
-    figure, both = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for axes, edges, share, num, label in (
         (both[0], BINS, "share", "tokens", "log_ratio of the sampled token, nats"),
         (both[1], STRAY, "carried", "places", "student's mass where the teacher has under 1 %"),
@@ -301,7 +324,8 @@ def draw(path: Path) -> None:
         axes.set_xticks([i + 0.4 for i in range(len(ends))], ends)
         axes.set_xlabel(label)
     both[0].set_ylabel("share of the squared gradient")
-    both[1].legend(fontsize=8)
+    bars_of = both[1].get_legend_handles_labels()
+    figure.legend(*bars_of, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 

@@ -184,7 +184,8 @@ def result_tables(method: str) -> dict[str, str]:
         tables["moved 1"] = findings.moved_table(rows, "1")
         tables["gradient variance"] = gradient_variance.table()
         tables["gradient tokens"] = gradient_variance.token_table()
-        tables["gradient places"] = gradient_variance.place_table()
+        places = gradient_variance.place_tables()
+        tables["gradient places"], tables["places left"] = places
         tables |= step_tables.tables() | gpu_tables.tables()
         tables["plurals"] = plurals.table(read(RESULTS / "plurals.csv"))
         tables["decode"] = bench_decode.decode_table()

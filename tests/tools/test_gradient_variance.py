@@ -53,6 +53,22 @@ def test_shares_are_of_the_tokens_that_carry_them():
     assert float(row["accepted"]) == pytest.approx(float(accepted), abs=1e-4)
 
 
+def test_places_are_told_before_and_after_training(monkeypatch):
+    """The table of what is left has the untrained student first, and no share of an arm in it."""
+    of_row = {f"{name}_{i}": f"{i / 10}" for name in ("carried", "places") for i in range(4)}
+    row = {"pair": "noisy", "stray": "0.08", **of_row}
+    named = ["opd", "tropd", "after ladder-opd", "after ladder-opd"]
+    monkeypatch.setattr(found_by, "read", lambda _: [row | {"arm": name} for name in named[:2]])
+    shares, left = found_by.place_tables()
+    assert shares.count("\n") == 4 and left == "not run"
+    monkeypatch.setattr(found_by, "read", lambda _: [row | {"arm": name} for name in named])
+    again, left = found_by.place_tables()
+    lines = left.splitlines()[2:]
+    assert again == shares
+    assert [line.split(" | ")[:2] for line in lines] == [["| before", "1"], ["| ladder-opd", "2"]]
+    assert lines[1].endswith("| 0.300 ± 0.000 | 0.080 ± 0.000 |")
+
+
 @pytest.mark.parametrize("arm", ["opd", "opd --objective full", "topk_opd"])
 def test_a_loss_has_its_gradient_at_the_tokens(arm, tmp_path):
     """The gradient at the hidden states is that of the tokens of the batch, none is left out."""
