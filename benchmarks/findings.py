@@ -528,7 +528,8 @@ def draw(rows: list[Row], folder: Path) -> None:
         one.axvline(0, color="black", linewidth=0.8)
         one.set_yticks(range(len(steps)), list(LADDER)[1:])
         one.invert_yaxis()
-        one.set_xlabel("accuracy minus opd's: at 3e-4 (blue), each at its best rate (orange)")
+        one.set_xlabel("accuracy minus opd's")
+        one.set_title("at opd's rate, 3e-4 (blue), and each at its best (orange)", fontsize=9)
         save(figure, "evidence_ladder")
     drawn = {arm: curves_of(rows, arm) for arm in (*END, *SUPPORT)}
     if any(drawn[arm] for arm in END):
