@@ -271,14 +271,13 @@ def place_tables() -> tuple[str, str]:
         return [spread([float(row[column]) for row in mine]) for column in columns]
 
     for pair in PAIRS:
-        before = [row for row in rows if row["pair"] == pair and row["arm"] in OF_TOKENS]
-        if before:
-            carried.append([pair, "how many positions", *shown("places", before)])
-        for arm in OF_TOKENS:
-            mine = [row for row in before if row["arm"] == arm]
-            if mine:
-                carried.append([pair, f"`{arm}`", *shown("carried", mine)])
-    trained = {row["arm"]: [] for row in rows if row["arm"].startswith("after ")}
+        by_arm = {arm: [row for row in rows if (row["pair"], row["arm"]) == (pair, arm)]
+                  for arm in OF_TOKENS}  # fmt: skip
+        if by_arm["opd"]:  # one row a set of prompts; the positions are the same in most arms
+            carried.append([pair, "how many positions", *shown("places", by_arm["opd"])])
+        carried += [[pair, f"`{arm}`", *shown("carried", mine)]
+                    for arm, mine in by_arm.items() if mine]  # fmt: skip
+    trained = dict.fromkeys(row["arm"] for row in rows if row["arm"].startswith("after "))
     before = [row for row in rows if (row["pair"], row["arm"]) == ("noisy", "opd")]
     for arm in ["before", *trained] if trained else []:
         mine = [row for row in rows if row["arm"] == arm] or before
@@ -286,13 +285,9 @@ def place_tables() -> tuple[str, str]:
         left.append([arm.replace("after ", ""), f"{len(mine)}", *shown("places", mine), stray])
     ends = [f"below {STRAY[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(STRAY))]
     ends.append(f"above {STRAY[-1]:g}")
-    tables = (
-        markdown(("pair", "share of the squared gradient", *ends), carried),
-        markdown(("student after 30 steps", "seeds", *ends, "mean stray mass"), left),
-    )
-    return tuple(
-        table if lines else "not run" for table, lines in zip(tables, (carried, left), strict=True)
-    )
+    shares = markdown(("pair", "share of the squared gradient", *ends), carried)
+    places = markdown(("student after 30 steps", "seeds", *ends, "mean stray mass"), left)
+    return shares if carried else "not run", places if left else "not run"
 
 
 def draw(path: Path) -> None:
