@@ -86,13 +86,16 @@ class CausalLM(torch.nn.Module):
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """The compute type of `--dtype`; outside of it weights would be cast anew in every call."""
-        enabled, casts = self.compute_dtype != torch.float32, _CASTS.get()
-        outer = _CASTS.set({} if casts is None else casts)
+        outer = _CASTS.set({})
         try:
-            with torch.autocast(self.device.type, self.compute_dtype, enabled):
+            with self._in_compute_dtype():
                 yield
         finally:
             _CASTS.reset(outer)
+
+    def _in_compute_dtype(self) -> torch.autocast:
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype, enabled)
 
     def present(self) -> contextlib.AbstractContextManager[None]:
         """The weights on `device` for the block."""
@@ -110,7 +113,7 @@ class CausalLM(torch.nn.Module):
 
     def forward(self, read: Callable[..., Any], where: Tensor | None, **inputs: Any) -> Any:
         """`read` at the positions `where`, a mask [B, P+T]; None: the last position of each row."""
-        with self.autocast():
+        with self._in_compute_dtype():
             if self.plain_head:
                 hidden = self._decoder[0](**inputs).last_hidden_state
             else:
@@ -202,7 +205,7 @@ class _TypedCache(DynamicCache):  # type: ignore[misc]
                     states[each] = state if state is None else state[indices]
 
 
-# Weights of experts and their casts, for the outermost block of `CausalLM.autocast`.
+# Weights of experts and their casts, in a block of `CausalLM.autocast`.
 _CASTS: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
 
 
@@ -212,9 +215,10 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     whole, casts = weight if weight._base is None else weight._base, _CASTS.get()
     if casts is None or torch.is_grad_enabled() or not (whole.is_leaf and whole.requires_grad):
         return weight.to(dtype)
-    key = weight.data_ptr(), weight.shape, weight.stride()
+    # By the tensor, which lives as long: two layers may lie at one address in turn, when sharded.
+    key = id(whole), weight.shape, weight.stride(), weight.storage_offset()
     if key not in casts:
-        casts[key] = whole, weight.to(dtype)  # `whole` lives, so that its address is no other's
+        casts[key] = whole, weight.to(dtype)
     return casts[key][1]
 
 

@@ -461,7 +461,18 @@ def test_experts_are_cast_once_for_all_tokens_and_anew_after_a_step(made):
             each.neg_()
         again = modelzoo.sampled(student, prompts, args)
     assert not torch.equal(first.behaviour_logp, again.behaviour_logp)
-    assert models._CASTS.get() is None
+
+
+def test_a_cast_is_of_the_weight_and_not_of_its_address(made):
+    """Sharded layers are gathered one after the other, often into the same memory."""
+    student, *_ = modelzoo.loaded(made("qwen3_moe"), "--dtype", "bfloat16")
+    one = torch.nn.Parameter(torch.ones(2, 3))
+    with torch.no_grad(), student.autocast():
+        kept = models._cast(one.mT, torch.bfloat16)
+        other = torch.nn.Parameter(one.data.neg_())
+        assert models._cast(one.mT, torch.bfloat16) is kept and kept.min() == 1
+        assert models._cast(other.mT, torch.bfloat16).max() == -1
+    assert models._cast(one.mT, torch.bfloat16).max() == -1  # no block, no memory
 
 
 @pytest.mark.parametrize(
