@@ -405,6 +405,57 @@ def test_rows_of_a_test_set_may_lack_a_field(folder, capsys):
     assert f"{len(rows)} rows lack a field of --teacher-prompt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("method", "more"), [("exopd", []), ("sg_opd", ["--gate-target", "reference"])]
+)
+def test_a_reference_reads_its_own_prompt_where_it_has_one(folder, method, more):
+    """And the teacher the student's, as `--teacher-prompt` is not given."""
+    module = importlib.import_module(method)
+    more = [*more, "--reference-prompt", "{answer} {prompt}"]
+    args = module.parse_args(flags(folder, "referred", *more))
+    models, tokenizer = tinylm.load(module, args)
+    facts = models["student"].facts
+    prompts = setup.prompts_of(module, f"{folder}/prompts.jsonl", tokenizer, facts, args)[:4]
+    uniform = module.uniforms(4, "rollouts", 0, args)
+    rollout = module.sample(models["student"], prompts, uniform, args)
+    bare = [module.replace(each, views={}) for each in prompts]
+    told = [each.views["reference"] for each in prompts]
+    ids, mask = rollouts.left_padded(told, rollout.prompt_ids.device)
+    read = {"own": rollout, "plain": module.replace(rollout, prompts=bare)}
+    read["swapped"] = module.replace(read["plain"], prompt_ids=ids, prompt_mask=mask)
+    found = {
+        (name, role): module.token_logp(models[role], each, args)
+        for name, each in read.items()
+        for role in ("teacher", "reference")
+    }
+    torch.testing.assert_close(found["own", "reference"], found["swapped", "reference"])
+    assert (found["own", "reference"] - found["plain", "reference"]).abs().max() > 1e-3
+    torch.testing.assert_close(found["own", "teacher"], found["plain", "teacher"])
+
+
+def test_the_divergence_of_an_evaluation_is_to_the_teacher_under_its_prompt(folder):
+    """The teacher is the student here, so that nothing but its prompt is between them."""
+    for run, spec in (("alike", "{prompt}"), ("unlike", "{answer} {prompt}")):
+        argv = flags(
+            folder,
+            run,
+            "--teacher-prompt",
+            spec,
+            "--eval-every",
+            "1",
+            "--steps",
+            "1",
+            "--test-prompts",
+            f"{folder}/prompts.jsonl",
+            "--eval-samples",
+            "1",
+        )
+        opd.main([word.replace(f"{folder}/teacher", f"{folder}/student") for word in argv])
+        first = next(row for row in files.read_metrics(folder / run) if row["step"] == 0)
+        (found,) = (value for name, value in first.items() if name.endswith("student/reverse_kl"))
+        assert (abs(found) < 1e-5) == (run == "alike") and found > -1e-5
+
+
 def test_packing_counts_the_longer_prompt(folder):
     args = opd.parse_args(flags(folder, "packed"))
     models, _ = tinylm.load(opd, args)
