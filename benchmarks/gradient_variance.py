@@ -64,7 +64,6 @@ OF_TOKENS = {
 }
 PAIRS = {"tiny": "", "noisy": claims.NOISY, "smol": claims.SMOL}
 SMALL = "--prompts-per-step 16 --rollouts-per-prompt 1"  # of a pair that is not tiny
-AFTER = "--objective full --student runs/evidence/run-{arm}-{seed}/checkpoints/step_30/model"
 BINS = (0.0, 1.0, 3.0, 6.0)  # nats of log_ratio: below the first, between them, above the last
 STRAY, RARE = (0.01, 0.1, 0.5), 0.01  # the student's mass on tokens of less than RARE
 TOP = 32
@@ -169,24 +168,25 @@ def gradients(name: str, flags: str, seed: int, batches: int) -> Found:
 def of_batch(method: Any, loaded: Any, rollout: Any, args: Any) -> tuple[torch.Tensor, ...]:
     """log_ratio, place, the teacher's top mass and the stray mass of N trained tokens."""
     mask, teacher, student = rollout.trained_mask, loaded["teacher"], loaded["student"]
-    student_logp, teacher_logp = (
-        method.token_logp(each, rollout, args)[mask] for each in (student, teacher)
-    )
     lengths = mask.sum(-1, keepdim=True)
     place = ((mask.cumsum(-1) - 1) / lengths)[mask]
-    likely = int(1 / RARE)  # no more tokens have RARE
+    tokens, likely = rollout.completion_ids[mask], int(1 / RARE)  # no more tokens have RARE
 
-    def tops(hidden: torch.Tensor, head: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        found = opd_ops.topk_logp(hidden, head, likely, **method.loss_law(teacher, args))
-        return found.ids, found.logp
+    def of_teacher(hidden: torch.Tensor, head: torch.Tensor | None) -> tuple[Any, ...]:
+        law = method.loss_law(teacher, args)
+        top = opd_ops.topk_logp(hidden, head, likely, token_ids=tokens, **law)
+        return top.ids, top.logp, top.token_logp
 
     def of_student(hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
-        return opd_ops.gather_logp(hidden, head, ids, **method.loss_law(student, args)).logp
+        asked = torch.cat([tokens[:, None], ids], 1)
+        return opd_ops.gather_logp(hidden, head, asked, **method.loss_law(student, args)).logp
 
-    ids, logp = (each[mask] for each in method.read_tokens(teacher, rollout, tops))
-    mine = method.read_tokens(student, rollout, of_student)[mask]
-    stray = 1 - (mine.exp() * (logp.exp() >= RARE)).sum(-1)
-    return student_logp - teacher_logp, place, logp[:, :TOP].exp().sum(-1), stray
+    ids, top, teacher_logp = (
+        each[mask] for each in method.read_tokens(teacher, rollout, of_teacher)
+    )
+    student_logp = method.read_tokens(student, rollout, of_student)[mask]  # [N, 1 + likely]
+    supported = (student_logp[:, 1:].exp() * (top.exp() >= RARE)).sum(-1)
+    return student_logp[:, 0] - teacher_logp, place, top[:, :TOP].exp().sum(-1), 1 - supported
 
 
 def main() -> None:
@@ -208,16 +208,17 @@ def main() -> None:
         return
     if args.pair == "noisy":
         evidence.make_inputs()
-    arms = OF_TOKENS if args.pair else ARMS
-    if args.after:
-        arms = {f"after {arm}": ("opd", AFTER.replace("{arm}", arm)) for arm in args.after}
+    if args.after and args.pair != "noisy":
+        parser.error("--after: its students began as that of --pair noisy")
     pair = f"{PAIRS[args.pair or 'tiny']} {SMALL if args.pair == 'smol' else ''} {args.flags}"
     out = args.out or (TOKENS if args.pair else RESULTS)
     seen = environment()
     for seed in range(args.seeds):
-        exact = None
+        arms, exact = OF_TOKENS if args.pair else ARMS, None
+        if args.after:
+            arms = {f"after {arm}": ("opd", trained(arm, seed)) for arm in args.after}
         for arm, (name, flags) in arms.items():
-            found = gradients(name, f"{pair} {flags.format(seed=seed)}", seed, args.batches)
+            found = gradients(name, f"{pair} {flags}", seed, args.batches)
             exact = found.total if exact is None else exact
             noise = found.variance / found.signal
             cosine = float(torch.cosine_similarity(found.total, exact, dim=0))
@@ -229,6 +230,12 @@ def main() -> None:
             append(out, [seen | row | found.of_tokens()], TOKEN_FIELDS if args.pair else FIELDS)
             print(f"seed {seed}  {arm:42s} noise {noise:8.3f}  cosine {cosine:.3f}")
     print(token_table() if args.pair else table())
+
+
+def trained(arm: str, seed: int) -> str:
+    """Flags: the student that the cell of this arm has made, and the exact divergence."""
+    run = Path(claims.FOLDER, evidence.Cell(arm, seed, "").name)
+    return f"--objective full --student {run}/checkpoints/step_{claims.ARMS[arm].steps}/model"
 
 
 def table() -> str:
