@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(opd_ops, m) {
       "full_kl_backward_out(Tensor student_logits, Tensor teacher_logits, Tensor stats, "
       "Tensor grad, int valid_vocab, float temperature, int divergence, float beta, "
       "Tensor(a!) out) -> ()");
+  m.def("scale_out(Tensor source, Tensor factor, Tensor(a!) out) -> ()");
 }
 
 #define OPD_IMPLEMENT(device)                                                                      \
@@ -45,7 +46,8 @@ STABLE_TORCH_LIBRARY(opd_ops, m) {
   m.impl("gather_logp_backward", TORCH_BOX(&opd::device::gather_logp_backward));                   \
   m.impl("gather_logp_backward_out", TORCH_BOX(&opd::device::gather_logp_backward_out));           \
   m.impl("full_kl", TORCH_BOX(&opd::device::full_kl));                                             \
-  m.impl("full_kl_backward_out", TORCH_BOX(&opd::device::full_kl_backward_out))
+  m.impl("full_kl_backward_out", TORCH_BOX(&opd::device::full_kl_backward_out));                   \
+  m.impl("scale_out", TORCH_BOX(&opd::device::scale_out))
 
 #ifdef OPD_EMULATION  // the CUDA ops on CPU tensors, for tests
 STABLE_TORCH_LIBRARY_IMPL(opd_ops, CPU, m) { OPD_IMPLEMENT(cuda); }

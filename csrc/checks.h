@@ -126,6 +126,13 @@ inline void check_out(const Tensor& out, const Tensor& logits) {
   check_inplace("out", out);
 }
 
+// out = factor * source, over the source or into a tensor of the same shape.
+inline void check_scale(const Tensor& source, const Tensor& out) {
+  check_out(out, source);
+  OPD_CHECK(source.is_contiguous() && out.is_contiguous(),
+            "scale_out: expected contiguous tensors");
+}
+
 inline void check_k(int64_t k, int64_t valid_vocab) {
   OPD_CHECK(k >= 1 && k <= valid_vocab, "k: expected 1 to ", valid_vocab, ", got ", k);
 }

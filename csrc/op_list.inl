@@ -28,3 +28,4 @@ std::tuple<Tensor, Tensor> full_kl(const Tensor& student_logits, const Tensor& t
 void full_kl_backward_out(const Tensor& student_logits, const Tensor& teacher_logits,
                           const Tensor& stats, const Tensor& grad, int64_t valid_vocab,
                           double temperature, int64_t divergence, double beta, const Tensor& out);
+void scale_out(const Tensor& source, const Tensor& factor, const Tensor& out);

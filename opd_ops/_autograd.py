@@ -160,6 +160,7 @@ def _register() -> None:
         "gather_logp_backward_out",
         "gather_linear_backward_head_",
         "full_kl_backward_out",
+        "scale_out",
     ):
         _fake(f"opd_ops::{name}")(lambda *args: None)
 

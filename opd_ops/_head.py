@@ -28,6 +28,8 @@ from opd_ops._dispatch import LOADED
 _ALIGN = 64  # columns: rows of the workspace begin at aligned addresses
 _WHOLE = 8  # on a GPU, products over any other number of columns take 4 to 9 times as long
 _BLOCK = 2**24  # bytes of the pieces in which products are added to another type
+_STACK = 2  # where gradients have a buffer of their own: of so many chunks of logits
+_TILE = 128  # there, chunks are of a multiple of so many rows: products waste less of their tiles
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -83,42 +85,48 @@ def _blocks(num_rows: int, bytes_per_row: int) -> list[slice]:
 class _Product:
     """`hidden @ head[:valid].T`, some rows at a time, in one buffer that is used again.
 
-    Where torch can, 16-bit operands give float32 logits; their gradient is rounded, once. On a CPU
-    a head of another type is cast block by block: fresh memory for all of it costs more than a
-    second cast. On a GPU products are made in `parts` of the columns.
+    Where torch can, 16-bit operands give float32 logits; their gradient is rounded, once, into a
+    buffer that holds those of several chunks: products with more rows are faster, and so is adding
+    up fewer of them. On a CPU a head of another type is cast block by block: fresh memory for all
+    of it costs more than a second cast. On a GPU products are made in `parts` of the columns;
+    logits in one, where the head has the columns that fill it up.
     """
 
     def __init__(
         self, hidden: Tensor, head: Tensor, valid: int, dtype: torch.dtype, gradient: bool = False
     ) -> None:
         self.hidden, self.dtype = hidden, dtype
-        self.parts = _parts(valid, hidden.device)
-        self.head, self.blocks = head[:valid], self.parts
+        self.valid, self.parts = valid, _parts(valid, hidden.device)
+        self.blocks = self.logit_blocks = self.parts
+        filled = -(-valid // _WHOLE) * _WHOLE
+        if len(self.parts) > 1 and filled <= head.shape[0]:
+            self.logit_blocks = [slice(0, filled)]
+        self.head = head[: max(valid, self.logit_blocks[-1].stop)]
         if hidden.device.type != "cpu":
             self.head = self.head.to(dtype)
         elif head.dtype != dtype:
-            self.blocks = _blocks(valid, head.shape[1] * dtype.itemsize)
+            self.blocks = self.logit_blocks = _blocks(valid, head.shape[1] * dtype.itemsize)
         wide = dtype.itemsize == 2 and _has_float32_products(hidden.device)
-        self.types = [torch.float32 if wide else dtype]
-        if wide and gradient:
-            self.types.append(dtype)  # a buffer for the rounded gradient
+        self.kind = torch.float32 if wide else dtype  # of the logits
         self.columns = -(-valid // _ALIGN) * _ALIGN
-        self.bytes_per_row = self.columns * sum(kind.itemsize for kind in self.types)
+        self.bytes_per_row = self.columns * self.kind.itemsize
+        self.gradient_bytes_per_row = self.columns * dtype.itemsize if wide and gradient else 0
 
-    def allocate(self, num_rows: int) -> None:
-        """Buffers for chunks of this many rows."""
-        self.buffers = [
-            self.hidden.new_empty(num_rows, self.columns, dtype=kind)[:, : len(self.head)]
-            for kind in self.types
-        ]
+    def allocate(self, num_rows: int, stack: int) -> None:
+        """Buffers for the logits of chunks of `num_rows` rows and the gradients of `stack` rows."""
+        self.stack = max(stack, 1)
+        self.buffer = self.hidden.new_empty(num_rows, self.columns, dtype=self.kind)
+        self.gradients = self.buffer
+        if self.gradient_bytes_per_row:
+            self.gradients = self.hidden.new_empty(stack, self.columns, dtype=self.dtype)
 
     def logits(self, piece: slice) -> Tensor:
         """Those of a chunk; they are overwritten by the next one's."""
         hidden = self.hidden[piece].to(self.dtype)
-        out = self.buffers[0][: hidden.shape[0]]
-        for block in self.blocks:
+        out = self.buffer[: hidden.shape[0]]
+        for block in self.logit_blocks:
             _multiply(hidden, self.head[block].to(self.dtype).t(), out[:, block])
-        return out
+        return out[:, : self.valid]
 
     def to_hidden(self, gradient: Tensor, out: Tensor) -> None:
         """The gradient of the hidden states from that of the logits."""
@@ -131,56 +139,65 @@ class _Product:
         if total is not out:
             out.copy_(total)
 
-    def gradient(self, logits: Tensor) -> Tensor:
+    def gradient(self, piece: slice) -> Tensor:
         """Where that of the logits of a chunk goes: over them, or rounded beside them."""
-        return self.buffers[-1][: logits.shape[0]]
+        first = piece.start % self.stack
+        return self.gradients[first : first + piece.stop - piece.start, : self.valid]
 
 
 def _chunks(num_rows: int, workspace_mib: float, *products: _Product | None) -> list[slice]:
-    """Pieces of the rows that fit the workspace, which the products share; one at least."""
+    """Pieces of the rows whose logits fit the workspace, which the products share; one at least.
+
+    It also holds the gradients of a stack of pieces where they do not go over the logits.
+    """
     used = [product for product in products if product is not None]
-    bytes_per_row = max(1, sum(product.bytes_per_row for product in used))
-    step = max(1, min(num_rows, int(workspace_mib * 2**20) // bytes_per_row))
+    gradients = sum(product.gradient_bytes_per_row for product in used)
+    bytes_per_row = sum(product.bytes_per_row for product in used) + _STACK * gradients
+    step = max(1, int(workspace_mib * 2**20) // max(1, bytes_per_row))
+    if gradients and step > _TILE:
+        step -= step % _TILE
+    step = max(1, min(step, num_rows))
+    stack = _STACK * step if gradients else step
     for product in used:
-        product.allocate(min(step, num_rows))
+        product.allocate(min(step, num_rows), min(stack, num_rows))
     return [slice(at, min(at + step, num_rows)) for at in range(0, max(num_rows, 1), step)]
 
 
 class _Gradients:
     """d loss / d hidden and d loss / d head of a loss over chunks of rows; None is not wanted.
 
-    The head's is added up in float32. The first chunk is written, not added to zeros.
+    The head's is added up in float32, and stays so where there are several stacks of chunks. The
+    first one is written, not added to zeros.
     """
 
-    def __init__(
-        self, product: _Product, head: Tensor, num_chunks: int, wanted: tuple[bool, bool]
-    ) -> None:
-        self.product, self.dtype = product, head.dtype
-        self.hidden = torch.empty_like(product.hidden) if wanted[0] else None
+    def __init__(self, product: _Product, head: Tensor, wanted: tuple[bool, bool]) -> None:
+        self.product, self.num_rows = product, product.hidden.shape[0]
+        self.hidden = product.hidden.new_empty(product.hidden.shape) if wanted[0] else None
         self.head: Tensor | None = None
         if wanted[1]:
-            accumulator = row_dtype(head) if num_chunks > 1 else head.dtype
+            accumulator = row_dtype(head) if self.num_rows > product.stack else head.dtype
             self.head = head.new_empty(head.shape, dtype=accumulator)
-            self.head[len(product.head) :] = 0.0
+            self.head[product.valid :] = 0.0
 
-    def add(self, piece: slice, gradient: Tensor) -> None:
-        """A chunk, from d loss / d logits."""
-        product = self.product
+    def add(self, piece: slice) -> None:
+        """A chunk, whose d loss / d logits has been written; multiplied where a stack is full."""
+        product, stack = self.product, self.product.stack
+        if piece.stop % stack and piece.stop < self.num_rows:
+            return
+        rows = slice(piece.start // stack * stack, piece.stop)
+        gradient = product.gradient(rows)
         if self.hidden is not None:
-            product.to_hidden(gradient, self.hidden[piece])
+            product.to_hidden(gradient, self.hidden[rows])
         if self.head is not None:
-            hidden = product.hidden[piece].to(product.dtype)
+            hidden = product.hidden[rows].to(product.dtype)
             for part in product.parts:
-                _multiply(gradient[:, part].t(), hidden, self.head[part], add=piece.start > 0)
-
-    def result(self) -> tuple[Tensor | None, Tensor | None]:
-        """Both, in the types of hidden states and head."""
-        return self.hidden, None if self.head is None else self.head.to(self.dtype)
+                _multiply(gradient[:, part].t(), hidden, self.head[part], add=rows.start > 0)
 
 
-def _or_empty(tensors: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """Registered ops return tensors, empty ones for what is not wanted."""
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+def _or_empty(gradients: _Gradients, head: Tensor) -> tuple[Tensor, Tensor]:
+    """Registered ops return tensors of known types, empty ones for what is not wanted."""
+    hidden = head.new_empty(0) if gradients.hidden is None else gradients.hidden
+    return hidden, head.new_empty(0) if gradients.head is None else gradients.head.to(head.dtype)
 
 
 # ==== three products: a loss with its gradients ====
@@ -200,6 +217,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         # not by save_for_backward: autograd takes a gradient as it is if nobody else holds it
         ctx.gradients = [grad_hidden, grad_head]
+        ctx.types = [hidden.dtype, hidden.dtype if head is None else head.dtype]
         return loss.clone()
 
     @staticmethod
@@ -212,10 +230,20 @@ class _Loss(torch.autograd.Function):
             )
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None
-        for gradient in (grad_hidden, grad_head):
-            if gradient is not None:
-                gradient.mul_(grad)
-        return None, grad_hidden, grad_head, None, None
+        hidden_type, head_type = ctx.types
+        grad_hidden = _scaled(grad_hidden, grad, hidden_type)
+        return None, grad_hidden, _scaled(grad_head, grad, head_type), None, None
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`gradient * factor`, rounded once, over `gradient` if it has this type."""
+    if gradient is None:
+        return None
+    out = gradient
+    if out.dtype != dtype:
+        out = gradient.new_empty(gradient.shape, dtype=dtype)
+    torch.ops.opd_ops.scale_out(gradient, factor, out)
+    return out
 
 
 def wants_gradients(hidden: Tensor, head: Tensor | None) -> tuple[bool, bool]:
@@ -245,7 +273,7 @@ def row_loss(
     with torch.no_grad():
         product = _Product(hidden, head, valid, product_dtype(hidden), any(needed))
         pieces = _chunks(hidden.shape[0], workspace_mib, product)
-        gradients = _Gradients(product, head, len(pieces), needed)
+        gradients = _Gradients(product, head, needed)
         for piece in pieces:
             logits, settings = product.logits(piece), (valid, temperature)
             rows = Rows(*torch.ops.opd_ops.gather_logp(logits, ids[piece], *settings, False, tail))
@@ -261,17 +289,17 @@ def row_loss(
             done.append((losses.detach(), rows.logp.detach(), logged))
             if any(needed):
                 outer = Rows(grads[0], None, None, grads[1], None, None)
-                arguments, out = logp_gradient(ids[piece], rows, outer), product.gradient(logits)
+                arguments, out = logp_gradient(ids[piece], rows, outer), product.gradient(piece)
                 assert arguments is not None
                 torch.ops.opd_ops.gather_logp_backward_out(
                     logits, ids[piece], *arguments, *settings, out
                 )
-                gradients.add(piece, out)
+                gradients.add(piece)
         loss = torch.cat([chunk[0] for chunk in done]).sum()  # the same for any number of chunks
         logp = torch.cat([chunk[1] for chunk in done])
         logged = {name: torch.cat([chunk[2][name] for chunk in done]) for name in done[0][2]}
     if any(needed):
-        loss = _Loss.apply(loss, hidden, head, *gradients.result())  # type: ignore[no-untyped-call]
+        loss = _Loss.apply(loss, hidden, head, gradients.hidden, gradients.head)  # type: ignore[no-untyped-call]
     return loss, logp, logged
 
 
@@ -383,16 +411,15 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor]:
         product = _Product(hidden, head, valid, dtype, gradient=True)
         pieces = _chunks(hidden.shape[0], workspace_mib, product)
-        gradients = _Gradients(product, head, len(pieces), (need_hidden, need_head))
+        gradients = _Gradients(product, head, (need_hidden, need_head))
         arguments = (ids, grad, stats, dense, slope, tail_stats, tail_dense)
         for piece in pieces:
             logits = product.logits(piece)
             parts = (None if argument is None else argument[piece] for argument in arguments)
-            out = product.gradient(logits)
+            out = product.gradient(piece)
             torch.ops.opd_ops.gather_logp_backward_out(logits, *parts, valid, temperature, out)
-            gradients.add(piece, out)
-        grad_hidden, grad_head = _or_empty(gradients.result(), hidden)
-        return grad_hidden, grad_head
+            gradients.add(piece)
+        return _or_empty(gradients, head)
 
     @linear_gather_logp_backward.register_fake
     def _(hidden: Tensor, head: Tensor, *args: Any) -> Any:
@@ -474,7 +501,7 @@ def _register() -> None:
         weight = weight.to(row_dtype(hidden))
         values, gradients, grad_logits = [], None, None
         if student is not None and head is not None:
-            gradients = _Gradients(student, head, len(pieces), needed)
+            gradients = _Gradients(student, head, needed)
         elif need_hidden:  # the hidden states are logits
             grad_logits = hidden.new_empty(hidden.shape)
         for piece in pieces:
@@ -487,7 +514,7 @@ def _register() -> None:
             values.append(value)
             if any(needed):
                 if student is not None:
-                    out = student.gradient(near)
+                    out = student.gradient(piece)
                 else:
                     assert grad_logits is not None
                     out = grad_logits[piece]
@@ -495,12 +522,13 @@ def _register() -> None:
                     near, far, stats, weight[piece], *settings, out
                 )
                 if gradients is not None:
-                    gradients.add(piece, out)
+                    gradients.add(piece)
         result = torch.cat(values)
         loss = (weight * result.masked_fill(weight == 0, 0.0)).sum()
-        found = gradients.result() if gradients is not None else (grad_logits, None)
-        grad_hidden, grad_head = _or_empty(found, hidden)
-        return loss, result, grad_hidden, grad_head
+        if gradients is not None and head is not None:
+            return loss, result, *_or_empty(gradients, head)
+        empty = hidden.new_empty(0)
+        return loss, result, empty if grad_logits is None else grad_logits, empty.clone()
 
     @linear_full_kl.register_fake
     def _(hidden: Tensor, head: Tensor | None, *args: Any) -> Any:

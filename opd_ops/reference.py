@@ -197,9 +197,9 @@ def _check_product(
 
 
 def _workspace(workspace_mib: float | None, device: torch.device) -> float:
-    """In MiB; None is 256 on a CPU and 1024 on a GPU, where products of few rows are slow."""
+    """In MiB; None is 256 on a CPU and 1280 on a GPU, where products of few rows are slow."""
     if workspace_mib is None:
-        return 256.0 if device.type == "cpu" else 1024.0
+        return 256.0 if device.type == "cpu" else 1280.0
     if not workspace_mib > 0:
         raise ValueError(f"workspace_mib: expected a number > 0, got {workspace_mib!r}")
     return float(workspace_mib)
@@ -545,7 +545,7 @@ def token_logp(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1024.
+            GPU 1280.
 
     Returns:
         logp [N] nats, <= 0; lse [N], the log of the sum of exp(logits / temperature); entropy [N]
@@ -606,7 +606,7 @@ def topk_logp(
         token_ids: [N] int64; also report the log-prob of this token.
         valid_vocab: ids from here on are padding and never selected.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory; None: 256, on a GPU 1024.
+        workspace_mib: bound on extra memory; None: 256, on a GPU 1280.
 
     Returns:
         ids [N, K] int64, likeliest first, ties by the lower id; logp [N, K] nats; lse [N];
@@ -667,7 +667,7 @@ def gather_logp(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1024.
+            GPU 1280.
 
     Returns:
         logp [N, K] nats, lse [N].
@@ -730,7 +730,7 @@ def support_kl(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the student's softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1024.
+            GPU 1280.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences
@@ -830,7 +830,7 @@ def gated_kl(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1024.
+            GPU 1280.
 
     Returns:
         loss [], the sum of all tokens' losses; student_logp [N] (or [N, M]) nats, detached;
@@ -904,7 +904,7 @@ def full_kl(
             is given.
         temperature: > 0; divides the logits of both models.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1024.
+            GPU 1280.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences

@@ -90,7 +90,7 @@ def _counted(
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
     logits = 4 * rows * args.max_completion_tokens * text.vocab_size
-    workspace = 2**28 if args.device == "cpu" else 2**30  # of the ops with a head, by default
+    workspace = (256 if args.device == "cpu" else 1280) * 2**20  # of the ops with a head
     found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     if args.eval_only:
         trained = ("gradients", "optimizer", "student: activations", "student: loss")

@@ -104,6 +104,15 @@ struct GatherLinearHead {
   int64_t k, total;
 };
 
+// out = factor * source, of `size` numbers each.
+struct Scale {
+  const void* source;
+  void* out;  // may be the source
+  DType dtype, out_dtype;
+  int64_t size;
+  const float* factor;  // one
+};
+
 int launch(const GatherLogp&, Launch);
 int launch(const GatherBackward&, Launch);
 int launch(const TopkLogp&, Launch);
@@ -112,6 +121,7 @@ int launch(const FullKlBackward&, Launch);
 int launch(const GatherLinear&, Launch);
 int launch(const GatherLinearHidden&, Launch);
 int launch(const GatherLinearHead&, Launch);
+int launch(const Scale&, Launch);
 const char* error_text(int error);
 
 }  // namespace opd::cuda

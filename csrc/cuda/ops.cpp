@@ -277,6 +277,20 @@ void gather_linear_backward_head(const Tensor& buffer, const Tensor& hidden, con
   run("gather_linear_backward_head", h, args);
 }
 
+void scale_out(const Tensor& source, const Tensor& factor, const Tensor& out) {
+  check_scale(source, out);
+  const Tensor number = small(source, "factor", factor, {}, ScalarType::Float);
+  Scale args{};
+  args.source = source.data_ptr();
+  args.out = out.data_ptr();
+  args.dtype = dtype_of("source", source);
+  args.out_dtype = dtype_of("out", out);
+  OPD_CHECK(args.dtype != DType::f64, "source: float64 is computed on CPU only");
+  args.size = source.numel();
+  args.factor = data<float>(number);
+  run("scale_out", source, args);
+}
+
 #include "../backward_forms.inl"
 
 }  // namespace opd::cuda

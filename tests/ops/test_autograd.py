@@ -100,6 +100,7 @@ def opcheck_cases():
         "full_kl_backward_out": (
             *(z.detach(), other, five, one, 9, 0.7, 1, 0.3, torch.zeros(3, 11)),
         ),
+        "scale_out": (z.detach(), dense[0], torch.zeros(3, 11)),
         "linear_gather_logp": (hidden, head, ids, 9, 0.7, False, True, f32, 1.0),
         "linear_topk_logp": (*frozen, 3, None, 9, 0.7, f32, 1.0),
         "linear_gather_logp_backward": (

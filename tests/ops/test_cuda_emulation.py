@@ -84,7 +84,7 @@ def run(package, *arguments, **environment):
 
 def test_every_source_is_built():
     assert {Path(source).stem for source in SOURCES} == {
-        *("bindings", "ops", "gather_logp", "topk_logp", "full_kl", "gather_linear")
+        *("bindings", "ops", "gather_logp", "topk_logp", "full_kl", "gather_linear", "scale")
     }
 
 

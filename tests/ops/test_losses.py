@@ -224,6 +224,34 @@ def test_a_head_of_another_type_is_cast_in_blocks(name, workspace_mib, products,
         assert (got - expected).norm() / expected.norm() < 2.0**-7
 
 
+@pytest.mark.parametrize("workspace_mib", CHUNKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_incoming_gradient_is_not_rounded(name, workspace_mib):
+    """A number of 32 bits times gradients of 16: `mul_` would round the number to 16 bits first."""
+    results = []
+    for scale in (1.0, 1.0 + 0.9 * 2.0**-8):  # in bfloat16 this is 1
+        hidden, head = operands(dtype=torch.bfloat16)
+        (losses(hidden, head, workspace_mib)[name]().loss * scale).backward()
+        results.append(torch.cat([hidden.grad, head.grad[:VALID]]).float())
+    one, scaled = results
+    assert (scaled.abs() >= one.abs()).all() and (scaled != one).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("size", [(0, 5), (1, 1), (3, 1367), (5, 4096)])
+@pytest.mark.parametrize("source, out", [
+    *((kind, kind) for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+])  # fmt: skip
+def test_scale(size, source, out):
+    """A product in float32 (float64 of float64), rounded once, into the source or beside it."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(source)
+    factor = torch.tensor(0.3001, dtype=torch.promote_types(source, torch.float32))
+    expected = (x.to(factor.dtype) * factor).to(out)
+    found = x.clone() if out == source else torch.full(size, float("nan"), dtype=out)
+    torch.ops.opd_ops.scale_out(found if out == source else x, factor, found)
+    assert torch.equal(found, expected)
+
+
 def test_blocks_of_a_cast_head_are_as_exact_as_one_product(monkeypatch):
     """Under autocast plain PyTorch rounds one product, ours the product of each block."""
     monkeypatch.setattr(_head, "_BLOCK", 16 * 64 * 2)  # 32 blocks of 16 rows of the head
@@ -278,13 +306,49 @@ def test_float32_products(name, workspace_mib, as_on_cuda, products):
         assert got.grad.dtype == torch.bfloat16
         error = (got.grad - expected.grad).norm() / expected.grad.norm()
         assert error < 2.0**-7
-    parts = {VALID - VALID % 8, VALID % 8}  # columns
-    assert 0 not in parts and parts <= {size for a, b, _, _ in products for size in (*a, *b)}
-    heads = [out for a, b, out, add in products if a[0] == VALID - VALID % 8]
-    chunks = len(heads) // 2  # the truth's products are the second half
-    assert chunks == len(products) // 12
-    if chunks > 1:  # one product a chunk, added up in float32
-        assert set(heads[:chunks]) == {torch.float32}
+    ours = [each for each in products if torch.float64 != each[2]]
+    whole, rest = VALID - VALID % 8, VALID % 8  # columns; logits are made of whole + 8
+    assert rest and {(D, whole + 8)} == {b for a, b, *_ in ours if a[1] == D and b[0] == D}
+    heads = [(out, add) for a, b, out, add in ours if a[0] == whole]
+    assert [add for _, add in heads] == [False] + (len(heads) - 1) * [True]
+    if len(heads) > 1:  # one product a stack and part, added up in float32
+        assert {out for out, _ in heads} == {torch.float32}
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("rows", [7, 14, 37])
+def test_gradients_of_two_chunks_are_multiplied_at_once(
+    rows, tile, as_on_cuda, products, monkeypatch
+):
+    """Where they have a buffer of their own; the workspace holds it and the logits of a chunk."""
+    monkeypatch.setattr(_head, "_TILE", tile)
+    hidden, head = operands(rows=rows, dtype=torch.bfloat16)
+    budget = 192 * (4 * 7 + 2 * 14)  # bytes: of 192 columns
+    losses(hidden, head, budget / 2**20)["gated"]().loss.backward()
+    made = [a[0] for a, b, *_ in products if b == (D, VALID // 8 * 8 + 8)]
+    multiplied = [a[0] for a, b, *_ in products if b == (VALID // 8 * 8, D)]
+    step = 7 if tile == 1 else 4
+
+    def parts(size):
+        return [min(size, rows - at) for at in range(0, rows, size)]
+
+    assert (made, multiplied) == (parts(step), parts(2 * step))
+
+
+def test_a_head_without_padding_is_multiplied_in_parts(as_on_cuda, products):
+    """There is nothing that fills its columns up to a multiple of 8."""
+    hidden, head = operands(dtype=torch.bfloat16)
+    head = head.detach()[:VALID].requires_grad_()
+    found = losses(hidden, head)["gated"]()
+    found.loss.backward()
+    made = {b[1] for a, b, *_ in products if b[0] == D}
+    assert made == {VALID // 8 * 8, VALID % 8} and head.grad.isfinite().all()
+    padded = torch.cat([head.detach(), torch.full((8, D), float("nan"), dtype=head.dtype)])
+    padded.requires_grad_()  # columns beyond the valid ones are made, and never looked at
+    again = losses(hidden, padded)["gated"]()
+    gradients = torch.autograd.grad(again.loss, (hidden, padded))
+    assert torch.equal(again.loss, found.loss) and torch.equal(gradients[0], hidden.grad)
+    assert torch.equal(gradients[1][:VALID], head.grad) and (gradients[1][VALID:] == 0).all()
 
 
 def test_autocast_does_not_lower_a_teacher_in_float32():
