@@ -52,8 +52,8 @@ STAGES = {
     "train": Stage("every method; one update of each against the CPU's values", 45, 70),
     "head": Stage("losses from hidden states", 35, 10),
     "rows": Stage("ops on logits", 45, 25),
-    "step": Stage("whole training steps", 90, 20),
-    "sample": Stage("samplers", 55, 15),
+    "step": Stage("whole training steps", 70, 20),
+    "sample": Stage("samplers", 30, 15),
 }
 COMMON = "device,driver,num_threads,load,torch,cuda,transformers,trl,commit,dirty,date,command"
 TABLES = {  # of the files gpu_NAME.csv; the same on a GPU and in the rehearsal

@@ -601,10 +601,10 @@ def step(task: Task) -> None:
     """Whole steps, ours and TRL's; the peak beside the estimate of --dry-run."""
     import bench_step
 
-    case = case_of(task, *((256, 128) if task.cuda else (4, 8)))
+    case = case_of(task, *((256, 96) if task.cuda else (4, 8)))
     case.arms = [("opd.py", "sampled")]
-    if not missing(task, "trl", "DistillationTrainer and GKDTrainer of TRL"):
-        case.arms += [("DistillationTrainer", "reverse"), ("GKDTrainer", "reverse")]
+    if not missing(task, "trl", "DistillationTrainer of TRL"):
+        case.arms += [("DistillationTrainer", "reverse")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for row in bench_step.measure(folder, case):
@@ -642,14 +642,15 @@ def sample(task: Task) -> None:
 
     from opd_run import setup
 
-    for rollouts in (64, 256) if task.cuda else (4, 8):
-        case = case_of(task, rollouts, 32 if task.cuda else 8)
-        with tempfile.TemporaryDirectory() as name, bench_step.random_weights(task.device):
-            bench_step.make_inputs(Path(name), case)
-            args = bench_step.our_args(Path(name), case, "sampled")
-            model, tokenizer = bench_step.load_student(args)
-            prompts = setup.prompts_of(opd, args.prompts, tokenizer, model.facts, args)
-            prompts = prompts[:rollouts]
+    sizes = (64, 256) if task.cuda else (4, 8)
+    case = case_of(task, max(sizes), 32 if task.cuda else 8)
+    with tempfile.TemporaryDirectory() as name, bench_step.random_weights(task.device):
+        bench_step.make_inputs(Path(name), case)
+        args = bench_step.our_args(Path(name), case, "sampled")
+        model, tokenizer = bench_step.load_student(args)
+        every_prompt = setup.prompts_of(opd, args.prompts, tokenizer, model.facts, args)
+    for rollouts in sizes:
+        prompts = every_prompt[:rollouts]
         calls = {"opd.sample": bench_sampler.ours, "transformers.generate": bench_sampler.generate}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(4):  # in turn; the first is not counted
