@@ -101,6 +101,7 @@ struct Kernels {
                   int64_t k, A* out);
   void (*load)(const Row& row, A* out);  // padded to kChunk with 0
   void (*store)(const A* values, void* out, DType dtype, int64_t n, bool add);
+  void (*scale)(const Row& row, double factor, void* out, DType dtype);  // out may be the row
 };
 
 const Kernels<float>& kernels_portable();

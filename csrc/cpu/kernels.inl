@@ -507,10 +507,23 @@ void store(const typename L::A* values, void* out, DType dtype, int64_t n, bool 
 }
 
 template <class L>
+void scale(const Row& row, double factor, void* out, DType dtype) {
+  using A = typename L::A;
+  alignas(64) A buffer[kChunk], scaled[kChunk];
+  const typename L::V by = L::set(factor);
+  for (int64_t c = 0; c < row.valid; c += kChunk) {
+    const A* x = fetch(row, c, buffer, A(0));
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kChunk; j += L::width) vstore(scaled + j, vload(x + j) * by);
+    commit(out, dtype, c, row.valid - c, scaled);
+  }
+}
+
+template <class L>
 constexpr Kernels<typename L::A> table() {
   return {stats<L>,  outside<L>, scatter<L>,    divergence<L>,  divergence_grad<L>,
           chunks<L>, kth<L>,     candidates<L>, outside_sum<L>,
-          dots<L>,   combine<L>, load<L>,       store<L>};
+          dots<L>,   combine<L>, load<L>,       store<L>,       scale<L>};
 }
 
 }  // namespace

@@ -535,18 +535,14 @@ void scale_out(const Tensor& source, const Tensor& factor, const Tensor& out) {
   with_type(source, [&](auto zero) {
     using A = decltype(zero);
     const auto& table = kernels<A>();
-    const A by = *data<const A>(number);
+    const double by = *data<const A>(number);
     const DType from = dtype_of("source", source), to = dtype_of("out", out);
     const char* read = static_cast<const char*>(source.const_data_ptr());
     char* write = static_cast<char*>(out.data_ptr());
     for_rows(blocks, kBlock, [&](int64_t begin, int64_t end) {
-      std::vector<A> values(kBlock);
-      for (int64_t at = begin * kBlock; at < std::min(total, end * kBlock); at += kBlock) {
-        const int64_t n = std::min(kBlock, total - at);
-        table.load({read + at * source.element_size(), from, n}, values.data());
-        for (int64_t i = 0; i < n; ++i) values[i] *= by;
-        table.store(values.data(), write + at * out.element_size(), to, n, false);
-      }
+      const int64_t first = begin * kBlock, last = std::min(total, end * kBlock);
+      table.scale({read + first * source.element_size(), from, last - first}, by,
+                  write + first * out.element_size(), to);
     });
   });
 }
