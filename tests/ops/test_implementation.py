@@ -38,7 +38,7 @@ def test_compiled_ops_run_in_this_session():
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_lower_instruction_sets(isa):
-    """All row tests again with a lower instruction set of the same library."""
+    """All row tests again with a lower instruction set of the same library, and `scale_out`."""
     from opd_ops import _build_info
 
     if ["portable", "avx2", "avx512"].index(_build_info.best_isa()) <= ["portable", "avx2"].index(
@@ -48,7 +48,7 @@ def test_lower_instruction_sets(isa):
         return  # the main session has run it already, or the processor lacks it
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider",
-         "tests/ops/test_rows.py"],
+         "tests/ops/test_rows.py", "tests/ops/test_losses.py::test_scale"],
         capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "OPD_OPS_ISA": isa, "OPD_OPS_REQUIRE": "cpp"},
     )  # fmt: skip
