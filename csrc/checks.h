@@ -131,6 +131,7 @@ inline void check_scale(const Tensor& source, const Tensor& out) {
   check_out(out, source);
   OPD_CHECK(source.is_contiguous() && out.is_contiguous(),
             "scale_out: expected contiguous tensors");
+  OPD_CHECK(dtype_of("source", source) != DType::f64, "scale_out: float64 is not taken");
 }
 
 inline void check_k(int64_t k, int64_t valid_vocab) {

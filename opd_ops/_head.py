@@ -1,7 +1,7 @@
 """The head loop: chunks of rows through one workspace of bounded size, never [N, V].
 
 What is differentiable by itself (`gather`) multiplies again in backward: four products. A loss
-(`row_loss`, `full_loss`) computes its gradients in the forward call, written over the logits of
+(`row_loss`, `full_loss`) computes its gradients in the forward call, from those of the logits of
 each chunk, and multiplies them by the incoming scalar in backward: three products.
 """
 
@@ -26,7 +26,7 @@ from opd_ops._autograd import (
 from opd_ops._dispatch import LOADED
 
 _ALIGN = 64  # columns: rows of the workspace begin at aligned addresses
-_WHOLE = 8  # on a GPU, products over any other number of columns take 4 to 9 times as long
+_WHOLE = 8  # on a GPU, products over any other number of columns take 3 to 9 times as long
 _BLOCK = 2**24  # bytes of the pieces in which products are added to another type
 _STACK = 2  # where gradients have a buffer of their own: of so many chunks of logits
 _TILE = 128  # there, chunks are of a multiple of so many rows: products waste less of their tiles
@@ -114,7 +114,7 @@ class _Product:
 
     def allocate(self, num_rows: int, stack: int) -> None:
         """Buffers for the logits of chunks of `num_rows` rows and the gradients of `stack` rows."""
-        self.stack = max(stack, 1)
+        self.stack = stack
         self.buffer = self.hidden.new_empty(num_rows, self.columns, dtype=self.kind)
         self.gradients = self.buffer
         if self.gradient_bytes_per_row:
@@ -151,15 +151,20 @@ def _chunks(num_rows: int, workspace_mib: float, *products: _Product | None) -> 
     It also holds the gradients of a stack of pieces where they do not go over the logits.
     """
     used = [product for product in products if product is not None]
+    logits = max(1, sum(product.bytes_per_row for product in used))
     gradients = sum(product.gradient_bytes_per_row for product in used)
-    bytes_per_row = sum(product.bytes_per_row for product in used) + _STACK * gradients
-    step = max(1, int(workspace_mib * 2**20) // max(1, bytes_per_row))
-    if gradients and step > _TILE:
-        step -= step % _TILE
-    step = max(1, min(step, num_rows))
-    stack = _STACK * step if gradients else step
+    budget, stack = int(workspace_mib * 2**20), max(1, num_rows)
+    if gradients == 0:
+        stack = step = max(1, min(stack, budget // logits))
+    elif stack * (logits + gradients) <= budget:
+        step = stack
+    else:
+        step = max(1, budget // (logits + _STACK * gradients))
+        if step >= 4 * _TILE:
+            step -= step % _TILE
+        stack = min(stack, _STACK * step)
     for product in used:
-        product.allocate(min(step, num_rows), min(stack, num_rows))
+        product.allocate(min(step, num_rows), stack)
     return [slice(at, min(at + step, num_rows)) for at in range(0, max(num_rows, 1), step)]
 
 
@@ -194,10 +199,17 @@ class _Gradients:
                 _multiply(gradient[:, part].t(), hidden, self.head[part], add=rows.start > 0)
 
 
-def _or_empty(gradients: _Gradients, head: Tensor) -> tuple[Tensor, Tensor]:
+def _or_empty(
+    hidden: Tensor, head: Tensor | None, gradients: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor]:
     """Registered ops return tensors of known types, empty ones for what is not wanted."""
-    hidden = head.new_empty(0) if gradients.hidden is None else gradients.hidden
-    return hidden, head.new_empty(0) if gradients.head is None else gradients.head.to(head.dtype)
+    first, second = gradients
+    if second is not None and head is not None:
+        second = second.to(head.dtype)
+    return (
+        hidden.new_empty(0) if first is None else first,
+        hidden.new_empty(0) if second is None else second,
+    )
 
 
 # ==== three products: a loss with its gradients ====
@@ -239,10 +251,12 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
     """`gradient * factor`, rounded once, over `gradient` if it has this type."""
     if gradient is None:
         return None
+    if gradient.dtype == torch.float64:  # the CUDA ops do not take it
+        return gradient.mul_(factor).to(dtype)
     out = gradient
     if out.dtype != dtype:
         out = gradient.new_empty(gradient.shape, dtype=dtype)
-    torch.ops.opd_ops.scale_out(gradient, factor, out)
+    torch.ops.opd_ops.scale_out(gradient, factor.float(), out)
     return out
 
 
@@ -306,6 +320,59 @@ def row_loss(
 _KINDS = {"reverse": 0, "forward": 1, "jsd": 2}
 
 
+def _full_rows(
+    hidden: Tensor,
+    head: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor | None,
+    token_weight: Tensor | None,
+    valid: int,
+    temperature: float,
+    kind: int,
+    beta: float,
+    dtype: torch.dtype,
+    workspace_mib: float,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss [], divergences [N], gradients of hidden states (or logits) and head."""
+    needed, student, teacher = (need_hidden, need_head), None, None
+    if head is not None:
+        student = _Product(hidden, head, valid, dtype, any(needed))
+    if teacher_head is not None:  # never lowered: what a frozen model says is a constant
+        teacher = _Product(teacher_hidden, teacher_head, valid, teacher_hidden.dtype)
+    pieces = _chunks(hidden.shape[0], workspace_mib, student, teacher)
+    weight = hidden.new_ones(hidden.shape[0]) if token_weight is None else token_weight
+    weight = weight.to(row_dtype(hidden))
+    values, gradients, grad_logits = [], None, None
+    if student is not None and head is not None:
+        gradients = _Gradients(student, head, needed)
+    elif need_hidden:  # the hidden states are logits
+        grad_logits = hidden.new_empty(hidden.shape)
+    for piece in pieces:
+        near = hidden[piece] if student is None else student.logits(piece)
+        far = teacher_hidden[piece] if teacher is None else teacher.logits(piece)
+        if (near.dtype == torch.float64) != (far.dtype == torch.float64):
+            far = far.to(row_dtype(near))  # other types may be mixed
+        settings = (valid, temperature, kind, beta)
+        value, stats = torch.ops.opd_ops.full_kl(near, far, *settings)
+        values.append(value)
+        if any(needed):
+            if student is not None:
+                out = student.gradient(piece)
+            else:
+                assert grad_logits is not None
+                out = grad_logits[piece]
+            torch.ops.opd_ops.full_kl_backward_out(near, far, stats, weight[piece], *settings, out)
+            if gradients is not None:
+                gradients.add(piece)
+    result = torch.cat(values)
+    loss = (weight * result.masked_fill(weight == 0, 0.0)).sum()
+    if gradients is not None:
+        return loss, result, gradients.hidden, gradients.head
+    return loss, result, grad_logits, None
+
+
 def full_loss(
     hidden: Tensor,
     head: Tensor | None,
@@ -320,20 +387,18 @@ def full_loss(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the divergences of student and teacher, and the divergences [N]."""
     needed = wants_gradients(hidden, head)
+    dtype = hidden.dtype if head is None else product_dtype(hidden)
     operands = (hidden, head, teacher_hidden, teacher_head, token_weight)
-    loss, values, *gradients = torch.ops.opd_ops.linear_full_kl(
-        *(None if tensor is None else tensor.detach() for tensor in operands),
-        valid,
-        temperature,
-        _KINDS[divergence],
-        beta,
-        hidden.dtype if head is None else product_dtype(hidden),
-        workspace_mib,
-        *needed,
-    )
-    if any(needed):
+    arguments: list[Any] = [None if each is None else each.detach() for each in operands]
+    arguments += [valid, temperature, _KINDS[divergence], beta, dtype, workspace_mib, *needed]
+    if torch.compiler.is_compiling():  # as one op, whose results have the types of its arguments
+        loss, values, *gradients = torch.ops.opd_ops.linear_full_kl(*arguments)
         kept = [each if need else None for each, need in zip(gradients, needed)]
         del gradients
+    else:
+        with torch.no_grad():
+            loss, values, *kept = _full_rows(*arguments)
+    if any(needed):
         loss = _Loss.apply(loss, hidden, head, *kept)  # type: ignore[no-untyped-call]
     return loss, values
 
@@ -419,7 +484,7 @@ def _register() -> None:
             out = product.gradient(piece)
             torch.ops.opd_ops.gather_logp_backward_out(logits, *parts, valid, temperature, out)
             gradients.add(piece)
-        return _or_empty(gradients, head)
+        return _or_empty(hidden, head, (gradients.hidden, gradients.head))
 
     @linear_gather_logp_backward.register_fake
     def _(hidden: Tensor, head: Tensor, *args: Any) -> Any:
@@ -490,45 +555,22 @@ def _register() -> None:
         need_hidden: bool,
         need_head: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss [], divergences [N], gradients of hidden states and head (empty: not wanted)."""
-        needed, student, teacher = (need_hidden, need_head), None, None
-        if head is not None:
-            student = _Product(hidden, head, valid, dtype, any(needed))
-        if teacher_head is not None:  # never lowered: what a frozen model says is a constant
-            teacher = _Product(teacher_hidden, teacher_head, valid, teacher_hidden.dtype)
-        pieces = _chunks(hidden.shape[0], workspace_mib, student, teacher)
-        weight = hidden.new_ones(hidden.shape[0]) if token_weight is None else token_weight
-        weight = weight.to(row_dtype(hidden))
-        values, gradients, grad_logits = [], None, None
-        if student is not None and head is not None:
-            gradients = _Gradients(student, head, needed)
-        elif need_hidden:  # the hidden states are logits
-            grad_logits = hidden.new_empty(hidden.shape)
-        for piece in pieces:
-            near = hidden[piece] if student is None else student.logits(piece)
-            far = teacher_hidden[piece] if teacher is None else teacher.logits(piece)
-            if (near.dtype == torch.float64) != (far.dtype == torch.float64):
-                far = far.to(row_dtype(near))  # other types may be mixed
-            settings = (valid, temperature, kind, beta)
-            value, stats = torch.ops.opd_ops.full_kl(near, far, *settings)
-            values.append(value)
-            if any(needed):
-                if student is not None:
-                    out = student.gradient(piece)
-                else:
-                    assert grad_logits is not None
-                    out = grad_logits[piece]
-                torch.ops.opd_ops.full_kl_backward_out(
-                    near, far, stats, weight[piece], *settings, out
-                )
-                if gradients is not None:
-                    gradients.add(piece)
-        result = torch.cat(values)
-        loss = (weight * result.masked_fill(weight == 0, 0.0)).sum()
-        if gradients is not None and head is not None:
-            return loss, result, *_or_empty(gradients, head)
-        empty = hidden.new_empty(0)
-        return loss, result, empty if grad_logits is None else grad_logits, empty.clone()
+        loss, values, for_hidden, for_head = _full_rows(
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            token_weight,
+            valid,
+            temperature,
+            kind,
+            beta,
+            dtype,
+            workspace_mib,
+            need_hidden,
+            need_head,
+        )
+        return loss, values, *_or_empty(hidden, head, (for_hidden, for_head))
 
     @linear_full_kl.register_fake
     def _(hidden: Tensor, head: Tensor | None, *args: Any) -> Any:

@@ -89,7 +89,8 @@ def _counted(
             found[f"{phase}: weights in --dtype"] = max(whole, cast)
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
-    logits = 4 * rows * args.max_completion_tokens * text.vocab_size
+    both = 4 + 2 * (args.device != "cpu" and args.dtype != "float32")  # float32, 16-bit gradients
+    logits = both * rows * args.max_completion_tokens * text.vocab_size
     workspace = (256 if args.device == "cpu" else 1280) * 2**20  # of the ops with a head
     found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     if args.eval_only:

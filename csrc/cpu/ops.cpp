@@ -529,21 +529,18 @@ void gather_linear_backward_head(const Tensor& buffer, const Tensor& hidden, con
 
 void scale_out(const Tensor& source, const Tensor& factor, const Tensor& out) {
   check_scale(source, out);
-  const Tensor number = small(source, "factor", factor, {}, result_type(source));
+  const Tensor number = small(source, "factor", factor, {}, ScalarType::Float);
   constexpr int64_t kBlock = 32 * kChunk;
   const int64_t total = source.numel(), blocks = (total + kBlock - 1) / kBlock;
-  with_type(source, [&](auto zero) {
-    using A = decltype(zero);
-    const auto& table = kernels<A>();
-    const double by = *data<const A>(number);
-    const DType from = dtype_of("source", source), to = dtype_of("out", out);
-    const char* read = static_cast<const char*>(source.const_data_ptr());
-    char* write = static_cast<char*>(out.data_ptr());
-    for_rows(blocks, kBlock, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kBlock, last = std::min(total, end * kBlock);
-      table.scale({read + first * source.element_size(), from, last - first}, by,
-                  write + first * out.element_size(), to);
-    });
+  const auto& table = kernels<float>();
+  const float by = *data<const float>(number);
+  const DType from = dtype_of("source", source), to = dtype_of("out", out);
+  const char* read = static_cast<const char*>(source.const_data_ptr());
+  char* write = static_cast<char*>(out.data_ptr());
+  for_rows(blocks, kBlock, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kBlock, last = std::min(total, end * kBlock);
+    table.scale({read + first * source.element_size(), from, last - first}, by,
+                write + first * out.element_size(), to);
   });
 }
 

@@ -285,7 +285,6 @@ void scale_out(const Tensor& source, const Tensor& factor, const Tensor& out) {
   args.out = out.data_ptr();
   args.dtype = dtype_of("source", source);
   args.out_dtype = dtype_of("out", out);
-  OPD_CHECK(args.dtype != DType::f64, "source: float64 is computed on CPU only");
   args.size = source.numel();
   args.factor = data<float>(number);
   run("scale_out", source, args);

@@ -84,7 +84,8 @@ def opcheck_cases():
     stats, dense, grad = torch.randn(3, 2).abs(), torch.randn(3), torch.randn(3, 4)
     five, one = torch.randn(3, 5).abs(), torch.randn(3)
     hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
-    frozen, f32 = (hidden.detach(), head.detach()), torch.float32
+    frozen, f32, bf16 = (hidden.detach(), head.detach()), torch.float32, torch.bfloat16
+    mixed = hidden.detach(), head.detach().bfloat16()
     return {
         "gather_logp": (z, ids, 9, 0.7, True, False),
         "gather_logp with tail": (z, ids, 9, 0.7, False, True),
@@ -108,6 +109,17 @@ def opcheck_cases():
             *(9, 0.7, f32, 1.0, True, True),
         ),
         "linear_full_kl": (*frozen, other, None, one, 9, 0.7, 0, 0.5, f32, 1.0, True, True),
+        **{
+            f"{name} in mixed types, {needs}": (*arguments, *needs)
+            for needs in ((True, False), (False, True))
+            for name, arguments in (
+                ("linear_full_kl", (*mixed, other, None, one, 9, 0.7, 0, 0.5, bf16, 1e-6)),
+                (
+                    "linear_gather_logp_backward",
+                    (*mixed, ids, grad, stats, dense, None, None, None, 9, 0.7, bf16, 1e-6),
+                ),
+            )
+        },
         "linear_full_kl of logits": (
             *(z.detach(), None, other, None, None, 9, 0.7, 0, 0.5, f32, 1.0, True, False),
         ),

@@ -100,6 +100,10 @@ def test_row_ops(package):
     run(package, "-m", wanted, "-k", tests, "tests/ops/test_rows.py", OPD_EMULATION_ORDER="reverse")
 
 
+def test_scale(package):
+    run(package, "-k", "test_scale", "tests/ops/test_losses.py")
+
+
 def test_gradients_and_the_head(package):
     tests = "undefined or double_backward or support or token_logp or gated"
     files = ["tests/ops/test_autograd.py", "tests/ops/test_head.py"]
