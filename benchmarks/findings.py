@@ -235,7 +235,7 @@ def again_table(rows: list[dict[str, str]], key: str) -> str:
 
 
 def moved_table(rows: list[Row], key: str) -> str:
-    """A Markdown table: accuracies of a claim's arms in the first rows and in the newest.
+    """A Markdown table: accuracies of a claim's arms in the first rows and later, seed by seed.
 
     These are of two numerics: the change is of the code, and no finding about a method.
     """
@@ -245,12 +245,13 @@ def moved_table(rows: list[Row], key: str) -> str:
     lines = []
     for arm in CLAIMS[key].arms:
         before = of_arm(first, arm, "avg_after")
-        after = of_arm(same_numerics(later, arm), arm, "avg_after")
+        again = [row for row in later if row["seed"] in before]
+        after = of_arm(same_numerics(again, arm), arm, "avg_after")
         seeds = [seed for seed in before if seed in after]
         one, two = ([of[seed] for seed in seeds] for of in (before, after))
         change = spread([b - a for a, b in zip(one, two)])
         lines.append([arm, f"{len(seeds)}", spread(one), spread(two), change])
-    return markdown(["arm", "seeds", "2026-11-21", "now", "change, by seed"], lines)
+    return markdown(["arm", "seeds", "2026-11-21", "later", "change, by seed"], lines)
 
 
 def sentences(rows: list[Row]) -> str:

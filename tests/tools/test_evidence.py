@@ -186,7 +186,10 @@ def test_what_newer_code_moved_is_shown_by_seed():
            for row in rows_of(grpo=[0.6, 0.62, 0.64, 0.9])]  # fmt: skip
     new = rows_of("two", grpo=[0.61, 0.62, 0.66])
     again = [row | {"suite": "again", "avg_after": "0.1"} for row in old]
-    line = next(x for x in findings.moved_table(old + new + again, "1").splitlines() if "grpo" in x)
+    others = [row | {"seed": str(5 + place)} for place, row in
+              enumerate(rows_of("three", grpo=[0.7] * 9))]  # fmt: skip
+    rows = old + new + again + others  # the newest, but of none of these seeds
+    line = next(x for x in findings.moved_table(rows, "1").splitlines() if "grpo" in x)
     assert line == "| grpo | 3 | 0.620 ± 0.050 | 0.630 ± 0.066 | 0.010 ± 0.025 |"
     assert "| grpo | 0 | - | - | - |" in findings.moved_table(old, "1")
 
