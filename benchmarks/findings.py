@@ -320,9 +320,14 @@ def curves_of(rows: list[Row], arm: str, *others: str) -> list[list[dict[str, An
     return [[json.loads(line) for line in each] for each in lines]
 
 
+def ladder_rows(rows: list[Row]) -> list[Row]:
+    """Rows of the ladder's own seeds: some of its arms have more, which decide about the best."""
+    return [row for row in rows if int(row["seed"]) in STUDIES["ladder"].seeds]
+
+
 def ladder_table(rows: list[Row]) -> str:
     """A Markdown table: from opd to tropd, at opd's rate and each at the best of its own sweep."""
-    best, lines = best_rates(rows), []
+    best, lines, rows = best_rates(rows), [], ladder_rows(rows)
     for text, (arm, _, _) in LADDER.items():
         shown = [text]
         for end in ("", "-best"):
@@ -341,7 +346,7 @@ def ladder_table(rows: list[Row]) -> str:
 
 def best_form(rows: list[Row]) -> str | None:
     """The step of the ladder, after its first two, with the best accuracy at its own best rate."""
-    found = {}
+    found, rows = {}, ladder_rows(rows)
     for arm, _, _ in list(LADDER.values())[2:]:
         mine = of_arm(same_numerics(rows, f"{arm}-best"), f"{arm}-best", "avg_after")
         if len(mine) < len(STUDIES["ladder"].seeds):
@@ -508,8 +513,9 @@ def draw(rows: list[Row], folder: Path) -> None:
 
     save(draw_comparisons(rows, plt), "evidence")
     steps = list(LADDER.values())[1:]
+    mine = ladder_rows(rows)
     gains = [
-        (place + shift, colour, find(rows, Comparison("", arm + end, f"ladder-opd{end}")).gains)
+        (place + shift, colour, find(mine, Comparison("", arm + end, f"ladder-opd{end}")).gains)
         for end, colour, shift in (("", "C0", 0.0), ("-best", "C1", 0.2))
         for place, (arm, _, _) in enumerate(steps)
         if arm + end in ARMS
@@ -577,12 +583,12 @@ def draw_comparisons(rows: list[Row], plt: Any) -> Any:
     """A figure of every comparison of accuracies: difference and interval, colour by verdict."""
     colours = dict(zip((*VERDICTS, *OURS), ("#2a7d4f", "#8a8a8a", "#b5382f") * 2))
     bars = []
-    for key, claim in CLAIMS.items():
-        for each in claim.comparisons:
-            found = find(rows, each)
-            if each.column == "avg_after" and len(found.own) > 1:
-                side = "" if each.more else " (less is claimed)"
-                bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each))
+    compared = [(key, each) for key, claim in CLAIMS.items() for each in claim.comparisons]
+    for key, each in [*compared, *(("9", each) for each in decided(rows)[len(DECIDED) :])]:
+        found = find(new_rows(rows) if key == "9" else rows, each)
+        if each.column == "avg_after" and len(found.own) > 1:
+            side = "" if each.more else " (less is claimed)"
+            bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each))
     figure, axes = plt.subplots(figsize=(9, 0.3 * len(bars) + 1.2), layout="constrained")
     for place, (_, found, each) in enumerate(reversed(bars)):
         colour = colours[found.verdict(each)]
@@ -593,7 +599,12 @@ def draw_comparisons(rows: list[Row], plt: Any) -> Any:
     axes.plot([], [], "o", color="black", mfc="white", label="hollow: ours")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)])
-    axes.set_xlabel("difference in accuracy, mean and 95 % interval over seeds")
+    axes.set_xscale("symlog", linthresh=0.05, linscale=1)
+    ticks = [-0.4, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.4]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(axis="x", linewidth=0.4)
+    axes.set_xlabel("difference in accuracy, 95 % interval over seeds; beyond 0.05 logarithmic")
     figure.legend(loc="outside upper center", ncols=4)
     return figure
 

@@ -164,6 +164,13 @@ def test_the_comparisons_to_decide_ask_for_the_seeds_that_they_need():
     found = evidence.cells_to_decide(rows_of(**scores), best)
     ladder = {cell.arm for cell in found if "ladder" in cell.arm}
     assert ladder == {"ladder-clip-1.72-best", "ladder-opd-best"}
+    # nor do the seeds that decide about a form change which form it is, or the ladder's table
+    more = {"ladder-clip-1.72-best": [0.1] * 5, "ladder-opd-best": [0.9] * 5}
+    rows = rows_of(**scores)
+    both = rows + rows_of(first=FIRST_SEED, **more)
+    assert findings.best_form(both) == "ladder-clip-1.72-best"
+    assert findings.ladder_table(both) == findings.ladder_table(rows)
+    assert "| 5 | 5 | 0.000 | -0.800 ± 0.000 |" in findings.decide_table(both)
 
 
 def test_a_second_run_stands_beside_the_first():
@@ -339,14 +346,13 @@ def test_every_figure_is_drawn_from_its_rows(tmp_path, monkeypatch):
     values = {"step": 1, "correct_mean": 0.5, "incorrect_mean": 0.3, "agree_correct_mean": 0.4}
     values |= {"agree_incorrect_mean": 0.2, "student_top": 0.3, "teacher_top": 0.9}
     values |= {"accuracy": 0.5, "tokens": 100, "train_s": 5.0}
-    rows, seeds = [], (FIRST_SEED, FIRST_SEED + 1)
+    rows = []
     for study in STUDIES.values():
-        rows += rows_of(first=FIRST_SEED, **{arm: [0.5, 0.6] for arm in study.arms})
+        rows += rows_of(first=study.seeds[0], **{arm: [0.5, 0.6] for arm in study.arms})
     for row in rows:
         path = tmp_path / f"evidence/one/run-{row['arm']}-{row['seed']}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text((json.dumps(values) + "\n") * 2)
-    assert {int(row["seed"]) for row in rows} == {*seeds}
     findings.draw(rows, tmp_path / "all")
     names = {path.stem for path in (tmp_path / "all").iterdir()}
     assert names == {f"evidence{end}" for end in ("", "_ladder", "_end", "_support", "_gate")}
