@@ -583,9 +583,10 @@ def draw_comparisons(rows: list[Row], plt: Any) -> Any:
     """A figure of every comparison of accuracies: difference and interval, colour by verdict."""
     colours = dict(zip((*VERDICTS, *OURS), ("#2a7d4f", "#8a8a8a", "#b5382f") * 2))
     bars = []
-    compared = [(key, each) for key, claim in CLAIMS.items() for each in claim.comparisons]
-    for key, each in [*compared, *(("9", each) for each in decided(rows)[len(DECIDED) :])]:
-        found = find(new_rows(rows) if key == "9" else rows, each)
+    compared = [(key, each, rows) for key, claim in CLAIMS.items() for each in claim.comparisons]
+    compared += [("9", each, new_rows(rows)) for each in decided(rows)[len(DECIDED) :]]
+    for key, each, of_rows in compared:
+        found = find(of_rows, each)
         if each.column == "avg_after" and len(found.own) > 1:
             side = "" if each.more else " (less is claimed)"
             bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each))

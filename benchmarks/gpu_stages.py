@@ -649,9 +649,9 @@ def sample(task: Task) -> None:
         args = bench_step.our_args(Path(name), case, "sampled")
         model, tokenizer = bench_step.load_student(args)
         every_prompt = setup.prompts_of(opd, args.prompts, tokenizer, model.facts, args)
+    calls = {"opd.sample": bench_sampler.ours, "transformers.generate": bench_sampler.generate}
     for rollouts in sizes:
         prompts = every_prompt[:rollouts]
-        calls = {"opd.sample": bench_sampler.ours, "transformers.generate": bench_sampler.generate}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(4):  # in turn; the first is not counted
             for who, call in calls.items():
@@ -664,10 +664,8 @@ def sample(task: Task) -> None:
                      rollouts=rollouts, prompt=bench_step.PROMPT, dtype=args.dtype,
                      generate_s=f"{seconds:.4f}", num_tokens=tokens,
                      tokens_per_s=f"{tokens / seconds:.1f}")  # fmt: skip
-            spread = " to ".join(
-                f"{tokens / each:.0f}" for each in sorted(counted, reverse=True)[::2]
-            )
-            say(f"{who}, {rollouts} rows: {tokens / seconds:.0f} tokens/s ({spread})")
+            say(f"{who}, {rollouts} rows: {tokens / seconds:.0f} tokens/s "
+                f"({tokens / max(counted):.0f} to {tokens / min(counted):.0f})")  # fmt: skip
 
 
 # ==== command line ================================================================================

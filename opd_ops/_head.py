@@ -200,15 +200,12 @@ class _Gradients:
 
 
 def _or_empty(
-    hidden: Tensor, head: Tensor | None, gradients: tuple[Tensor | None, Tensor | None]
+    hidden: Tensor, head: Tensor | None, grad_hidden: Tensor | None, grad_head: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Registered ops return tensors of known types, empty ones for what is not wanted."""
-    first, second = gradients
-    if second is not None and head is not None:
-        second = second.to(head.dtype)
     return (
-        hidden.new_empty(0) if first is None else first,
-        hidden.new_empty(0) if second is None else second,
+        hidden.new_empty(0) if grad_hidden is None else grad_hidden,
+        hidden.new_empty(0) if head is None or grad_head is None else grad_head.to(head.dtype),
     )
 
 
@@ -484,7 +481,7 @@ def _register() -> None:
             out = product.gradient(piece)
             torch.ops.opd_ops.gather_logp_backward_out(logits, *parts, valid, temperature, out)
             gradients.add(piece)
-        return _or_empty(hidden, head, (gradients.hidden, gradients.head))
+        return _or_empty(hidden, head, gradients.hidden, gradients.head)
 
     @linear_gather_logp_backward.register_fake
     def _(hidden: Tensor, head: Tensor, *args: Any) -> Any:
@@ -539,38 +536,16 @@ def _register() -> None:
     def _(hidden: Tensor, head: Tensor, k: int, token_ids: Tensor | None, *settings: Any) -> Any:
         return empty_topk(hidden, k, token_ids)
 
-    @op("opd_ops::linear_full_kl")
-    def linear_full_kl(
-        hidden: Tensor,
-        head: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor | None,
-        token_weight: Tensor | None,
-        valid: int,
-        temperature: float,
-        kind: int,
-        beta: float,
-        dtype: torch.dtype,
-        workspace_mib: float,
-        need_hidden: bool,
-        need_head: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, values, for_hidden, for_head = _full_rows(
-            hidden,
-            head,
-            teacher_hidden,
-            teacher_head,
-            token_weight,
-            valid,
-            temperature,
-            kind,
-            beta,
-            dtype,
-            workspace_mib,
-            need_hidden,
-            need_head,
-        )
-        return loss, values, *_or_empty(hidden, head, (for_hidden, for_head))
+    @op(
+        "opd_ops::linear_full_kl",
+        schema="(Tensor hidden, Tensor? head, Tensor teacher_hidden, Tensor? teacher_head, "
+        "Tensor? token_weight, int valid, float temperature, int kind, float beta, "
+        "ScalarType dtype, float workspace_mib, bool need_hidden, bool need_head) -> "
+        "(Tensor loss, Tensor values, Tensor grad_hidden, Tensor grad_head)",
+    )
+    def linear_full_kl(hidden: Tensor, head: Tensor | None, *arguments: Any) -> Any:
+        loss, values, *gradients = _full_rows(hidden, head, *arguments)
+        return loss, values, *_or_empty(hidden, head, *gradients)
 
     @linear_full_kl.register_fake
     def _(hidden: Tensor, head: Tensor | None, *args: Any) -> Any:

@@ -196,10 +196,14 @@ def _check_product(
     return _check_vocab(valid_vocab, head.shape[0], temperature)
 
 
+def default_workspace_mib(device: str) -> float:
+    """What `workspace_mib=None` is on a kind of device: more on a GPU, where few rows are slow."""
+    return 256.0 if device == "cpu" else 1280.0
+
+
 def _workspace(workspace_mib: float | None, device: torch.device) -> float:
-    """In MiB; None is 256 on a CPU and 1280 on a GPU, where products of few rows are slow."""
     if workspace_mib is None:
-        return 256.0 if device.type == "cpu" else 1280.0
+        return default_workspace_mib(device.type)
     if not workspace_mib > 0:
         raise ValueError(f"workspace_mib: expected a number > 0, got {workspace_mib!r}")
     return float(workspace_mib)

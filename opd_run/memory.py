@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd_ops.reference import default_workspace_mib
 from opd_run import ranks, served_teacher, views, vllm_sampler
 from opd_run.adapters import NO_LAYER, source_dtype
 from opd_run.console import RunError, one_line
@@ -89,9 +90,9 @@ def _counted(
             found[f"{phase}: weights in --dtype"] = max(whole, cast)
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
-    both = 4 + 2 * (args.device != "cpu" and args.dtype != "float32")  # float32, 16-bit gradients
-    logits = both * rows * args.max_completion_tokens * text.vocab_size
-    workspace = (256 if args.device == "cpu" else 1280) * 2**20  # of the ops with a head
+    wide = args.device != "cpu" and args.dtype != "float32"  # float32, and gradients of 16 bits
+    logits = (6 if wide else 4) * rows * args.max_completion_tokens * text.vocab_size
+    workspace = int(default_workspace_mib(args.device) * 2**20)
     found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     if args.eval_only:
         trained = ("gradients", "optimizer", "student: activations", "student: loss")

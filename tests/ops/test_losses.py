@@ -329,7 +329,9 @@ def test_float32_products(name, workspace_mib, as_on_cuda, products):
     ours = [each for each in products if torch.float64 != each[2]]
     whole, rest = VALID - VALID % 8, VALID % 8  # columns; logits are made of whole + 8
     assert rest and {(D, whole + 8)} == {b for a, b, *_ in ours if a[1] == D and b[0] == D}
+    logits = [each for each in ours if each[1] == (D, whole + 8)]
     heads = [(out, add) for a, b, out, add in ours if a[0] == whole]
+    assert len(ours) == len(logits) + 4 * len(heads)  # two gradients in two parts, a stack
     assert [add for _, add in heads] == [False] + (len(heads) - 1) * [True]
     if len(heads) > 1:  # one product a stack and part, added up in float32
         assert {out for out, _ in heads} == {torch.float32}
