@@ -80,7 +80,8 @@ def logp_gradient(ids: Tensor, outputs: Rows, grads: Rows) -> Gradient | None:
     stats, entropy, tail = outputs.stats, outputs.entropy, outputs.tail
     assert stats is not None and entropy is not None and tail is not None
     grad = stats.new_zeros(ids.shape) if grads.logp is None else grads.logp
-    dense, slope, tail_stats, tail_dense = -grad.sum(-1), None, None, None
+    total = grad[:, 0] if grad.shape[1] == 1 else grad.sum(-1)
+    dense, slope, tail_stats, tail_dense = -total, None, None, None
     if grads.lse is not None:
         dense = dense + grads.lse
     if grads.entropy is not None:

@@ -271,11 +271,13 @@ def row_loss(
     valid: int,
     temperature: float,
     workspace_mib: float,
+    check_range: Callable[[], None],
     *,
     tail: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The sum of a loss of each row's log-probs at `ids` [N, K]; these log-probs; what was logged.
 
+    `check_range()` raises for ids out of range; the first chunk's product is queued before it.
     `function(piece, logp [n, K], tail_logp [n] or [0])` returns the losses [n] of a slice of rows
     and detached tensors [n, ...] by name. Autograd differentiates it.
     """
@@ -287,6 +289,8 @@ def row_loss(
         gradients = _Gradients(product, head, needed)
         for piece in pieces:
             logits, settings = product.logits(piece), (valid, temperature)
+            if piece.start == 0:
+                check_range()
             rows = Rows(*torch.ops.opd_ops.gather_logp(logits, ids[piece], *settings, False, tail))
             assert rows.logp is not None and rows.tail is not None
             leaves = [rows.logp, rows.tail] if tail else [rows.logp]
@@ -296,7 +300,9 @@ def row_loss(
                     leaf.requires_grad_(any(needed))
                 losses, logged = function(piece, rows.logp, rows.tail)
                 if any(needed):
-                    grads[: len(leaves)] = torch.autograd.grad(losses.sum(), leaves)
+                    grads[: len(leaves)] = torch.autograd.grad(
+                        losses, leaves, torch.ones_like(losses)
+                    )
             done.append((losses.detach(), rows.logp.detach(), logged))
             if any(needed):
                 outer = Rows(grads[0], None, None, grads[1], None, None)

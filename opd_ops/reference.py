@@ -144,11 +144,28 @@ def _check_ids(
     _check_shape(name, ids, shape, like)
     if ids.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64, got {_describe(ids)}")
-    if not values or ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = torch.stack(torch.aminmax(ids)).tolist()  # one wait for a GPU, not two
-    if low < 0 or high >= valid:
-        raise IndexError(f"{name}: expected ids in [0, {valid}), got {low} to {high}")
+    if values:
+        _look_at_ids(name, ids, valid)()
+
+
+def _look_at_ids(name: str, ids: Tensor, valid: int) -> Callable[[], None]:
+    """Begin to look at ids; the function that is returned raises if one is out of range.
+
+    It waits for the look alone: a GPU is busy with what was queued in between.
+    """
+    if ids.numel() == 0 or torch.compiler.is_compiling():
+        return lambda: None
+    found = torch.stack(torch.aminmax(ids)).to("cpu", non_blocking=True)
+    ready = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+
+    def check() -> None:
+        if ready is not None:
+            ready.synchronize()
+        low, high = found.tolist()
+        if low < 0 or high >= valid:
+            raise IndexError(f"{name}: expected ids in [0, {valid}), got {low} to {high}")
+
+    return check
 
 
 def _check_id_rows(name: str, ids: Tensor, like: Tensor, valid: int) -> None:
@@ -236,8 +253,11 @@ def _check_support(
     teacher_tail_logp: Tensor | None,
     support_mask: Tensor | None,
     token_weight: Tensor | None,
-) -> Tensor:
-    """Check the arguments of `support_kl`; the support ids with masked ones replaced by 0."""
+) -> tuple[Tensor, Callable[[], None]]:
+    """Check the arguments of `support_kl` but for the range of the ids, which is looked at.
+
+    Returns the support ids with masked ones replaced by 0, and the check of their range.
+    """
     _check_divergence(divergence, beta)
     if tail not in ("none", "bucket"):
         raise ValueError(f"tail: expected 'none' or 'bucket', got {tail!r}")
@@ -262,18 +282,20 @@ def _check_support(
         _check_shape("support_mask", support_mask, shape, like)
         if support_mask.dtype != torch.bool:
             raise ValueError(f"support_mask: expected bool, got {_describe(support_mask)}")
-        _check_ids("support_ids", support_ids, shape, like, valid, values=False)
+    _check_ids("support_ids", support_ids, shape, like, valid, values=False)
+    if support_mask is not None:
         support_ids = support_ids.masked_fill(~support_mask, 0)
-    _check_ids("support_ids", support_ids, shape, like, valid)
-    return support_ids
+    return support_ids, _look_at_ids("support_ids", support_ids, valid)
 
 
 def _check_gated(
     token_ids: Tensor, loss_of: LossOf, values: Sequence[Tensor], like: Tensor, valid: int
-) -> None:
+) -> Callable[[], None]:
+    """Check the arguments of `gated_kl` but for the range of the ids, which is looked at."""
     if not isinstance(token_ids, Tensor) or token_ids.dim() not in (1, 2):
         raise ValueError(f"token_ids: expected int64 [N] or [N, M], got {_describe(token_ids)}")
-    _check_ids("token_ids", token_ids, (like.shape[0], *token_ids.shape[1:]), like, valid)
+    shape = (like.shape[0], *token_ids.shape[1:])
+    _check_ids("token_ids", token_ids, shape, like, valid, values=False)
     if not callable(loss_of):
         raise ValueError(f"loss_of: expected a function, got {_describe(loss_of)}")
     for i, value in enumerate(values):
@@ -285,6 +307,7 @@ def _check_gated(
             raise ValueError(
                 f"values[{i}]: expected a tensor on {like.device}, got {_describe(value)}"
             )
+    return _look_at_ids("token_ids", token_ids, valid)
 
 
 def _check_full(
@@ -756,7 +779,7 @@ def support_kl(
     tensor([0.0930])
     """
     product = _Product(hidden, head, valid_vocab, temperature)
-    support_ids = _check_support(
+    support_ids, check_range = _check_support(
         support_ids,
         teacher_logp,
         hidden,
@@ -769,6 +792,7 @@ def support_kl(
         support_mask,
         token_weight,
     )
+    check_range()
 
     def part(tensor: Tensor | None, piece: slice) -> Tensor | None:
         return None if tensor is None else tensor[piece]
@@ -864,7 +888,7 @@ def gated_kl(
     >>> found.loss.backward()
     """
     product = _Product(hidden, head, valid_vocab, temperature)
-    _check_gated(token_ids, loss_of, values, hidden, product.valid)
+    _check_gated(token_ids, loss_of, values, hidden, product.valid)()
     ids = token_ids if token_ids.dim() == 2 else token_ids[:, None]
     logp = gather_logp(
         hidden,

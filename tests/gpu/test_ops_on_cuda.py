@@ -315,6 +315,20 @@ def test_capture_in_a_graph():
     assert torch.equal(logp, expected) and torch.equal(top, opd_ops.topk_logp(z, None, 8).ids)
 
 
+def test_a_loss_does_not_wait_for_the_device():
+    """Not for its ids either: they are looked at while the first product runs."""
+    hidden = torch.randn(70, 64, device="cuda").bfloat16().requires_grad_()
+    head = torch.randn(3001, 64, device="cuda").bfloat16().requires_grad_()
+    ids, teacher_logp = torch.arange(70, device="cuda"), -torch.rand(70, device="cuda")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        arguments = (hidden, head, ids, policy_gradient, [teacher_logp])
+        opd_ops.gated_kl(*arguments, workspace_mib=0.25).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert hidden.grad.isfinite().all() and head.grad.isfinite().all()
+
+
 def test_a_device_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")

@@ -107,6 +107,19 @@ def test_ids_known_to_be_in_range_are_not_looked_at(module, monkeypatch):
         module.token_logp(HIDDEN, HEAD, IDS[:2], check_ids=False)
 
 
+@pytest.mark.parametrize("module", [opd_ops, reference], ids=["opd_ops", "reference"])
+@pytest.mark.parametrize("head", [HEAD, None], ids=["head", "logits"])
+def test_a_bad_id_of_the_last_chunk_is_found_before_the_loss_of_the_first(module, head):
+    """Also where the check is read after the first product, which keeps a GPU busy."""
+    ids, tiny = torch.tensor([0, 1, 8]), {"workspace_mib": 1e-5}
+    support, teacher_logp = torch.stack([ids, ids + 1], dim=1), -torch.ones(3, 2)
+    hidden = Z if head is None else HIDDEN
+    with pytest.raises(IndexError, match=r"token_ids: expected ids in \[0, 8\), got 0 to 8"):
+        module.gated_kl(hidden, head, ids, lambda *_: pytest.fail("called"), **tiny)
+    with pytest.raises(IndexError, match=r"support_ids: expected ids in \[0, 8\), got 0 to 9"):
+        module.support_kl(hidden, head, support, teacher_logp, renormalise=False, **tiny)
+
+
 def test_compiled_ops_check_for_themselves():
     """Whoever calls torch.ops directly gets an error too, not a wrong read."""
     ops = torch.ops.opd_ops
