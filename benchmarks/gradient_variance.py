@@ -20,7 +20,8 @@ the share of the 1 % of tokens with the most, `share_i` that of the tokens whose
 the i-th of BINS, `tokens_i` how many they are. Whatever was sampled, a position has a `stray` mass:
 what the student puts on tokens that the teacher gives less than RARE; `carried_i` is the share of
 the positions whose stray mass lies in the i-th of STRAY, `places_i` how many they are. Rows go to
-benchmarks/results/gradient_variance.csv; those of `--pair` to gradient_tokens.csv there.
+benchmarks/results/gradient_variance.csv; those of `--pair` to gradient_tokens.csv there. What has a
+row of the same pair, arm, seed and number of batches is not measured again.
 """
 
 from __future__ import annotations
@@ -210,14 +211,22 @@ def main() -> None:
         evidence.make_inputs()
     if args.after and args.pair != "noisy":
         parser.error("--after: its students began as that of --pair noisy")
+    if args.flags and not args.out:
+        parser.error("--flags: a try goes to a file of its own, --out")
     pair = f"{PAIRS[args.pair or 'tiny']} {SMALL if args.pair == 'smol' else ''} {args.flags}"
     out = args.out or (TOKENS if args.pair else RESULTS)
-    seen = environment()
+    seen, keys = environment(), ("pair", "arm", "seed", "batches")
+    done = {tuple(row.get(key, "") for key in keys) for row in read(out)}
     for seed in range(args.seeds):
         arms, exact = OF_TOKENS if args.pair else ARMS, None
         if args.after:
             arms = {f"after {arm}": ("opd", trained(arm, seed)) for arm in args.after}
+        missing = [arm for arm in arms
+                   if (args.pair or "", arm, f"{seed}", f"{args.batches}") not in done]  # fmt: skip
         for arm, (name, flags) in arms.items():
+            first = exact is None and not args.after  # what cosines are with
+            if arm not in missing and not (first and missing):
+                continue
             found = gradients(name, f"{pair} {flags}", seed, args.batches)
             exact = found.total if exact is None else exact
             noise = found.variance / found.signal
@@ -227,7 +236,8 @@ def main() -> None:
                 "variance": f"{found.variance:.4g}", "signal": f"{found.signal:.4g}",
                 "cosine": "" if args.after else f"{cosine:.4f}", "pair": args.pair or "",
             }  # fmt: skip
-            append(out, [seen | row | found.of_tokens()], TOKEN_FIELDS if args.pair else FIELDS)
+            if arm in missing:
+                append(out, [seen | row | found.of_tokens()], TOKEN_FIELDS if args.pair else FIELDS)
             print(f"seed {seed}  {arm:42s} noise {noise:8.3f}  cosine {cosine:.3f}")
     print(token_table() if args.pair else table())
 

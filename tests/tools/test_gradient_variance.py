@@ -86,3 +86,36 @@ def test_a_loss_has_its_gradient_at_the_tokens(arm, tmp_path):
     assert float(found.stray.min()) > -1e-5 and 0.01 < float(row["stray"]) < 0.3
     assert 0.7 < float(row["accepted"]) < 1 and 0.9 < float(row["top_mass"]) <= 1
     assert float(found.place.min()) == 0.0 and 0.9 < float(found.place.max()) < 1
+
+
+def test_what_was_cut_off_goes_on(tmp_path, monkeypatch):
+    """A second run measures what is missing and, for the cosine, the first arm; nothing twice."""
+    out, measured = tmp_path / "rows.csv", []
+
+    def gradients(name, flags, seed, batches):
+        if len(measured) == 8:  # of 12: two arms into the second set of prompts
+            raise KeyboardInterrupt
+        measured.append((name, seed))
+        return found_by.Found(
+            torch.ones(3).double(), [2.0, 3.0], *[torch.linspace(0.0, 1.0, 100)] * 5
+        )
+
+    monkeypatch.setattr(found_by, "gradients", gradients)
+    monkeypatch.setattr(found_by, "token_table", str)
+    words = ["gradient_variance.py", "--pair", "smol", "--seeds", "2", "--batches", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        found_by.main()
+    first = out.read_text()
+    measured[:] = []
+    found_by.main()
+    assert [seed for _, seed in measured] == [1] * 5 and measured[0][0] == "opd"
+    rows = found_by.read(out)
+    assert out.read_text().startswith(first) and len(rows) == 12
+    assert len({(row["arm"], row["seed"]) for row in rows}) == 12
+    measured[:] = []
+    found_by.main()
+    assert measured == [] and len(found_by.read(out)) == 12
+    monkeypatch.setattr(sys, "argv", [*words, "--flags", "--lr 1"])
+    with pytest.raises(SystemExit):
+        found_by.main()
