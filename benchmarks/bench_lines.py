@@ -4,8 +4,8 @@
     (cd ../before && python setup.py build_ext --inplace)
     python benchmarks/bench_lines.py --before ../before
 
-Each case is a short run of `methods/opd.py` that isolates one line, in a process of its own; the
-trees take turns. Weights are random. A time is the median of a phase over the steps but for the
+Each case is a short run of a method that isolates one line, in a process of its own; the trees
+take turns. Weights are random. A time is the median of a phase over the steps but for the
 first; a memory is the rise of the peak of resident memory over the loaded models, or, where the
 line is about gradients, their bytes as rollouts are made. The case `ids` needs vLLM, so it is left
 out unless it is named: `--cases ids` by the Python of `make test-engines`.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import statistics
@@ -49,15 +50,29 @@ class Case:
     """One line of a step: the run that shows it, and by which number."""
 
     title: str
-    unit: str  # "generate_s" or "student_s": of these phases; "peak" or "gradients": bytes
+    unit: str  # "generate_s", "teacher_s", "student_s": of a phase; "peak", "gradients": bytes
     flags: str = ""
     kind: str = "Qwen3"  # the class of student and teacher, as transformers names it
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     processes: int = 1  # more than one: by torchrun
     padding: int = 0  # ids of the vocabulary that the tokenizer does not have
+    method: str = "opd"
 
 
 MANY_TOKENS = {"vocab_size": 32_000, "hidden_size": 256}
+LOSS = {"vocab_size": 151_936, "hidden_size": 128}  # 512 tokens are trained in a step
+LOSSES = {
+    "sampled": ("loss of a sampled token of 151,936", "opd", ""),
+    "full": ("reverse KL over 151,936 tokens", "opd", "--objective full"),
+    "jsd": ("JSD over 151,936 tokens", "opd", "--objective full --divergence jsd"),
+    "support": ("reverse KL on 32 of 151,936 tokens, renormalised", "topk_opd", ""),
+    "truncated": (
+        "reverse KL on 32 of 151,936 tokens, not renormalised",
+        "topk_opd",
+        "--no-renormalise",
+    ),
+    "bucket": ("reverse KL on 32 of 151,936 tokens and the rest", "topk_opd", "--tail bucket"),
+}
 EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 16}
 CASES = {
     "gradients": Case(
@@ -77,6 +92,19 @@ CASES = {
         "experts that are trained, in bfloat16: the update", "student_s",
         "--dtype bfloat16 --max-completion-tokens 64", kind="Qwen3Moe", model=EXPERTS,
     ),
+    **{
+        name: Case(f"{title}: the update", "student_s",
+                   f"--dtype float32 --rollouts-per-prompt 1 {flags}", model=LOSS, method=method)
+        for name, (title, method, flags) in LOSSES.items()
+    },
+    **{
+        f"{name}_memory": Case(f"{LOSSES[name][0]}: memory of a step", "peak",
+                               f"--dtype float32 --rollouts-per-prompt 1 {LOSSES[name][2]}",
+                               model=LOSS)
+        for name in ("sampled", "full", "jsd")
+    },
+    "topk": Case("the teacher's 32 likeliest of 151,936 tokens", "teacher_s",
+                 "--dtype float32 --rollouts-per-prompt 1", model=LOSS, method="topk_opd"),
     "verify": Case(
         "a verifier of 20 ms an answer: generation with its verdicts", "generate_s",
         "--dtype float32 --verifier judge.py:judge --sampler-batch-size 16 "
@@ -122,10 +150,10 @@ def run(name: str, tree: Path, folder: Path) -> None:
     """Run the case in `tree`; prints the number, in seconds or bytes."""
     case = CASES[name]
     sys.path[:0] = [str(tree), str(tree / "methods"), str(tree / "tests")]
-    import opd
     from rows import resident, restart_peak
 
-    collect, held, loaded = opd.collect, [], []
+    method = importlib.import_module(case.method)
+    collect, held, loaded = method.collect, [], []
 
     def watched(models: Any, *rest: Any) -> Any:
         """Before the rollouts of a step are made."""
@@ -136,10 +164,10 @@ def run(name: str, tree: Path, folder: Path) -> None:
             loaded.append(resident("VmRSS"))
         return collect(models, *rest)
 
-    opd.collect = watched
+    method.collect = watched
     os.chdir(folder)
     argv = ["--student", "student", "--teacher", "teacher", "--prompts", "prompts.jsonl"]
-    opd.main([*argv, *FLAGS.split(), *case.flags.split(), "--run-dir", "run"])
+    method.main([*argv, *FLAGS.split(), *case.flags.split(), "--run-dir", "run"])
     if os.environ.get("RANK", "0") != "0":
         return
     if case.unit.endswith("_s"):

@@ -16,6 +16,7 @@ import ast
 import functools
 import importlib
 import json
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -94,12 +95,16 @@ TARGETS = {
     ),
 }  # fmt: skip
 SHAPES = {  # of the published configurations
-    "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-                        "num_attention_heads": 16},
-    "Qwen/Qwen3-4B-Instruct-2507": {"hidden_size": 2560, "intermediate_size": 9728,
-                                    "num_hidden_layers": 36, "num_attention_heads": 32},
+    f"Qwen/Qwen3-{name}": {"hidden_size": width, "intermediate_size": inner,
+                           "num_hidden_layers": layers, "num_attention_heads": heads,
+                           "tie_word_embeddings": tied}
+    for name, width, inner, layers, heads, tied in (
+        ("0.6B", 1024, 3072, 28, 16, True), ("1.7B", 2048, 6144, 28, 16, True),
+        ("4B", 2560, 9728, 36, 32, True), ("8B", 4096, 12288, 36, 32, False),
+    )
 }  # fmt: skip
 SHAPES["Qwen/Qwen3-1.7B-Base"] = SHAPES["Qwen/Qwen3-1.7B"]
+SHAPES["Qwen/Qwen3-4B-Instruct-2507"] = SHAPES["Qwen/Qwen3-4B"]
 
 
 @functools.cache
@@ -128,32 +133,34 @@ def tuft_teacher(
     return [*turns, {"role": "user", "content": row["question"]}]
 
 
-def peak_gib(target: Target) -> float:
-    """What `--dry-run` counts for everything but sampling, on a GPU, from SHAPES.
+def peak_gib(script: str, flags: str, longest_prompt: int) -> float:
+    """What `--dry-run` counts on a GPU, from SHAPES, which an unknown teacher has of the student.
 
-    While it generates, the vLLM engine takes `--sampler-memory` of the card, whatever it has.
+    While a vLLM engine generates, it takes `--sampler-memory` of the card, whatever it has: then
+    everything but sampling.
     """
-    import shlex
-
     import transformers
 
-    method = importlib.import_module(Path(target.script).stem)
-    words = shlex.split(target.flags.replace("--sampler vllm", "--sampler own"))
+    method = importlib.import_module(Path(script).stem)
+    words = shlex.split(flags.replace("--sampler vllm", "--sampler own"))
     args = method.parse_args([*words, "--device", "cpu", "--dtype", "bfloat16",
                               "--teacher-dtype", "bfloat16"])  # fmt: skip
     args.device = args.teacher_device = "cuda"  # no card is asked
     with tempfile.TemporaryDirectory() as folder:
         paths = {}
         for name, path in method.model_paths(args).items():
+            if path.startswith("ema:") or Path(path).is_dir():
+                paths[name] = path
+                continue
+            paths[name] = f"{folder}/{path}"
             config = transformers.Qwen3Config(
-                **SHAPES[path], num_key_value_heads=8, head_dim=128, vocab_size=151936,
-                tie_word_embeddings=True, dtype="bfloat16",
+                **SHAPES.get(path, SHAPES[args.student]), num_key_value_heads=8, head_dim=128,
+                vocab_size=151936, dtype="bfloat16",
             )  # fmt: skip
-            config.save_pretrained(Path(folder) / path)
-            paths[name] = str(Path(folder) / path)
+            config.save_pretrained(paths[name])
         args.student = paths["student"]
-        found = memory.estimate(paths, target.longest_prompt, args)
-    sampling = ("generate", "evaluate")
+        found = memory.estimate(paths, longest_prompt, args)
+    sampling = ("generate", "evaluate") if "--sampler vllm" in flags else ()
     return memory.peak({k: v for k, v in found.items() if not k.startswith(sampling)}) / 2**30
 
 
@@ -203,7 +210,8 @@ def main() -> None:
         append(FILE, rows_of(name, Path(folder)), FIELDS)
     for name, target in TARGETS.items() if args.commands or args.memory else ():
         if args.memory:
-            print(f"{name}: {peak_gib(target):.1f} GiB; minutes: {target.minutes}")
+            size = peak_gib(target.script, target.flags, target.longest_prompt)
+            print(f"{name}: {size:.1f} GiB; minutes: {target.minutes}")
         else:
             print("\n".join(target.command(name, seed) for seed in range(target.num_seeds)))
     if not (args.commands or args.memory):

@@ -24,7 +24,8 @@ Differences from opd.py:
     python forks/agent_opd.py                                  # the embedded tiny pair, on a CPU
     python forks/agent_opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
         --prompts tasks.jsonl --environment game.py:Game --max-turns 30 --max-turn-tokens 512 \\
-        --max-completion-tokens 16384 --top-p 0.9 --lr 1e-6
+        --max-completion-tokens 16384 --top-p 0.9 --lr 1e-6 \\
+        --sampler-batch-size 16 --gradient-checkpointing
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Differences from opd.py:
     python forks/drift_gate.py                                 # the embedded tiny pair, on a CPU
     python forks/drift_gate.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
         --prompts train.jsonl --verifier math --max-completion-tokens 4096 --lr 1e-6 \\
-        --updates-per-rollout 4
+        --updates-per-rollout 4 --sampler-batch-size 64
 """
 
 from __future__ import annotations

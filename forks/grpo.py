@@ -18,7 +18,7 @@ Differences from opd.py:
 
     python forks/grpo.py                                       # the embedded tiny student, on a CPU
     python forks/grpo.py --student Qwen/Qwen3-0.6B --prompts train.jsonl --verifier math \\
-        --rollouts-per-prompt 8 --max-completion-tokens 4096 --lr 1e-6
+        --rollouts-per-prompt 8 --max-completion-tokens 4096 --lr 1e-6 --sampler-batch-size 64
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ Differences from opd.py:
 
     python forks/opsa.py                                       # the embedded tiny student, on a CPU
     python forks/opsa.py --student Qwen/Qwen3-0.6B --prompts train.jsonl --verifier math \\
-        --max-completion-tokens 4096 --lr 1e-6
+        --max-completion-tokens 4096 --lr 1e-6 \\
+        --sampler-batch-size 64
 """
 
 from __future__ import annotations

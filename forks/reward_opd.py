@@ -18,7 +18,8 @@ Differences from opd.py:
 
     python forks/reward_opd.py                                 # the embedded tiny pair, on a CPU
     python forks/reward_opd.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
-        --prompts train.jsonl --verifier math --max-completion-tokens 4096 --lr 1e-6
+        --prompts train.jsonl --verifier math --max-completion-tokens 4096 --lr 1e-6 \\
+        --sampler-batch-size 64
 """
 
 from __future__ import annotations

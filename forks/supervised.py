@@ -14,7 +14,8 @@ Differences from opd.py:
 
     python forks/supervised.py                                 # the embedded tiny pair, on a CPU
     python forks/supervised.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
-        --prompts train.jsonl --verifier math --right-only --max-completion-tokens 4096 --lr 1e-5
+        --prompts train.jsonl --verifier math --right-only --max-completion-tokens 4096 --lr 1e-5 \\
+        --sampler-batch-size 64
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ Deviations: one importance weight (3), where the authors' code has a capped weig
 engine and a clipped ratio for the updates; with one update on own rollouts all of them are 1.
 
     python methods/exopd.py                                # the embedded tiny pair, on a CPU
-    python methods/exopd.py --student Qwen/Qwen3-4B --prompts mixed.jsonl --teacher-field domain \\
-        --teacher math=your/math-expert --teacher code=your/code-expert
+    python methods/exopd.py --student Qwen/Qwen3-1.7B --prompts mixed.jsonl \\
+        --teacher-field domain --teacher math=your/math-expert --teacher code=your/code-expert \\
+        --gradient-checkpointing
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def _counted(
     if views.decay_of(args) is not None:  # an average is loaded and split as the student is
         found["teacher weights"] = student.weight_bytes // parts
         del paths["teacher"]
+    teachers = {path for name, path in paths.items() if name.partition("/")[0] == "teacher"}
     frozen = {path: name for name, path in reversed(paths.items()) if name != "student"}
     if args.lora_rank:
         frozen.pop(paths["student"], None)  # the student without its adapters
@@ -72,7 +74,6 @@ def _counted(
         found["teacher: largest frozen model"] = max(of_frozen.values(), default=0)
     else:
         found |= of_frozen
-    found["gradients"] = 4 * student.num_trained // parts
     found["optimizer"] = 8 * student.num_trained // parts
     whole = student.num_parameters * compute.itemsize if parts > 1 else 0
     cast = student.num_parameters * compute.itemsize if compute != torch.float32 else 0
@@ -88,6 +89,12 @@ def _counted(
                 found[f"{phase}: cache"] = num * length * student.cache_bytes
             found[f"{phase}: logits"] = LOGITS * num * text.vocab_size * 4
             found[f"{phase}: weights in --dtype"] = max(whole, cast)
+    for phase, num in _rows_of_teacher(sizes, args).items():
+        for path in teachers:
+            for part, size in _of_teacher(path, num, length, parts, student, args).items():
+                name = f"{phase}: {part}"  # models sample one after the other
+                found[name] = max(size, found.get(name, 0))
+    found["student: gradients"] = 4 * student.num_trained // parts
     if student.saved_bytes is not None:
         found["student: activations"] = student.saved_bytes
     wide = args.device != "cpu" and args.dtype != "float32"  # float32, and gradients of 16 bits
@@ -95,12 +102,8 @@ def _counted(
     workspace = int(default_workspace_mib(args.device) * 2**20)
     found["student: loss"] = min(workspace, logits) + 4 * text.vocab_size * text.hidden_size
     if args.eval_only:
-        trained = ("gradients", "optimizer", "student: activations", "student: loss")
-        found = {
-            name: size
-            for name, size in found.items()
-            if name not in trained and not name.startswith("generate: ")
-        }
+        trained = ("optimizer", "student: ", "generate: ")
+        found = {name: size for name, size in found.items() if not name.startswith(trained)}
     return found, student
 
 
@@ -108,6 +111,43 @@ def rows_of_rank(args: argparse.Namespace) -> int:
     """Rollouts that one process samples in a step, at most."""
     num_rollouts: int = args.prompts_per_step * args.rollouts_per_prompt
     return -(-num_rollouts // ranks.world())
+
+
+def _rows_of_teacher(sizes: dict[str, int], args: argparse.Namespace) -> dict[str, int]:
+    """How many rollouts the teacher samples together in the phases where it samples, at most."""
+    rows, found = rows_of_rank(args), {}
+    if args.eval_teacher and "evaluate" in sizes:
+        found["evaluate"] = sizes["evaluate"]
+    if getattr(args, "guidance", False) and args.teacher_rollouts is None:  # tropd
+        found["generate"] = rows * args.guided_rollouts / args.rollouts_per_prompt
+    elif getattr(args, "teacher_phase_steps", 0):  # sg_opd
+        found["generate"] = rows * args.teacher_share
+    elif hasattr(args, "right_only"):  # forks/supervised.py
+        found["generate"] = rows
+    return {
+        phase: min(math.ceil(num), args.sampler_batch_size) for phase, num in found.items() if num
+    }
+
+
+def _of_teacher(
+    path: str, rows: int, length: int, parts: int, student: _Shape, args: argparse.Namespace
+) -> dict[str, int]:
+    """What a teacher takes beside its weights while it samples `rows` completions."""
+    import transformers
+
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **trust)
+    config.dtype = source_dtype(path, config)
+    teacher = _Shape(config, getattr(torch, args.teacher_dtype), 0, 0, args)
+    student.left_out |= {f"{name} of {path}": why for name, why in teacher.left_out.items()}
+    found = {"logits": LOGITS * rows * config.get_text_config().vocab_size * 4}
+    if teacher.cache_bytes is not None:
+        found["cache"] = rows * length * teacher.cache_bytes
+    if args.shard_frozen and parts > 1:
+        found["weights in --dtype"] = teacher.weight_bytes
+    if args.teacher_offload:
+        found["the teacher, on its device"] = teacher.weight_bytes
+    return found
 
 
 def peak(found: dict[str, int]) -> int:
@@ -147,7 +187,7 @@ def say(paths: dict[str, str], prompts: Sequence[Any], args: argparse.Namespace)
 
 
 class _Shape:
-    """Counts for a model made of tensors without data."""
+    """Counts for a model made of tensors without data: of `rows` 0 for one that is not trained."""
 
     def __init__(
         self,
@@ -161,28 +201,31 @@ class _Shape:
         from torch._subclasses import fake_tensor
 
         trust = {"trust_remote_code": args.trust_remote_code}
-        dtype = compute if args.lora_rank else torch.float32
+        lora_rank = args.lora_rank if rows else 0
+        dtype = compute if lora_rank or not rows else torch.float32
         source = config.dtype if args.export_dtype == "source" else torch.float32
 
         def make() -> Any:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
-            if args.lora_rank:
-                _pretend_adapters(lm, args.lora_rank)
+            if lora_rank:
+                _pretend_adapters(lm, lora_rank)
             return lm
 
         layers = max(1, config.get_text_config().num_hidden_layers)
         self.saved_bytes: int | None = None
         self.cache_bytes: int | None = None
         self.left_out: dict[str, str] = {}
+        counted: tuple[int, int] | None = None
         fake_tensor.log.setLevel(logging.CRITICAL)  # what it says is said below, in a line
         with fake_tensor.FakeTensorMode():
             lm = self._try("activations and cache", make)
             if lm is not None:
-                counted = self._try("activations", self._count_saved, lm, compute, rows, length)
+                if rows:
+                    counted = self._try("activations", self._count_saved, lm, compute, rows, length)
                 self.cache_bytes = self._try("cache", self._count_cache, lm, compute, layers)
-                if counted is not None and args.gradient_checkpointing:
+                if counted and args.gradient_checkpointing:
                     self.saved_bytes = counted[0] // layers + layers * counted[1]
-                elif counted is not None:
+                elif counted:
                     self.saved_bytes = counted[0]
         if lm is None:
             with torch.device("meta"):

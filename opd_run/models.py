@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,11 +13,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opd_run import ranks
 from opd_run.compat import Facts, rope_laws
 from opd_run.console import RunError
+
+
+@functools.cache
+def _count_steps() -> None:
+    """From now on the step of any optimizer counts as a change of its weights (`_version`): fused
+    kernels forget it, and copies of weights, here and in an engine, are renewed by it."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(group["params"])
+
+    register_optimizer_step_post_hook(count)
 
 
 class CausalLM(torch.nn.Module):
@@ -40,6 +54,7 @@ class CausalLM(torch.nn.Module):
 
     def __init__(self, lm: Any, plain_head: bool, compute_dtype: torch.dtype, facts: Facts) -> None:
         super().__init__()
+        _count_steps()
         self.lm, self.plain_head, self.compute_dtype = lm, plain_head, compute_dtype
         self.facts = facts
         # No submodule. Asked for once: 1 % of a token.

@@ -472,21 +472,12 @@ def prompts_of(
 
 
 def zero_moments(optimizer: torch.optim.Optimizer) -> None:
-    """The state that AdamW has before its first step, in place.
-
-    And what the fused kernel forgets, to count a change of the weights: engines look at that.
-    """
+    """The state that AdamW has before its first step, in place."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
             step = torch.zeros((), device=weight.device if group.get("fused") else "cpu")
             optimizer.state[weight] = {"step": step} | moments
-
-    def count(*_: Any) -> None:
-        for group in optimizer.param_groups:
-            torch.autograd.graph.increment_version(group["params"])
-
-    optimizer.register_step_post_hook(count)
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], flag: str) -> list[int]:

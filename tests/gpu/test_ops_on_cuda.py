@@ -5,7 +5,9 @@ the kernels, the device, the stream, the size. Shapes and gradients of the Pytho
 code that tests/ops runs, and the kernels' arithmetic runs there under the emulation too.
 """
 
+import opd
 import pytest
+import tinylm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from strategies import (
     valid_vocabs,
     weights,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd_ops
 from opd_ops import reference
@@ -397,6 +400,27 @@ def test_the_sampler_multiplies_into_float32(vocab):
         with torch.autocast("cuda", torch.bfloat16, enabled=kept is head):
             found = cache.to_logits(hidden, kept)
         assert found.dtype == torch.float32 and (found - want).abs().max() < 1e-3  # bfloat16: 0.2
+
+
+def test_the_sampler_waits_for_the_device_every_8_tokens(tmp_path):
+    """To look which rollouts have ended is to wait."""
+    tinylm.save_model(tmp_path / "student", 0)
+    flags = ["--student", f"{tmp_path}/student", "--device", "cuda", "--dtype", "float32"]
+    args = opd.parse_args([*flags, "--max-completion-tokens", "32"])
+    loaded, _ = tinylm.load(opd, args, student=args.student)
+    looks = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, given=(), named=None):
+            looks.extend([op] if op is torch.ops.aten.nonzero.default else [])
+            return op(*given, **(named or {}))
+
+    prompts = [opd.Prompt((4, 5), "", "", "", {})] * 3
+    with Watch():
+        opd.sample(
+            tinylm.endless(loaded)["student"], prompts, opd.uniforms(3, "rollouts", 0, args), args
+        )
+    assert 4 <= len(looks) <= 4 + 3  # of 32 tokens, and what comes before and after them
 
 
 def test_no_rows_and_rows_of_weight_zero():

@@ -7,6 +7,7 @@ import pytest
 import tinylm
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 
 from opd_run import diagnose, models
@@ -159,6 +160,58 @@ def test_the_cache_grows_by_blocks_and_keeps_what_a_plain_one_has():
                 layer.batch_select_indices(torch.tensor([2, 0, 1]))
         assert torch.equal(ours.keys, plain.keys) and torch.equal(ours.values, plain.values)
         assert ours.get_seq_length() == plain.get_seq_length()
+
+
+def test_the_sampler_grows_its_cache_in_place(student, monkeypatch):
+    """12 tokens move it once: a plain cache is copied at every one."""
+    model, args, tokenizer = prepared(student)
+    tinylm.endless({"student": model})
+    places, cache = [], models._TypedCache.update
+
+    def update(self, keys, values, layer, *more):
+        found = cache(self, keys, values, layer, *more)
+        if layer == 0:
+            places.append(found[0].data_ptr())
+        return found
+
+    monkeypatch.setattr(models._TypedCache, "update", update)
+    draw_many(model, args, prompts(tokenizer, "1+2=", "1+2="))
+    assert len(places) == 12 and len(set(places)) == 2  # copied once: for equal prompts
+
+
+def test_the_head_is_cast_once_for_all_tokens(student):
+    """Autocast keeps the cast of a weight, not that of a view of it."""
+    model, args, tokenizer = prepared(student, "--dtype", "bfloat16")
+    tinylm.endless({"student": model})
+    casts, head = [], model.lm.get_output_embeddings().weight
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, given=(), named=None):
+            result = op(*given, **(named or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.bfloat16:
+                if result.numel() == head.numel() and "copy" in str(op):
+                    casts.append(op)
+            return result
+
+    with Watch():
+        draw_many(model, args, prompts(tokenizer, "1+2=", "12+345="))
+    assert len(casts) == 1
+
+
+def test_prompts_are_padded_to_the_longest_of_their_chunk(student, monkeypatch):
+    """Not to the longest of all."""
+    model, args, tokenizer = prepared(student, "--sampler-batch-size", "2")
+    widths, forward = [], opd.next_logits
+
+    def next_logits(model, cache, ids, *more):
+        widths.append(ids.shape[1])
+        return forward(model, cache, ids, *more)
+
+    monkeypatch.setattr(opd, "next_logits", next_logits)
+    opd.retry.start()
+    draw_many(model, args, prompts(tokenizer, "a", "1+2=", "12+345=12+345", "9"))
+    sizes = sorted(len(tokenizer.encode(text)) for text in ("1+2=", "12+345=12+345"))
+    assert sorted(width for width in widths if width > 1) == sizes and sizes[0] < sizes[1]
 
 
 @pytest.mark.parametrize("sampling", [(1.0, 1.0, 0), (1.0, 0.9, 0), (0.0, 1.0, 0)])

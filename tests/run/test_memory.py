@@ -8,9 +8,12 @@ import exopd
 import numpy as np
 import opd
 import pytest
+import sg_opd
+import supervised
 import tinylm
 import torch
 import transformers
+import tropd
 
 from opd_run import memory, ranks, rollouts
 
@@ -45,7 +48,7 @@ def test_weights_gradients_and_moments_are_those_of_the_run(folder, more):
     assert found["teacher weights"] == num_bytes(loaded["teacher"].parameters())
     optimizer = opd.make_optimizer(student, args)
     moments = [each[key] for each in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert found["optimizer"] == num_bytes(moments) == 2 * found["gradients"]
+    assert found["optimizer"] == num_bytes(moments) == 2 * found["student: gradients"]
 
 
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
@@ -97,8 +100,8 @@ def test_what_the_flags_change(folder):
     assert half["student weights"] == plain["student weights"]
     longer = of("--max-completion-tokens", "268")["generate: cache"]
     assert longer == 2 * plain["generate: cache"]  # 12 + 128 tokens, 12 + 268
-    always = plain["student weights"] + plain["teacher weights"] + 3 * plain["gradients"]
-    assert always < memory.peak(plain) < sum(plain.values())
+    always = plain["student weights"] + plain["teacher weights"] + plain["optimizer"]
+    assert always + plain["student: gradients"] < memory.peak(plain) < sum(plain.values())
 
 
 def test_evaluation_alone_trains_and_saves_nothing(folder, capsys):
@@ -127,6 +130,39 @@ def test_the_cache_is_what_the_sampler_holds(folder):
     per_token = num_bytes(t for layer in cache.layers for t in (layer.keys, layer.values)) / 20
     layers = lm.config.num_hidden_layers
     assert found == 128 * (12 + 128) * per_token * (layers + 1) / layers  # and a copy of one layer
+
+
+SAMPLES = {  # method, flags, phase, rows of the teacher's
+    "evaluation": (opd, "--eval-teacher --test-prompts {prompts}", "evaluate", 256),
+    "sg_opd": (sg_opd, "--teacher-share 0.25", "generate", 32),
+    "tropd": (tropd, "--guided-rollouts 1 --rollouts-per-prompt 4", "generate", 32),
+    "supervised": (supervised, "", "generate", 128),
+}
+WRITES_NOT = {
+    "sg_opd": "--teacher-phase-steps 0",
+    "tropd": "--no-guidance",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_teacher_that_samples_has_a_cache(folder, name):
+    """A large teacher's cache counts where it is larger than the student's; it is in its type."""
+    method, flags, phase, rows = SAMPLES[name]
+    large = folder / "large"
+    tinylm.save_model(large, 1, num_hidden_layers=4, head_dim=512)
+    common = ["--student", f"{folder}/student", "--teacher", str(large), "--device", "cpu"]
+    common += ["--prompts", f"{folder}/prompts.jsonl", "--dtype", "bfloat16"]
+    flags = [*common, *flags.format(prompts=folder / "prompts.jsonl").split()]
+    args = method.parse_args([*flags, "--teacher-dtype", "float32"])
+    found = memory.estimate(method.model_paths(args), 12, args)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(large, dtype=torch.float32)
+    cache = lm(torch.zeros(2, 10, dtype=torch.int64), use_cache=True).past_key_values
+    per_token = num_bytes(t for layer in cache.layers for t in (layer.keys, layer.values)) / 20
+    assert found[f"{phase}: cache"] == rows * (12 + 128) * per_token * 5 / 4
+    if name in WRITES_NOT:
+        args = method.parse_args([*flags, *WRITES_NOT[name].split()])
+        less = memory.estimate(method.model_paths(args), 12, args)["generate: cache"]
+        assert less < found["generate: cache"] / 2
 
 
 def test_dry_run_says_it(folder, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import modelzoo
 import opd
@@ -16,6 +17,8 @@ from opd_run import adapters, console, memory, ranks, vllm_sampler
 
 class Engine:
     """Notes what it is asked to do; answers every prompt with the token 3."""
+
+    answer: ClassVar[list[int]] = [3]
 
     def __init__(self, **how: object) -> None:
         self.how, self.calls = how, []
@@ -36,7 +39,8 @@ class Engine:
     def generate(self, prompts: list, params: list, use_tqdm: bool) -> list:
         self.calls.append("generate")
         self.prompts, self.params = [each["prompt_token_ids"] for each in prompts], params
-        output = SimpleNamespace(token_ids=[3], logprobs=[{3: SimpleNamespace(logprob=-0.5)}])
+        logprobs = [{each: SimpleNamespace(logprob=-0.5)} for each in self.answer]
+        output = SimpleNamespace(token_ids=self.answer, logprobs=logprobs)
         return [SimpleNamespace(outputs=[output]) for _ in prompts]
 
 
@@ -79,6 +83,40 @@ def test_weights_come_while_the_engine_is_awake(prepared):
     assert all(torch.equal(engine.weights[k], v) for k, v in student.lm.state_dict().items())
     ranks.end()
     assert engine.calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_of_any_optimizer_are_new_weights(prepared, fused):
+    """A fused kernel does not count its change; what goes by that count sees it all the same, with
+    an optimizer that a fork makes by itself too."""
+    student, args = prepared
+    engine = student.engine.engine
+    sample(student, args)
+    head = student.head_on(torch.device("cpu")).clone()
+    for weight in student.parameters():
+        weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW(student.parameters(), 1.0, fused=fused).step()
+    sample(student, args)
+    assert engine.calls.count("reload_weights") == 2
+    assert all(torch.equal(engine.weights[k], v) for k, v in student.lm.state_dict().items())
+    assert not torch.equal(head, student.head_on(torch.device("cpu")))
+    assert opd.make_optimizer(student, args).defaults["fused"]  # on a GPU, as this seems to be
+
+
+def test_ids_beyond_the_vocabulary_end_a_completion(prepared, monkeypatch, capsys):
+    """The engine is not told which ids are in use: in Python that takes seconds a step."""
+    student, args = prepared
+    valid = student.facts.valid_vocab
+    for answer, want in (([3, valid, 4], [3]), ([valid + 3], []), ([3, valid - 1], [3, valid - 1])):
+        monkeypatch.setattr(Engine, "answer", answer)
+        rollout = sample(student, args)
+        kept = [
+            ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)
+        ]
+        assert kept == [want] * 2
+        assert ("is padding of the vocabulary" in capsys.readouterr().out) == (want != answer)
+    params = student.engine.engine.params
+    assert params and all("allowed_token_ids" not in each for each in params)
 
 
 def test_truncation_leaves_one_law(prepared):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -30,12 +31,41 @@ def test_commands_parse_and_stand_on_the_page(name):
 def test_memory_is_that_of_the_page_and_holds_the_weights():
     """16 bytes for each of 1.72e9 trained weights, 2 for each of 4.02e9 frozen ones, are 33 GiB."""
     text = (ROOT / "docs/reproducing.md").read_text()
-    sizes = {name: targets.peak_gib(target) for name, target in targets.TARGETS.items()}
+    sizes = {
+        name: targets.peak_gib(each.script, each.flags, each.longest_prompt)
+        for name, each in targets.TARGETS.items()
+    }
     assert 33 < sizes["math-opd"] < 50
     for name, size in sizes.items():
         assert f"| {size:.1f} GiB |" in next(
             x for x in text.splitlines() if f"`{name}`" in x and "GiB" in x
         )
+
+
+def examples() -> list[str]:
+    """Every command of the pages and docstrings that trains a Qwen3 model, on one line."""
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    files += [*(ROOT / "methods").glob("*.py"), *(ROOT / "forks").glob("*.py")]
+    found = []
+    for path in sorted(files):
+        text = re.sub(r"\\{1,2}\n", " ", path.read_text(encoding="utf-8"))
+        commands = re.findall(r"^ *(python (?:methods|forks)/.*--student Qwen/.*)$", text, re.M)
+        found += [f"{path.relative_to(ROOT)}: {' '.join(each.split())}" for each in commands]
+    return found
+
+
+@pytest.mark.parametrize("example", examples())
+def test_an_example_fits_a_gpu_of_80_gb(example, tmp_path, monkeypatch):
+    """With prompts of 512 tokens, and some GiB left for what the estimate has not."""
+    _, _, command = example.partition(": ")
+    _, script, *words = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "test.jsonl", "mixed.jsonl", "tasks.jsonl", "x.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "answer": "b"}\n')
+    (tmp_path / "game.py").write_text(
+        "class Game:\n    def reset(self, row): ...\n    def step(self, text): ...\n"
+    )
+    assert targets.peak_gib(script, shlex.join(words), 512) < 76
 
 
 def test_a_run_becomes_rows_and_the_table_says_them(tmp_path, monkeypatch):
