@@ -60,7 +60,8 @@ class Case:
 
 
 MANY_TOKENS = {"vocab_size": 32_000, "hidden_size": 256}
-LOSS = {"vocab_size": 151_936, "hidden_size": 128}  # 512 tokens are trained in a step
+LOSS = {"vocab_size": 151_936, "hidden_size": 128}
+FEW = "--dtype float32 --rollouts-per-prompt 1 --top-p 1"  # 512 tokens a step
 LOSSES = {
     "sampled": ("loss of a sampled token of 151,936", "opd", ""),
     "full": ("reverse KL over 151,936 tokens", "opd", "--objective full"),
@@ -94,17 +95,17 @@ CASES = {
     ),
     **{
         name: Case(f"{title}: the update", "student_s",
-                   f"--dtype float32 --rollouts-per-prompt 1 {flags}", model=LOSS, method=method)
+                   f"{FEW} {flags}", model=LOSS, method=method)
         for name, (title, method, flags) in LOSSES.items()
     },
     **{
         f"{name}_memory": Case(f"{LOSSES[name][0]}: memory of a step", "peak",
-                               f"--dtype float32 --rollouts-per-prompt 1 {LOSSES[name][2]}",
+                               f"{FEW} {LOSSES[name][2]}",
                                model=LOSS)
         for name in ("sampled", "full", "jsd")
     },
     "topk": Case("the teacher's 32 likeliest of 151,936 tokens", "teacher_s",
-                 "--dtype float32 --rollouts-per-prompt 1", model=LOSS, method="topk_opd"),
+                 FEW, model=LOSS, method="topk_opd"),
     "verify": Case(
         "a verifier of 20 ms an answer: generation with its verdicts", "generate_s",
         "--dtype float32 --verifier judge.py:judge --sampler-batch-size 16 "
