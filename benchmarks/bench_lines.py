@@ -102,7 +102,7 @@ CASES = {
         f"{name}_memory": Case(f"{LOSSES[name][0]}: memory of a step", "peak",
                                f"{FEW} {LOSSES[name][2]}",
                                model=LOSS)
-        for name in ("sampled", "full", "jsd")
+        for name in ("sampled", "full")
     },
     "topk": Case("the teacher's 32 likeliest of 151,936 tokens", "teacher_s",
                  FEW, model=LOSS, method="topk_opd"),
