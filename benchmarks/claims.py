@@ -302,6 +302,12 @@ CLAIMS = {
                 START,
                 more=False,
             ),
+            Comparison(
+                "on 4 tokens, 300 steps: without renormalisation under the untrained student",
+                "support-4-raw",
+                START,
+                more=False,
+            ),
             Comparison("sampling at top-p 0.9 above top-p 1", "topk_opd", "topk_opd-p1"),
             Comparison(
                 "teacher with another end token: top-K with a mask above none",
