@@ -560,7 +560,8 @@ def draw(rows: list[Row], folder: Path) -> None:
                 one.plot(steps, [r["student_top"] for r in kept], color=f"C{number}", label=label)
                 predicted = [row["teacher_top"] / math.e for row in kept]
                 one.plot(steps, predicted, ":", color=f"C{number}")
-        one.set(xlabel="step", ylabel="mass on the teacher's top K (dots: teacher's / e)")
+        one.set(xlabel="step", ylabel="the student's mass on the top K")
+        one.set_title("dots: predicted, the teacher's mass / e", fontsize=9)
         one.legend(fontsize=8)
         save(figure, "evidence_support")
     gated = {name: found for name, found in gate_gains(rows).items() if len(found[1]) > 1}
