@@ -89,9 +89,15 @@ def _counted(
                 found[f"{phase}: cache"] = num * length * student.cache_bytes
             found[f"{phase}: logits"] = LOGITS * num * text.vocab_size * 4
             found[f"{phase}: weights in --dtype"] = max(whole, cast)
-    for phase, num in _rows_of_teacher(sizes, args).items():
-        for path in teachers:
-            for part, size in _of_teacher(path, num, length, parts, student, args).items():
+    sampled = _rows_of_teacher(sizes, args)
+    for path in teachers if sampled else ():
+        config = transformers.AutoConfig.from_pretrained(path, **trust)
+        config.dtype = source_dtype(path, config)
+        teacher = _Shape(config, getattr(torch, args.teacher_dtype), 0, 0, args)
+        student.left_out |= {f"{name} of {path}": why for name, why in teacher.left_out.items()}
+        vocab = config.get_text_config().vocab_size
+        for phase, num in sampled.items():
+            for part, size in _of_teacher(teacher, num, length, vocab, parts, args).items():
                 name = f"{phase}: {part}"  # models sample one after the other
                 found[name] = max(size, found.get(name, 0))
     found["student: gradients"] = 4 * student.num_trained // parts
@@ -130,17 +136,10 @@ def _rows_of_teacher(sizes: dict[str, int], args: argparse.Namespace) -> dict[st
 
 
 def _of_teacher(
-    path: str, rows: int, length: int, parts: int, student: _Shape, args: argparse.Namespace
+    teacher: _Shape, rows: int, length: int, vocab: int, parts: int, args: argparse.Namespace
 ) -> dict[str, int]:
     """What a teacher takes beside its weights while it samples `rows` completions."""
-    import transformers
-
-    trust = {"trust_remote_code": args.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, **trust)
-    config.dtype = source_dtype(path, config)
-    teacher = _Shape(config, getattr(torch, args.teacher_dtype), 0, 0, args)
-    student.left_out |= {f"{name} of {path}": why for name, why in teacher.left_out.items()}
-    found = {"logits": LOGITS * rows * config.get_text_config().vocab_size * 4}
+    found = {"logits": LOGITS * rows * vocab * 4}
     if teacher.cache_bytes is not None:
         found["cache"] = rows * length * teacher.cache_bytes
     if args.shard_frozen and parts > 1:
