@@ -438,7 +438,10 @@ def linear_cases(args: argparse.Namespace, z: Tensor, generator: Any) -> Any:
     yield "full_kl jsd", both, 0, width, None, calls, z
 
 
-def seconds_on_cuda(call: Call) -> float:
+def seconds_on_cuda(call: Call, before: Call | None = None) -> float:
+    """Of the GPU; with work `before`, which it is given first, the host's start does not count."""
+    if before is not None:
+        before()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()

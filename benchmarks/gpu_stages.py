@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -127,8 +128,8 @@ def copy_rate(task: Task) -> float:
 
     source = torch.randn(2**29 if task.cuda else 2**22, device=task.device)
     target = torch.empty_like(source)
-    best = min(seconds_of(task, lambda: target.copy_(source), 10))
-    return 2 * source.numel() * source.element_size() / best
+    seconds = statistics.median(seconds_of(task, lambda: target.copy_(source), 10))
+    return 2 * source.numel() * source.element_size() / seconds
 
 
 # ==== build =======================================================================================
@@ -356,8 +357,12 @@ def compare_pinned(task: Task, method: str, found: dict[str, float]) -> None:
 
 
 def time_case(task: Task, case: dict[str, Any], calls: dict[str, Call], repeats: int,
-              floor_ms: float | None = None) -> dict[str, float]:  # fmt: skip
-    """A row for each implementation, called in turn; {name: best seconds} of those that ran."""
+              floor_ms: float | None = None, bare: str | None = None,
+              before: Call | None = None) -> None:  # fmt: skip
+    """A row for each implementation, called in turn, on a GPU that `before` keeps busy first.
+
+    `x_floor` is the median over `floor_ms`, to which the median of the implementation `bare` adds.
+    """
     import bench_ops
     import torch
 
@@ -374,7 +379,7 @@ def time_case(task: Task, case: dict[str, Any], calls: dict[str, Call], repeats:
                     call()
                     peaks[name] = bench_ops.peak_mib(call, task.device)
                 else:
-                    seconds[name] += seconds_of_one(task, call)
+                    seconds[name] += seconds_of_one(task, call, before)
             except Exception as error:  # a baseline may fail as it likes; the others go on
                 failures[name] = rows.failure(error)
             if name in failures:  # the exception is gone, and the tensors of its frames
@@ -382,32 +387,35 @@ def time_case(task: Task, case: dict[str, Any], calls: dict[str, Call], repeats:
                 torch.cuda.empty_cache()
                 if name.startswith("opd_ops"):
                     task.failed.append(f"{case['op']} {name}")
-    best = {}
+    if bare in failures:
+        floor_ms = None
+    elif bare is not None and floor_ms is not None:
+        floor_ms += 1e3 * statistics.median(seconds[bare])
     for name, values in seconds.items():
         row = {**case, "implementation": name, "failed": failures.get(name, "")}
         shown = f"FAILED {row['failed']}"
         if name not in failures:
-            best[name] = min(values)
-            row |= {"best_ms": f"{1e3 * best[name]:.4f}", "peak_mib": peaks[name]}
-            for key, share in (("p20_ms", 0.2), ("median_ms", 0.5), ("p80_ms", 0.8)):
+            median_ms = 1e3 * statistics.median(values)
+            row |= {"best_ms": f"{1e3 * min(values):.4f}", "median_ms": f"{median_ms:.4f}"}
+            for key, share in (("p20_ms", 0.2), ("p80_ms", 0.8)):
                 row[key] = f"{1e3 * rows.quantile(values, share):.4f}"
-            shown = f"{row['best_ms']} ms, {peaks[name] or '-'} MiB"
-            if floor_ms is not None:
+            row["peak_mib"] = peaks[name]
+            shown = f"{row['median_ms']} ms, {peaks[name] or '-'} MiB"
+            if floor_ms is not None and name != bare:
                 row["floor_ms"] = f"{floor_ms:.4f}"
-                row["x_floor"] = f"{1e3 * best[name] / floor_ms:.3f}"
+                row["x_floor"] = f"{median_ms / floor_ms:.3f}"
                 shown += f", {row['x_floor']} of the floor"
         task.row("ops", **row)
         width = f" D={case['width']}" if "width" in case else ""
         say(f"{case['op']} {case['direction']} {case['dtype']}{width}, {name}: {shown}")
-    return best
 
 
-def seconds_of_one(task: Task, call: Call) -> list[float]:
+def seconds_of_one(task: Task, call: Call, before: Call | None) -> list[float]:
     """As a list of one."""
     import bench_ops
 
     if task.cuda:
-        return [bench_ops.seconds_on_cuda(call)]
+        return [bench_ops.seconds_on_cuda(call, before)]
     start = time.perf_counter()
     call()
     return [time.perf_counter() - start]
@@ -447,7 +455,8 @@ def our_support_kl(hidden: Any, head: Any, ids: Any, teacher_logp: Any, valid: i
 
 def head(task: Task) -> None:
     """Losses from hidden states, forward and backward; the floor is three products and 10 bytes a
-    logit at the measured copy rate."""
+    logit at the measured copy rate. As in a step, the GPU is busy when the loss is called; what it
+    takes from an idle one is a row of its own."""
     import torch
 
     n, vocab, valid, widths = (8192, 151_936, 151_669, (1024, 2560, 4096))
@@ -458,6 +467,13 @@ def head(task: Task) -> None:
     no_liger = missing(task, "liger_kernel", "fused linear cross-entropy and JSD of Liger")
     if not task.cuda:
         no_liger = True  # its kernels are for a GPU
+    source = torch.ones(2**29 if task.cuda else 2**12, device=task.device)
+    target = torch.empty_like(source)
+
+    def busy() -> None:
+        """For 2 ms."""
+        target.copy_(source), target.copy_(source)
+
     for width in widths:
         case = {"direction": "forward+backward", "dtype": "bfloat16", "rows": n, "vocab": vocab,
                 "valid_vocab": valid, "width": width}  # fmt: skip
@@ -466,16 +482,18 @@ def head(task: Task) -> None:
         weight.requires_grad_()
         teacher = hidden.detach().flip(0), weight.detach().clone()
         ids = torch.randint(0, valid, (n,), device=task.device)
-        products = time_case(task, case | {"op": "three products"},
-                             {"torch.mm": three_products(hidden, weight)}, 5)  # fmt: skip
-        floor_ms = None
-        if products:
-            floor_ms = 1e3 * (products["torch.mm"] + 10 * n * valid / rate)
+        bare = "three products"
         for op, k, calls in head_cases(task, hidden, weight, teacher, ids, valid, no_liger):
-            step = {name: backward(hidden, weight, call) for name, call in calls.items()}
-            time_case(task, case | {"op": op, "k": k}, step, 5,
-                      None if op == "support_kl" else floor_ms)  # fmt: skip
-        del hidden, weight, teacher, products, step, calls
+            step = {bare: three_products(hidden, weight)}
+            step |= {name: backward(hidden, weight, call) for name, call in calls.items()}
+            traffic_ms = None if op == "support_kl" else 1e3 * 10 * n * valid / rate
+            this = case | {"op": op, "k": k}
+            time_case(task, this, step, 5, traffic_ms, bare, busy)
+            if op == "token_logp":
+                idle = {f"{name}, idle": step[name] for name in (bare, "opd_ops")}
+                time_case(task, this, idle, 5, traffic_ms, f"{bare}, idle")
+            del step, calls
+        del hidden, weight, teacher
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -571,7 +589,10 @@ def rows_stage(task: Task) -> None:
                 continue
             floor_ms = None
             if floor is not None:
-                speeds = {name: min(seconds_of(task, call, 5)) for name, call in memory.items()}
+                speeds = {
+                    name: statistics.median(seconds_of(task, call, 5))
+                    for name, call in memory.items()
+                }
                 floor_ms = 1e3 * (floor[0] * speeds["read"] + floor[1] * speeds["read+write"])
             if op == "topk_logp":
                 calls = calls | {"torch.topk alone": functools.partial(torch.topk, z, k)}

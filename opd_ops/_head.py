@@ -24,6 +24,7 @@ from opd_ops._autograd import (
     wanted,
 )
 from opd_ops._dispatch import LOADED
+from opd_ops.reference import Look
 
 _ALIGN = 64  # columns: rows of the workspace begin at aligned addresses
 _WHOLE = 8  # on a GPU, products over any other number of columns take 3 to 9 times as long
@@ -271,13 +272,15 @@ def row_loss(
     valid: int,
     temperature: float,
     workspace_mib: float,
-    check_range: Callable[[], None],
+    look_at_ids: Look,
     *,
     tail: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The sum of a loss of each row's log-probs at `ids` [N, K]; these log-probs; what was logged.
 
-    `check_range()` raises for ids out of range; the first chunk's product is queued before it.
+    `look_at_ids()` begins to look whether ids are in range; what it returns raises if not. A GPU
+    looks after the first product, and is waited for when everything has been queued: ids out of
+    range have a log-prob of NaN there.
     `function(piece, logp [n, K], tail_logp [n] or [0])` returns the losses [n] of a slice of rows
     and detached tensors [n, ...] by name. Autograd differentiates it.
     """
@@ -285,12 +288,10 @@ def row_loss(
     done: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     with torch.no_grad():
         product = _Product(hidden, head, valid, product_dtype(hidden), any(needed))
-        pieces = _chunks(hidden.shape[0], workspace_mib, product)
-        gradients = _Gradients(product, head, needed)
-        for piece in pieces:
+        for piece in _chunks(hidden.shape[0], workspace_mib, product):
             logits, settings = product.logits(piece), (valid, temperature)
-            if piece.start == 0:
-                check_range()
+            if piece.start == 0:  # a GPU multiplies while the rest is prepared
+                gradients, check_range = _Gradients(product, head, needed), look_at_ids()
             rows = Rows(*torch.ops.opd_ops.gather_logp(logits, ids[piece], *settings, False, tail))
             assert rows.logp is not None and rows.tail is not None
             leaves = [rows.logp, rows.tail] if tail else [rows.logp]
@@ -298,7 +299,11 @@ def row_loss(
             with torch.set_grad_enabled(any(needed)):
                 for leaf in leaves:
                     leaf.requires_grad_(any(needed))
-                losses, logged = function(piece, rows.logp, rows.tail)
+                try:
+                    losses, logged = function(piece, rows.logp, rows.tail)
+                except Exception:
+                    check_range()  # the reason, if it raises
+                    raise
                 if any(needed):
                     grads[: len(leaves)] = torch.autograd.grad(
                         losses, leaves, torch.ones_like(losses)
@@ -315,6 +320,7 @@ def row_loss(
         loss = torch.cat([chunk[0] for chunk in done]).sum()  # the same for any number of chunks
         logp = torch.cat([chunk[1] for chunk in done])
         logged = {name: torch.cat([chunk[2][name] for chunk in done]) for name in done[0][2]}
+        check_range()
     if any(needed):
         loss = _Loss.apply(loss, hidden, head, gradients.hidden, gradients.head)  # type: ignore[no-untyped-call]
     return loss, logp, logged

@@ -163,7 +163,7 @@ def support_kl(
     workspace_mib: float | None = None,
 ) -> SupportKL:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
-    ids, check_range = reference._check_support(
+    ids, look_at_ids = reference._check_support(
         support_ids,
         teacher_logp,
         hidden,
@@ -201,10 +201,10 @@ def support_kl(
 
     if not renormalise and head is not None and not torch.compiler.is_compiling():
         loss, _, logged = _head.row_loss(
-            hidden, head, ids, losses, *settings, check_range, tail=bucket
+            hidden, head, ids, losses, *settings, look_at_ids, tail=bucket
         )
         return SupportKL(loss, logged["values"])
-    check_range()
+    look_at_ids()()
     everything = slice(0, hidden.shape[0])
     if renormalise:
         values = divergences(everything, some_logits(hidden, head, ids, settings[1]), None)
@@ -228,10 +228,10 @@ def gated_kl(
     workspace_mib: float | None = None,
 ) -> GatedKL:
     settings = _checked(hidden, head, valid_vocab, temperature, workspace_mib)
-    check_range = reference._check_gated(token_ids, loss_of, values, hidden, settings[0])
+    look_at_ids = reference._check_gated(token_ids, loss_of, values, hidden, settings[0])
     ids = token_ids if token_ids.dim() == 2 else token_ids[:, None]
     if head is None or torch.compiler.is_compiling():
-        check_range()
+        look_at_ids()()
         rows = _head.gather(hidden, head, ids, *settings)
         assert rows.logp is not None
         return reference._gated(rows.logp.view(token_ids.shape), loss_of, values)
@@ -241,7 +241,7 @@ def gated_kl(
         student_logp = logp.view(token_ids[piece].shape)
         return reference._call_loss(loss_of, student_logp, [value[piece] for value in constants])
 
-    loss, logp, logged = _head.row_loss(hidden, head, ids, losses, *settings, check_range)
+    loss, logp, logged = _head.row_loss(hidden, head, ids, losses, *settings, look_at_ids)
     return GatedKL(loss, logp.view(token_ids.shape), logged)
 
 

@@ -38,6 +38,7 @@ __all__ = ["full_kl", "gated_kl", "gather_logp", "support_kl", "token_logp", "to
 Divergence = Literal["reverse", "forward", "jsd"]
 Tail = Literal["none", "bucket"]
 LossOf = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Look = Callable[[], Callable[[], None]]  # of `_range_check`
 
 INF = float("inf")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -145,27 +146,34 @@ def _check_ids(
     if ids.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64, got {_describe(ids)}")
     if values:
-        _look_at_ids(name, ids, valid)()
+        _range_check(name, ids, valid)()()
 
 
-def _look_at_ids(name: str, ids: Tensor, valid: int) -> Callable[[], None]:
-    """Begin to look at ids; the function that is returned raises if one is out of range.
+def _range_check(name: str, ids: Tensor, valid: int) -> Look:
+    """A function that begins to look at ids; what it returns raises if one is out of range.
 
-    It waits for the look alone: a GPU is busy with what was queued in between.
+    Ids on a CPU are looked at here. On a GPU the look takes its turn behind what has been queued,
+    and only what raises waits for it.
     """
-    if ids.numel() == 0 or torch.compiler.is_compiling():
-        return lambda: None
-    found = torch.stack(torch.aminmax(ids)).to("cpu", non_blocking=True)
-    ready = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
-    def check() -> None:
-        if ready is not None:
-            ready.synchronize()
-        low, high = found.tolist()
-        if low < 0 or high >= valid:
-            raise IndexError(f"{name}: expected ids in [0, {valid}), got {low} to {high}")
+    def begin() -> Callable[[], None]:
+        found = torch.stack(torch.aminmax(ids)).to("cpu", non_blocking=True)
+        ready = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
-    return check
+        def check() -> None:
+            if ready is not None:
+                ready.synchronize()
+            low, high = found.tolist()
+            if low < 0 or high >= valid:
+                raise IndexError(f"{name}: expected ids in [0, {valid}), got {low} to {high}")
+
+        return check
+
+    if ids.numel() and not torch.compiler.is_compiling():
+        if ids.is_cuda:
+            return begin
+        begin()()
+    return lambda: lambda: None
 
 
 def _check_id_rows(name: str, ids: Tensor, like: Tensor, valid: int) -> None:
@@ -215,7 +223,7 @@ def _check_product(
 
 def default_workspace_mib(device: str) -> float:
     """What `workspace_mib=None` is on a kind of device: more on a GPU, where few rows are slow."""
-    return 256.0 if device == "cpu" else 1280.0
+    return 256.0 if device == "cpu" else 2400.0
 
 
 def _workspace(workspace_mib: float | None, device: torch.device) -> float:
@@ -253,10 +261,10 @@ def _check_support(
     teacher_tail_logp: Tensor | None,
     support_mask: Tensor | None,
     token_weight: Tensor | None,
-) -> tuple[Tensor, Callable[[], None]]:
-    """Check the arguments of `support_kl` but for the range of the ids, which is looked at.
+) -> tuple[Tensor, Look]:
+    """Check the arguments of `support_kl`, on a GPU but for the range of the ids.
 
-    Returns the support ids with masked ones replaced by 0, and the check of their range.
+    Returns the support ids with masked ones replaced by 0, and `_range_check` of them.
     """
     _check_divergence(divergence, beta)
     if tail not in ("none", "bucket"):
@@ -285,13 +293,13 @@ def _check_support(
     _check_ids("support_ids", support_ids, shape, like, valid, values=False)
     if support_mask is not None:
         support_ids = support_ids.masked_fill(~support_mask, 0)
-    return support_ids, _look_at_ids("support_ids", support_ids, valid)
+    return support_ids, _range_check("support_ids", support_ids, valid)
 
 
 def _check_gated(
     token_ids: Tensor, loss_of: LossOf, values: Sequence[Tensor], like: Tensor, valid: int
-) -> Callable[[], None]:
-    """Check the arguments of `gated_kl` but for the range of the ids, which is looked at."""
+) -> Look:
+    """Check the arguments of `gated_kl`, on a GPU but for the range of the ids: `_range_check`."""
     if not isinstance(token_ids, Tensor) or token_ids.dim() not in (1, 2):
         raise ValueError(f"token_ids: expected int64 [N] or [N, M], got {_describe(token_ids)}")
     shape = (like.shape[0], *token_ids.shape[1:])
@@ -307,7 +315,7 @@ def _check_gated(
             raise ValueError(
                 f"values[{i}]: expected a tensor on {like.device}, got {_describe(value)}"
             )
-    return _look_at_ids("token_ids", token_ids, valid)
+    return _range_check("token_ids", token_ids, valid)
 
 
 def _check_full(
@@ -572,7 +580,7 @@ def token_logp(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1280.
+            GPU 2400.
 
     Returns:
         logp [N] nats, <= 0; lse [N], the log of the sum of exp(logits / temperature); entropy [N]
@@ -633,7 +641,7 @@ def topk_logp(
         token_ids: [N] int64; also report the log-prob of this token.
         valid_vocab: ids from here on are padding and never selected.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory; None: 256, on a GPU 1280.
+        workspace_mib: bound on extra memory; None: 256, on a GPU 2400.
 
     Returns:
         ids [N, K] int64, likeliest first, ties by the lower id; logp [N, K] nats; lse [N];
@@ -694,7 +702,7 @@ def gather_logp(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1280.
+            GPU 2400.
 
     Returns:
         logp [N, K] nats, lse [N].
@@ -757,7 +765,7 @@ def support_kl(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the student's softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1280.
+            GPU 2400.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences
@@ -779,7 +787,7 @@ def support_kl(
     tensor([0.0930])
     """
     product = _Product(hidden, head, valid_vocab, temperature)
-    support_ids, check_range = _check_support(
+    support_ids, look_at_ids = _check_support(
         support_ids,
         teacher_logp,
         hidden,
@@ -792,7 +800,7 @@ def support_kl(
         support_mask,
         token_weight,
     )
-    check_range()
+    look_at_ids()()
 
     def part(tensor: Tensor | None, piece: slice) -> Tensor | None:
         return None if tensor is None else tensor[piece]
@@ -858,7 +866,7 @@ def gated_kl(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1280.
+            GPU 2400.
 
     Returns:
         loss [], the sum of all tokens' losses; student_logp [N] (or [N, M]) nats, detached;
@@ -888,7 +896,7 @@ def gated_kl(
     >>> found.loss.backward()
     """
     product = _Product(hidden, head, valid_vocab, temperature)
-    _check_gated(token_ids, loss_of, values, hidden, product.valid)()
+    _check_gated(token_ids, loss_of, values, hidden, product.valid)()()
     ids = token_ids if token_ids.dim() == 2 else token_ids[:, None]
     logp = gather_logp(
         hidden,
@@ -932,7 +940,7 @@ def full_kl(
             is given.
         temperature: > 0; divides the logits of both models.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 1280.
+            GPU 2400.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences

@@ -93,8 +93,8 @@ def head() -> str:
     found = rows.newest([row for row in measured("ops") if row["stage"] == "head"], keys)
     lines = []
     for width in WIDTHS:
-        bare = cell(found.get(("three products", width, "torch.mm")))
         for op, name in HEAD.items():
+            bare = cell(found.get((op, width, "three products")))
             of = [found.get((op, width, who)) for who in ("opd_ops", "torch", "Liger")]
             shown = [cell(row) for row in of]
             if op == "support_kl":

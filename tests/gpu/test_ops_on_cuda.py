@@ -365,6 +365,22 @@ def test_unknown_ids_give_nan_and_are_not_read():
         opd_ops.gather_logp(z, None, ids)
 
 
+def test_a_loss_of_unknown_ids_raises_before_it_is_returned():
+    """The GPU is waited for at the end; a function that stumbles over NaN is not the reason."""
+    hidden, head = torch.randn(9, 64, device="cuda"), torch.randn(300, 64, device="cuda")
+    ids, teacher_logp = torch.arange(9, device="cuda") + 292, torch.zeros(9, 1, device="cuda")
+
+    def stumbles(logp):
+        assert logp.isfinite().all()
+        return -logp, {}
+
+    for loss_of in (lambda logp: (-logp, {}), stumbles):
+        with pytest.raises(IndexError, match=r"token_ids: .* got 292 to 300"):
+            opd_ops.gated_kl(hidden, head, ids, loss_of, workspace_mib=1e-3)
+    with pytest.raises(IndexError, match=r"support_ids: .* got 292 to 300"):
+        opd_ops.support_kl(hidden, head, ids[:, None], teacher_logp, renormalise=False)
+
+
 def test_what_the_kernels_do_not_take_runs_as_plain_pytorch():
     z = torch.randn(3, 3000, device="cuda")
     with pytest.warns(UserWarning, match="does not take float64"):

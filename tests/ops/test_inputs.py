@@ -110,7 +110,7 @@ def test_ids_known_to_be_in_range_are_not_looked_at(module, monkeypatch):
 @pytest.mark.parametrize("module", [opd_ops, reference], ids=["opd_ops", "reference"])
 @pytest.mark.parametrize("head", [HEAD, None], ids=["head", "logits"])
 def test_a_bad_id_of_the_last_chunk_is_found_before_the_loss_of_the_first(module, head):
-    """Also where the check is read after the first product, which keeps a GPU busy."""
+    """On a CPU, where looking costs nothing beside a product."""
     ids, tiny = torch.tensor([0, 1, 8]), {"workspace_mib": 1e-5}
     support, teacher_logp = torch.stack([ids, ids + 1], dim=1), -torch.ones(3, 2)
     hidden = Z if head is None else HIDDEN
@@ -118,6 +118,40 @@ def test_a_bad_id_of_the_last_chunk_is_found_before_the_loss_of_the_first(module
         module.gated_kl(hidden, head, ids, lambda *_: pytest.fail("called"), **tiny)
     with pytest.raises(IndexError, match=r"support_ids: expected ids in \[0, 8\), got 0 to 9"):
         module.support_kl(hidden, head, support, teacher_logp, renormalise=False, **tiny)
+
+
+@pytest.mark.parametrize("stumbles", [False, True])
+def test_on_a_gpu_bad_ids_raise_at_the_end_or_in_place_of_what_the_loss_raises(stumbles):
+    """A GPU looks behind the first product, and is asked for what it saw when all is queued."""
+    seen = []
+
+    def look_at_ids():
+        seen.append("look")
+        return check
+
+    def check():
+        seen.append("check")
+        raise IndexError
+
+    def loss_of(piece, logp, _):
+        seen.append(piece.start)
+        if stumbles:
+            raise ArithmeticError
+        return -logp[:, 0], {}
+
+    arguments = (
+        HIDDEN.clone().requires_grad_(),
+        HEAD,
+        IDS[:, None],
+        loss_of,
+        8,
+        1.0,
+        1e-5,
+        look_at_ids,
+    )
+    with pytest.raises(IndexError):
+        opd_ops._head.row_loss(*arguments)
+    assert seen == ["look", 0, *([] if stumbles else [1, 2]), "check"]
 
 
 def test_compiled_ops_check_for_themselves():
