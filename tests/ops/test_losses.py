@@ -112,7 +112,7 @@ def test_the_number_of_chunks_changes_no_value(name):
     gradients = [torch.autograd.grad(each.loss, (hidden, head)) for each in found]
     for each in gradients[1:]:
         for a, b in zip(each, gradients[0]):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # entries are up to 3
 
 
 @pytest.mark.parametrize("name", NAMES)
