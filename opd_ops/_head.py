@@ -120,6 +120,9 @@ class _Product:
         self.gradients = self.buffer
         if self.gradient_bytes_per_row:
             self.gradients = self.hidden.new_empty(stack, self.columns, dtype=self.dtype)
+        if self.hidden.device.type == "cpu":
+            # with AMX a 16-bit product also reads these, and NaN times 0 is NaN
+            self.gradients[:, self.valid :] = 0.0
 
     def logits(self, piece: slice) -> Tensor:
         """Those of a chunk; they are overwritten by the next one's."""

@@ -416,3 +416,28 @@ def test_error_of_the_log_ratio_at_a_real_vocabulary(kind, request):
         assert 0.005 < error.std() < 0.1
     else:
         assert error.abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mib", CHUNKS)
+def test_what_was_in_memory_before_is_in_no_product(name, mib, monkeypatch):
+    """Rows of the workspace are wider than the vocabulary. Products of 16-bit numbers whose rows
+    are not adjacent also read what lies between, on processors with AMX: NaN times 0 is NaN."""
+    new_empty, between = torch.Tensor.new_empty, []
+
+    def filled(self, *size, **kwargs):
+        out = new_empty(self, *size, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    def to_hidden(self, gradient, out):
+        whole = gradient.as_strided((len(gradient), self.columns), (self.columns, 1))
+        between.append(whole[:, self.valid :].clone())
+        multiply(self, gradient, out)
+
+    multiply = _head._Product.to_hidden
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    monkeypatch.setattr(_head._Product, "to_hidden", to_hidden)
+    hidden, head = operands(dtype=torch.bfloat16, rows=40)
+    losses(hidden, head, mib)[name]().loss.backward()
+    assert all((each == 0).all() and each.numel() for each in between) and between
+    assert hidden.grad.isfinite().all() and head.grad.isfinite().all()
