@@ -75,7 +75,7 @@ from findings import (  # noqa: E402
     sweep_table,
     table,
 )
-from rows import RESULTS, Row, append, read, version  # noqa: E402
+from rows import RESULTS, Row, append, processor, read, version  # noqa: E402
 
 from opd_run.files import TINY, read_metrics  # noqa: E402
 
@@ -297,7 +297,7 @@ def read_run(cell: Cell, curves: Path) -> tuple[dict[str, object], float]:
         "sampled_tokens": int(tokens),
         "commit": seen["commit"][:10],
         "dirty": seen["dirty"],
-        "device": seen["device"],
+        "device": processor(),
         "num_threads": seen["num_threads"],
         "torch": seen["torch"],
     }, seconds

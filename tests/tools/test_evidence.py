@@ -297,7 +297,7 @@ def test_what_a_cell_logs_is_read(arm, tmp_path, monkeypatch):
     wall_s, _ = evidence.execute([*cell.command(), *small.split()])
     row, seconds = evidence.read_run(cell, tmp_path / "curves")
     assert 2 * 4 * 4 <= row["sampled_tokens"] <= 2 * 4 * 128
-    assert 0 < seconds < wall_s
+    assert 0 < seconds < wall_s and row["device"] == evidence.processor() != "cpu"
     assert 0.2 < row["avg_after"] < 0.7  # at this rate two steps move the student by little
     assert ("kl_after" in row) == (arm != "grpo")  # grpo has no teacher
     curve = [json.loads(x) for x in (tmp_path / f"curves/{cell.name}.jsonl").open()]
