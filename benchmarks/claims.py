@@ -180,14 +180,14 @@ TEACHERS = {  # name -> flags, arms of opd, sg_opd, its random gate
     "the good one": ("", "opd", "sg_opd", "sg_opd-random"),
     "expert of additions": (WEAK, "opd-weak", "sg_opd-weak", "sg_opd-weak-random"),
 }
-for _name, _path in {
-    "expert_sub": f"{TINY}/expert_sub",
-    "noise": f"{FOLDER}/models/teacher_noise",
-    "sure": f"{FOLDER}/models/teacher_sure",
-    "flat": f"{FOLDER}/models/teacher_flat",
-}.items():
+for _name, _title, _path in (
+    ("expert_sub", "expert of subtractions", f"{TINY}/expert_sub"),
+    ("noise", "the good one, noisy", f"{FOLDER}/models/teacher_noise"),
+    ("sure", "the good one, too sure", f"{FOLDER}/models/teacher_sure"),
+    ("flat", "the good one, too flat", f"{FOLDER}/models/teacher_flat"),
+):
     _arms = f"opd-{_name}", f"sg_opd-{_name}", f"sg_opd-{_name}-random"
-    TEACHERS[_name] = (f"--teacher {_path}", *_arms)
+    TEACHERS[_title] = (f"--teacher {_path}", *_arms)
 for _flags, _plain, _gated, _random in TEACHERS.values():
     ARMS[_plain] = method("opd", _flags)
     ARMS[_gated] = method("sg_opd", _flags)

@@ -464,13 +464,13 @@ def agreement(rows: list[Row], arm: str) -> list[float]:
     return found
 
 
-def gate_gains(rows: list[Row]) -> dict[str, tuple[list[float], list[float], list[float]]]:
-    """Teacher to agreement, gain of sg_opd over opd, and over its random gate."""
+def gate_gains(rows: list[Row]) -> dict[str, tuple[list[float], Finding, Finding]]:
+    """Teacher to agreement, sg_opd against opd, and against its random gate."""
     return {
         name: (
             agreement(new_rows(rows), gated),
-            find(new_rows(rows), Comparison("", gated, plain)).gains,
-            find(new_rows(rows), Comparison("", gated, random)).gains,
+            find(new_rows(rows), Comparison("", gated, plain)),
+            find(new_rows(rows), Comparison("", gated, random)),
         )
         for name, (_, plain, gated, random) in TEACHERS.items()
     }
@@ -478,9 +478,10 @@ def gate_gains(rows: list[Row]) -> dict[str, tuple[list[float], list[float], lis
 
 def gate_table(rows: list[Row]) -> str:
     """A Markdown table: what the gate gains under teachers of every quality."""
-    titles = "teacher", "seeds", "agrees with the verifier", "sg_opd minus opd", "minus random gate"
-    return str(markdown(titles, [
-        [name, f"{len(over)}" if over else NOT_RUN, spread(agree), spread(over), spread(random)]
+    titles = "teacher", "seeds", "agrees with the verifier", "opd", "sg_opd minus opd"
+    return str(markdown([*titles, "sg_opd minus random gate"], [
+        [name, f"{len(over.own)}" if over.own else NOT_RUN, spread(agree), spread(over.other),
+         spread(over.gains), spread(random.gains)]
         for name, (agree, over, random) in gate_gains(rows).items()
     ]))  # fmt: skip
 
@@ -564,18 +565,26 @@ def draw(rows: list[Row], folder: Path) -> None:
         one.set_title("dots: predicted, the teacher's mass / e", fontsize=9)
         one.legend(fontsize=8)
         save(figure, "evidence_support")
-    gated = {name: found for name, found in gate_gains(rows).items() if len(found[1]) > 1}
+    gated = {name: each for name, each in gate_gains(rows).items() if len(each[1].own) > 1}
     if gated:
-        figure, one = plt.subplots(figsize=(6, 3.6), layout="constrained")
-        for name, (agree, over, random) in gated.items():
-            place = statistics.mean(agree)
-            for values, colour, shift in ((over, "C0", 0.0), (random, "C1", 0.002)):
-                if len(values) > 1:
-                    mean, width = statistics.mean(values), half_width(values)
-                    one.errorbar(place + shift, mean, yerr=width, fmt="o", color=colour, capsize=3)
-            one.annotate(name, (place, statistics.mean(over)), fontsize=8)
+        figure, one = plt.subplots(figsize=(7, 3.8), layout="constrained")
+        places = {name: statistics.mean(agree) for name, (agree, _, _) in gated.items()}
+        for number, name in enumerate(sorted(gated, key=lambda name: places[name])):
+            ends = []
+            for found, colour, shift in zip(gated[name][1:], ("C0", "C1"), (0.0, 0.002)):
+                if len(found.own) > 1:
+                    mean, width = statistics.mean(found.gains), half_width(found.gains)
+                    at = places[name] + shift
+                    one.errorbar(at, mean, yerr=width, fmt="o", color=colour, capsize=3)
+                    ends += [mean - width, mean + width]
+            side = 1 - number % 2 * 2  # neighbours have their names at different ends
+            end = max(side * each for each in ends) * side
+            one.annotate(name, (places[name], end), (0, 5 * side), textcoords="offset points",
+                         ha="center", va="bottom" if side > 0 else "top", fontsize=8)  # fmt: skip
+        one.margins(0.12)
         one.axhline(0, color="black", linewidth=0.8)
-        one.set(xlabel="tokens where teacher and verifier agree, before training", ylabel="gain")
+        one.set_xlabel("share of tokens where teacher and verifier agree, first three steps")
+        one.set_ylabel("gain in accuracy")
         one.set_title("sg_opd minus opd (blue), minus its random gate (orange)", fontsize=9)
         save(figure, "evidence_gate")
 
