@@ -333,9 +333,9 @@ def test_curves_are_those_of_the_rows(tmp_path, monkeypatch):
         path.write_text(json.dumps(values) + "\n")
     arms = {"sg_opd-weak": [0.6], "opd-weak": [0.5], "support-4-raw": [0.3]}
     tables = findings.study_tables(rows_of(first=FIRST_SEED, **arms))
-    assert "| expert of additions | 1 | 0.750 | 0.100 | - |" in tables["teachers"]
+    assert "| expert of additions | 1 | 0.750 | 0.500 | 0.100 | - |" in tables["teachers"]
     assert "| support-4-raw | 1 | 0.300 | 0.300 | 0.331 | 0.300 |" in tables["support"]
-    assert "| noise | not run | - | - | - |" in tables["teachers"]
+    assert "| the good one, noisy | not run | - | - | - | - |" in tables["teachers"]
 
 
 def test_every_figure_is_drawn_from_its_rows(tmp_path, monkeypatch):
