@@ -157,7 +157,7 @@ def _range_check(name: str, ids: Tensor, valid: int) -> Look:
     """
 
     def begin() -> Callable[[], None]:
-        found = torch.stack(torch.aminmax(ids)).to("cpu", non_blocking=True)
+        found = torch.stack(torch.aminmax(ids)).to("cpu", non_blocking=ids.is_cuda)
         ready = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
         def check() -> None:
