@@ -29,7 +29,7 @@ from opd_ops.reference import Look
 _ALIGN = 64  # columns: rows of the workspace begin at aligned addresses
 _WHOLE = 8  # on a GPU, products over any other number of columns take 3 to 9 times as long
 _BLOCK = 2**24  # bytes of the pieces in which products are added to another type
-_STACK = 2  # where gradients have a buffer of their own: of so many chunks of logits
+_STACK = 4  # where gradients have a buffer of their own: of so many chunks of logits, at most
 _TILE = 128  # there, chunks are of a multiple of so many rows: products waste less of their tiles
 
 
@@ -162,11 +162,14 @@ def _chunks(num_rows: int, workspace_mib: float, *products: _Product | None) -> 
         stack = step = max(1, min(stack, budget // logits))
     elif stack * (logits + gradients) <= budget:
         step = stack
-    else:
+    else:  # as few stacks as possible, of as few chunks, all alike: a short one costs a whole one
         step = max(1, budget // (logits + _STACK * gradients))
-        if step >= 4 * _TILE:
-            step -= step % _TILE
-        stack = min(stack, _STACK * step)
+        tile = _TILE if step >= 4 * _TILE else 1
+        step -= step % tile
+        stacks = -(-stack // (_STACK * step))
+        chunks = -(-stack // (stacks * step))  # of a stack
+        step = -(-stack // (stacks * chunks * tile)) * tile
+        stack = min(stack, chunks * step)
     for product in used:
         product.allocate(min(step, num_rows), stack)
     return [slice(at, min(at + step, num_rows)) for at in range(0, max(num_rows, 1), step)]

@@ -223,7 +223,7 @@ def _check_product(
 
 def default_workspace_mib(device: str) -> float:
     """What `workspace_mib=None` is on a kind of device: more on a GPU, where few rows are slow."""
-    return 256.0 if device == "cpu" else 2400.0
+    return 256.0 if device == "cpu" else 3600.0
 
 
 def _workspace(workspace_mib: float | None, device: torch.device) -> float:
@@ -580,7 +580,7 @@ def token_logp(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 2400.
+            GPU 3600.
 
     Returns:
         logp [N] nats, <= 0; lse [N], the log of the sum of exp(logits / temperature); entropy [N]
@@ -641,7 +641,7 @@ def topk_logp(
         token_ids: [N] int64; also report the log-prob of this token.
         valid_vocab: ids from here on are padding and never selected.
         temperature: > 0; the softmax is over logits / temperature.
-        workspace_mib: bound on extra memory; None: 256, on a GPU 2400.
+        workspace_mib: bound on extra memory; None: 256, on a GPU 3600.
 
     Returns:
         ids [N, K] int64, likeliest first, ties by the lower id; logp [N, K] nats; lse [N];
@@ -702,7 +702,7 @@ def gather_logp(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 2400.
+            GPU 3600.
 
     Returns:
         logp [N, K] nats, lse [N].
@@ -765,7 +765,7 @@ def support_kl(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the student's softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 2400.
+            GPU 3600.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences
@@ -866,7 +866,7 @@ def gated_kl(
         valid_vocab: ids from here on are padding; they take no part and get gradient 0.
         temperature: > 0; the softmax is over logits / temperature.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 2400.
+            GPU 3600.
 
     Returns:
         loss [], the sum of all tokens' losses; student_logp [N] (or [N, M]) nats, detached;
@@ -940,7 +940,7 @@ def full_kl(
             is given.
         temperature: > 0; divides the logits of both models.
         workspace_mib: bound on extra memory besides the returned gradients; None: 256, on a
-            GPU 2400.
+            GPU 3600.
 
     Returns:
         loss [], the sum over rows of token_weight * divergence; values [N] nats, the divergences

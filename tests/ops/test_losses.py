@@ -337,26 +337,46 @@ def test_float32_products(name, workspace_mib, as_on_cuda, products):
         assert {out for out, _ in heads} == {torch.float32}
 
 
-@pytest.mark.parametrize("tile, step", [(1, 9), (2, 8)])
-@pytest.mark.parametrize("rows", [12, 18, 37])
-def test_gradients_of_two_chunks_are_multiplied_at_once(
-    rows, tile, step, as_on_cuda, products, monkeypatch
+@pytest.mark.parametrize(
+    "rows, tile, chunks, stacks",
+    [
+        (18, 1, [18], [18]),  # all logits fit
+        (30, 1, [8, 8, 8, 6], [30]),
+        (36, 1, [9, 9, 9, 9], [36]),
+        (37, 1, [7, 7, 7, 7, 7, 2], [21, 16]),  # not 36 and 1
+        (37, 2, [8, 8, 8, 8, 5], [24, 13]),
+        (80, 2, [8] * 10, [32, 32, 16]),
+    ],
+)
+def test_gradients_of_four_chunks_are_multiplied_at_once(
+    rows, tile, chunks, stacks, as_on_cuda, products, monkeypatch
 ):
     """Where they have a buffer of their own; the workspace holds it and the logits of a chunk, or
     of all rows if it can."""
     monkeypatch.setattr(_head, "_TILE", tile)
     hidden, head = operands(rows=rows, dtype=torch.bfloat16)
-    budget = 192 * (4 * 9 + 2 * 18)  # bytes: of 192 columns
+    budget = 192 * (4 * 9 + 2 * 36)  # bytes: of 192 columns
     losses(hidden, head, budget / 2**20)["gated"]().loss.backward()
     made = [a[0] for a, b, *_ in products if b == (D, VALID // 8 * 8 + 8)]
     multiplied = [a[0] for a, b, *_ in products if b == (VALID // 8 * 8, D)]
-    if rows == 12:
-        step = 12
+    assert (made, multiplied) == (chunks, stacks)
 
-    def parts(size):
-        return [min(size, rows - at) for at in range(0, rows, size)]
 
-    assert (made, multiplied) == (parts(step), parts(2 * step))
+def test_chunks_and_stacks_fill_the_workspace_and_never_more(as_on_cuda):
+    """Whatever the rows: buffers within it, beyond one row; no more stacks than have to be."""
+    for rows in range(0, 70):
+        for budget in (0.001, 0.0015, 0.005, 0.02):
+            hidden, head = operands(rows=rows, dtype=torch.bfloat16)
+            product = _head._Product(hidden.detach(), head.detach(), VALID, torch.bfloat16, True)
+            pieces = _head._chunks(rows, budget, product)
+            assert [row for piece in pieces for row in range(rows)[piece]] == list(range(rows))
+            buffers = (product.buffer, product.gradients)
+            least = product.bytes_per_row + 4 * product.gradient_bytes_per_row
+            assert sum(each.nbytes for each in buffers) <= max(budget * 2**20, least)
+            assert all(piece.stop - piece.start <= len(product.buffer) for piece in pieces)
+            if rows * (product.bytes_per_row + product.gradient_bytes_per_row) > budget * 2**20:
+                most = max(1, int(budget * 2**20) // least)
+                assert -(-rows // product.stack) == -(-rows // (4 * most))
 
 
 def test_a_head_without_padding_is_multiplied_in_parts(as_on_cuda, products):
