@@ -143,12 +143,6 @@ def worker(tree: Path, folder: Path, vocab: int) -> None:
         print(json.dumps([seconds, per_token]), file=sys.__stderr__, flush=True)
 
 
-def commit_of(tree: Path) -> str:
-    """As `git describe` names it; "-dirty" where files differ."""
-    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main() -> None:
     """Time both trees and append their rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -193,7 +187,7 @@ def main() -> None:
                     found[tree].append(ask(tree, name))
             for tree, turns in found.items():
                 seconds, waits = [turn[0] for turn in turns], turns[0][1]
-                seen = rows.environment(commit=commit_of(trees[tree]))
+                seen = rows.environment(commit=rows.commit_of(trees[tree]))
                 table.append(seen | {
                     "case": name, "tree": tree, "rows": len(case.lengths), "tokens": case.tokens,
                     "vocab": args.vocab if case.large else SMALL["vocab"], "dtype": case.flags[1],

@@ -195,7 +195,6 @@ def main() -> None:
         return
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import rows
-    from bench_decode import commit_of
 
     trees = {"after": ROOT} | ({"before": args.before.resolve()} if args.before else {})
     for name in args.cases:
@@ -212,7 +211,7 @@ def main() -> None:
                     found[which].append(float(rows.result_of(command)))
         table = []
         for which, values in found.items():
-            table.append(rows.environment(commit=commit_of(trees[which])) | {
+            table.append(rows.environment(commit=rows.commit_of(trees[which])) | {
                 "case": name, "tree": which, "unit": "s" if case.unit.endswith("_s") else "bytes",
                 "median": f"{statistics.median(values):.6g}", "least": f"{min(values):.6g}",
                 "most": f"{max(values):.6g}", "repeats": args.repeats,

@@ -3,6 +3,8 @@
     make bench-step                               # equality, then time, in .venv-trl
     python benchmarks/bench_step.py --vocab 512 --completion 64 256
     python benchmarks/bench_step.py --equality    # loss and gradient on one batch, no timing
+    git worktree add --detach ../before 905645f   # version 0.1; build its ops there, in place
+    python benchmarks/bench_step.py --vocab 151936 --before ../before   # ours then and now
     make gpu                                      # Qwen3-0.6B <- 1.7B shapes, by benchmarks/gpu.py
 
 A step is: sample rollouts, teacher, student's forward and backward pass, optimizer. Each
@@ -12,7 +14,8 @@ models are random: time and memory do not ask what a model knows. No rollout end
 exactly `--completion` tokens. Gradient checkpointing (TRL's default) is off everywhere (by gpu.py:
 on everywhere), `lmbda` is 1 (all on-policy), the learning rate is constant.
 
-Rows go to benchmarks/results/step.csv and step_equality.csv. A case with rows of this commit is
+Rows go to benchmarks/results/step.csv, step_equality.csv and, of two trees in turn (`--before`,
+which needs no TRL), step_before.csv. A case with rows of this commit is
 skipped unless --again. `peak_mib` is the rise over the process after its imports; an implementation
 that needs more than --memory-limit-gib fails, and its row says so.
 """
@@ -41,7 +44,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
-from rows import RESULTS, append, environment, failure, read, resident, restart_peak  # noqa: E402
+from rows import (  # noqa: E402
+    RESULTS,
+    append,
+    commit_of,
+    environment,
+    failure,
+    read,
+    resident,
+    restart_peak,
+)
 
 PROMPT, ANSWER = 32, 8  # tokens of a prompt, and of the answer that the data set has for it
 LR, BETA2 = 1e-5, 0.95
@@ -404,6 +416,22 @@ def work(pipe: Any, folder: Path, case: argparse.Namespace, who: str, objective:
         raise
 
 
+def work_of_tree(
+    pipe: Any, folder: Path, case: argparse.Namespace, which: str, objective: str
+) -> None:
+    """A process: methods/opd.py of a checkout, by that checkout's own bench_step.py."""
+    tree = case.trees[which]
+    sys.path[:0] = [str(tree / name) for name in (".", "methods", "tests", "benchmarks")]
+    sys.modules.pop("rows")
+    theirs = importlib.import_module("bench_step")
+    for name in ("opd", "opd_ops"):
+        place = importlib.import_module(name).__file__ or ""
+        if not Path(place).is_relative_to(tree):
+            raise SystemExit(f"{name} of {tree} came from {place}")
+    sys.stdout = open(os.devnull, "w")  # the parent reports
+    theirs.run_ours(Clock(pipe, case.device), folder, case, objective)
+
+
 def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one case: all implementations in turn; on a GPU one after the other."""
     make_inputs(folder, case)
@@ -413,7 +441,8 @@ def measure(folder: Path, case: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {arm: [] for arm in arms}
     for arm in arms:
         pipes[arm], end = context.Pipe()
-        worker = context.Process(target=work, args=(end, folder, case, *arm), daemon=True)
+        target = work_of_tree if case.trees else work
+        worker = context.Process(target=target, args=(end, folder, case, *arm), daemon=True)
         workers[arm] = worker
         worker.start()
         end.close()
@@ -609,9 +638,14 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     parser.add_argument("--memory-limit-gib", type=float, default=10.0, help="of a process, on CPU")
     parser.add_argument("--equality", action="store_true", help="of loss and gradient, not time")
+    parser.add_argument("--before", type=Path, help="an older tree, with its ops built")
     parser.add_argument("--again", action="store_true", help="measure what has rows already")
     args = parser.parse_args()
-    path = RESULTS / ("step_equality.csv" if args.equality else "step.csv")
+    trees = {"before": args.before.resolve(), "after": ROOT} if args.before else {}
+    if args.before and args.equality:
+        parser.error("--equality: of one tree; leave out --before")
+    name = "step_equality" if args.equality else "step_before" if trees else "step"
+    path = RESULTS / f"{name}.csv"
     columns = EQUALITY_COLUMNS if args.equality else STEP_COLUMNS
     for vocab, (completion, rollouts) in itertools.product(
         args.vocab, zip(args.completion, itertools.cycle(args.rollouts))
@@ -619,7 +653,7 @@ def main() -> None:
         sizes = dict(zip(SIZES, (vocab, completion, rollouts)))
         case = argparse.Namespace(**vars(args) | sizes | {"ragged": args.equality})
         case.device, case.made_on_device, case.go_on = "cpu", False, False
-        case.checkpointing, case.limit_s = False, None
+        case.checkpointing, case.limit_s, case.trees = False, None, trees
         seen = environment()
         same = sizes | {key: seen[key] for key in ("commit", "device", "num_threads")}
         done = {
@@ -632,8 +666,14 @@ def main() -> None:
             print(f"{sizes}: has rows of this commit")
             continue
         case.arms = [arm for arm in ARMS if arm[1] in case.objectives]
+        if trees:
+            case.arms = [(which, what) for which, what in itertools.product(trees, OBJECTIVES)
+                         if what in case.objectives]  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             rows = list((measure_equality if args.equality else measure)(Path(folder), case))
+        for row in rows if trees else []:
+            commit = commit_of(trees[row["implementation"]])
+            row |= {"commit": commit[:10], "dirty": commit.endswith("-dirty")}
         append(path, [seen | row for row in rows], columns)
 
 

@@ -614,7 +614,7 @@ def case_of(task: Task, rollouts: int, completion: int) -> argparse.Namespace:
     return argparse.Namespace(
         device=task.device, vocab=vocab, columns=columns, rollouts=rollouts, completion=completion,
         warm_up=0, rounds=1 if task.cuda else 2, ragged=False, made_on_device=True, go_on=True,
-        checkpointing=True, limit_s=limit_s, memory_limit_gib=10.0,
+        checkpointing=True, limit_s=limit_s, memory_limit_gib=10.0, trees={},
     )  # fmt: skip
 
 

@@ -66,6 +66,21 @@ def environment(device: str = "cpu", commit: str | None = None) -> dict[str, Any
     }
 
 
+def commit_of(tree: Path) -> str:
+    """As `git describe` names it; "-dirty" where files differ, rows of results aside."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(tree), *command], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+    )
+    return git("describe", "--always", "--abbrev=40") + "-dirty" * bool(changed)
+
+
 def processor() -> str:
     """The name of the CPU."""
     path = Path("/proc/cpuinfo")

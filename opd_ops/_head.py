@@ -8,6 +8,7 @@ each chunk, and multiplies them by the incoming scalar in backward: three produc
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -152,24 +153,23 @@ class _Product:
 def _chunks(num_rows: int, workspace_mib: float, *products: _Product | None) -> list[slice]:
     """Pieces of the rows whose logits fit the workspace, which the products share; one at least.
 
-    It also holds the gradients of a stack of pieces where they do not go over the logits.
+    Where gradients do not go over the logits, it also holds those of a stack of pieces: as few
+    stacks as possible, then as few pieces, all of one size, since a short one costs a whole one.
     """
     used = [product for product in products if product is not None]
     logits = max(1, sum(product.bytes_per_row for product in used))
     gradients = sum(product.gradient_bytes_per_row for product in used)
-    budget, stack = int(workspace_mib * 2**20), max(1, num_rows)
+    budget, most = int(workspace_mib * 2**20), max(1, num_rows)
     if gradients == 0:
-        stack = step = max(1, min(stack, budget // logits))
-    elif stack * (logits + gradients) <= budget:
-        step = stack
-    else:  # as few stacks as possible, of as few chunks, all alike: a short one costs a whole one
-        step = max(1, budget // (logits + _STACK * gradients))
-        tile = _TILE if step >= 4 * _TILE else 1
-        step -= step % tile
-        stacks = -(-stack // (_STACK * step))
-        chunks = -(-stack // (stacks * step))  # of a stack
-        step = -(-stack // (stacks * chunks * tile)) * tile
-        stack = min(stack, chunks * step)
+        stack = step = max(1, min(most, budget // logits))
+    else:
+        for stacks, chunks in itertools.product(range(1, most + 1), range(1, _STACK + 1)):
+            step = -(-most // (stacks * chunks))
+            tile = _TILE if step >= 4 * _TILE else 1
+            step = min(-(-step // tile) * tile, most)
+            stack = min(chunks * step, most)
+            if step * logits + stack * gradients <= budget:
+                break
     for product in used:
         product.allocate(min(step, num_rows), stack)
     return [slice(at, min(at + step, num_rows)) for at in range(0, max(num_rows, 1), step)]

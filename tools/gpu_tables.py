@@ -178,5 +178,5 @@ def in_short() -> str:
         text = NOT_MEASURED
         if row is not None:
             text = row["failed"] or f"{float(row['total_s']):.1f} s, {int(row['peak_mib']):,} MiB"
-        lines.append([f"a step of 256 rollouts of 128 tokens, `{who}`", text])
+        lines.append([f"a step of 256 rollouts of 96 tokens after 32, `{who}`", text])
     return str(markdown(["on a GPU", "found"], lines))

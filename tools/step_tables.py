@@ -7,7 +7,6 @@ from rows import RESULTS, Row, markdown
 
 OURS, TRAINERS = "opd.py", ("GKDTrainer", "DistillationTrainer")
 NAMES = {"sampled": "sampled token", "reverse": "reverse KL", "jsd": "JSD", "forward": "forward KL"}
-LAST_OF_0_1 = "905645f599"  # a commit
 Case = tuple[str, ...]  # ends with the implementation
 
 
@@ -48,26 +47,18 @@ def timed(row: Row) -> str:
 
 
 def before_and_after() -> str:
-    """A step of ours at the large vocabulary: the newest rows of version 0.1, and of later ones."""
-    keys = ["completion", "rollouts", "num_threads", "objective"]
-    mine = [
-        row
-        for row in rows.read(RESULTS / "step.csv")
-        if row["implementation"] == OURS and row["vocab"] == "151936" and row["total_s"]
-    ]
-    old = [row for row in mine if row["date"] < "2026-11-26" or row["commit"] == LAST_OF_0_1]
-    before, after = (
-        dict(rows.newest(some, keys)) for some in (old, [row for row in mine if row not in old])
-    )
+    """A step of ours at the large vocabulary, version 0.1 and now, which took turns."""
+    keys = ["vocab", "completion", "rollouts", "objective", "implementation"]
+    found = newest("step_before.csv", keys)
     lines = []
-    for key, first in before.items():
-        cells, then = [rows.NOT_MEASURED] * 3, after.get(key)
-        if then is not None:
-            cells[0] = timed(then)
-            cells[1] = f"{float(first['total_s']) / float(then['total_s']):.2f}"
-            cells[2] = mib(then)
-        shown = [size(first)[1], NAMES[first["objective"]], timed(first)]
-        lines.append([*shown, *cells[:2], mib(first), cells[2]])
+    for key, after in found.items():
+        if key[-1] != "after":
+            continue
+        before = of(found, key, "before")
+        middle, low, high = spread(before, after)
+        ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+        shown = [size(after)[1], NAMES[after["objective"]], timed(before), timed(after), ratio]
+        lines.append([*shown, mib(before), mib(after)])
     titles = ["rollouts x tokens", "objective", "before", "after", "before over after"]
     return str(markdown([*titles, "MiB before", "after"], lines))
 

@@ -1,5 +1,7 @@
 """Losses in three matrix products: what is computed, when, and what is kept."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -341,14 +343,15 @@ def test_float32_products(name, workspace_mib, as_on_cuda, products):
     "rows, tile, chunks, stacks",
     [
         (18, 1, [18], [18]),  # all logits fit
-        (30, 1, [8, 8, 8, 6], [30]),
+        (30, 1, [10, 10, 10], [30]),
         (36, 1, [9, 9, 9, 9], [36]),
-        (37, 1, [7, 7, 7, 7, 7, 2], [21, 16]),  # not 36 and 1
-        (37, 2, [8, 8, 8, 8, 5], [24, 13]),
-        (80, 2, [8] * 10, [32, 32, 16]),
+        (37, 1, [10, 10, 10, 7], [20, 17]),  # not 36 and 1
+        (36, 2, [18, 18], [18, 18]),
+        (38, 2, [10, 10, 10, 8], [20, 18]),
+        (80, 1, [9] * 8 + [8], [27, 27, 26]),
     ],
 )
-def test_gradients_of_four_chunks_are_multiplied_at_once(
+def test_gradients_of_a_stack_of_chunks_are_multiplied_at_once(
     rows, tile, chunks, stacks, as_on_cuda, products, monkeypatch
 ):
     """Where they have a buffer of their own; the workspace holds it and the logits of a chunk, or
@@ -362,21 +365,29 @@ def test_gradients_of_four_chunks_are_multiplied_at_once(
     assert (made, multiplied) == (chunks, stacks)
 
 
-def test_chunks_and_stacks_fill_the_workspace_and_never_more(as_on_cuda):
-    """Whatever the rows: buffers within it, beyond one row; no more stacks than have to be."""
-    for rows in range(0, 70):
-        for budget in (0.001, 0.0015, 0.005, 0.02):
-            hidden, head = operands(rows=rows, dtype=torch.bfloat16)
-            product = _head._Product(hidden.detach(), head.detach(), VALID, torch.bfloat16, True)
-            pieces = _head._chunks(rows, budget, product)
-            assert [row for piece in pieces for row in range(rows)[piece]] == list(range(rows))
-            buffers = (product.buffer, product.gradients)
-            least = product.bytes_per_row + 4 * product.gradient_bytes_per_row
-            assert sum(each.nbytes for each in buffers) <= max(budget * 2**20, least)
-            assert all(piece.stop - piece.start <= len(product.buffer) for piece in pieces)
-            if rows * (product.bytes_per_row + product.gradient_bytes_per_row) > budget * 2**20:
-                most = max(1, int(budget * 2**20) // least)
-                assert -(-rows // product.stack) == -(-rows // (4 * most))
+@pytest.mark.parametrize("teacher", [False, True], ids=["student", "and teacher"])
+@pytest.mark.parametrize("tile", [1, 2])
+def test_chunks_and_stacks_fill_the_workspace_and_never_more(
+    teacher, tile, as_on_cuda, monkeypatch
+):
+    """Whatever the rows: every row once, buffers within the workspace, no stack too many."""
+    monkeypatch.setattr(_head, "_TILE", tile)
+    for rows, budget in itertools.product(range(70), (1000, 1600, 5000, 20000, 200_000)):
+        operand = [each.detach() for each in operands(rows=rows, dtype=torch.bfloat16)]
+        used = [_head._Product(*operand, VALID, torch.bfloat16, True)]
+        used += [_head._Product(*operand, VALID, torch.bfloat16)] * teacher
+        pieces = _head._chunks(rows, budget / 2**20, *used)
+        assert [row for piece in pieces for row in range(rows)[piece]] == list(range(rows))
+        step, stack = pieces[0].stop, used[0].stack
+        logits = sum(each.bytes_per_row for each in used)
+        gradients = used[0].gradient_bytes_per_row
+        taken = sum(each.buffer.nbytes for each in used) + used[0].gradients.nbytes
+        assert taken == step * logits + stack * gradients or rows == 0
+        assert step <= 1 or taken <= budget
+        assert stack == max(1, rows) or stack % step == 0
+        if tile == 1 and stack < rows:  # one stack less would not fit, even of four chunks
+            size = -(-rows // (4 * (-(-rows // stack) - 1)))
+            assert size * logits + min(4 * size, rows) * gradients > budget
 
 
 def test_a_head_without_padding_is_multiplied_in_parts(as_on_cuda, products):

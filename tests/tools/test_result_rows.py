@@ -57,3 +57,22 @@ def test_a_row_says_commit_and_dirty(monkeypatch):
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     with pytest.raises(RuntimeError, match="--commit"):
         rows.environment()
+
+
+def test_rows_that_were_just_written_make_no_tree_dirty(tmp_path):
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *who, *command], check=True, capture_output=True)
+
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    for name in ("code.py", "benchmarks/results/ops.csv"):
+        (tmp_path / name).write_text("a\n")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    clean = rows.commit_of(tmp_path)
+    assert len(clean) == 40
+    (tmp_path / "benchmarks/results/ops.csv").write_text("a\nb\n")
+    assert rows.commit_of(tmp_path) == clean
+    (tmp_path / "code.py").write_text("b\n")
+    assert rows.commit_of(tmp_path) == clean + "-dirty"
