@@ -422,7 +422,8 @@ def work_of_tree(
     """A process: methods/opd.py of a checkout, by that checkout's own bench_step.py."""
     tree = case.trees[which]
     sys.path[:0] = [str(tree / name) for name in (".", "methods", "tests", "benchmarks")]
-    sys.modules.pop("rows")
+    for name in ("rows", "bench_step"):  # this tree's
+        sys.modules.pop(name, None)
     theirs = importlib.import_module("bench_step")
     for name in ("opd", "opd_ops"):
         place = importlib.import_module(name).__file__ or ""
