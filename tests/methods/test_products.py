@@ -33,6 +33,7 @@ CASES = {
     "reopold": 3,
     "eopd": 3,
     "opsa": 3,
+    "drift_gate": 4,  # a gate of a block asks for its other tokens
 }
 
 
