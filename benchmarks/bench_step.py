@@ -15,9 +15,9 @@ exactly `--completion` tokens. Gradient checkpointing (TRL's default) is off eve
 on everywhere), `lmbda` is 1 (all on-policy), the learning rate is constant.
 
 Rows go to benchmarks/results/step.csv, step_equality.csv and, of two trees in turn (`--before`,
-which needs no TRL), step_before.csv. A case with rows of this commit is
-skipped unless --again. `peak_mib` is the rise over the process after its imports; an implementation
-that needs more than --memory-limit-gib fails, and its row says so.
+which needs no TRL and knows no limit of memory), step_before.csv. A case with rows of this commit
+is skipped unless --again. `peak_mib` is the rise over the process after its imports; an
+implementation that needs more than --memory-limit-gib fails, and its row says so.
 """
 
 from __future__ import annotations
@@ -666,10 +666,8 @@ def main() -> None:
         if not case.objectives:
             print(f"{sizes}: has rows of this commit")
             continue
-        case.arms = [arm for arm in ARMS if arm[1] in case.objectives]
-        if trees:
-            case.arms = [(which, what) for which, what in itertools.product(trees, OBJECTIVES)
-                         if what in case.objectives]  # fmt: skip
+        arms = itertools.product(trees, OBJECTIVES) if trees else ARMS
+        case.arms = [arm for arm in arms if arm[1] in case.objectives]
         with tempfile.TemporaryDirectory() as folder:
             rows = list((measure_equality if args.equality else measure)(Path(folder), case))
         for row in rows if trees else []:

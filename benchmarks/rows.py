@@ -67,18 +67,13 @@ def environment(device: str = "cpu", commit: str | None = None) -> dict[str, Any
 
 
 def commit_of(tree: Path) -> str:
-    """As `git describe` names it; "-dirty" where files differ, rows of results aside."""
+    """Of a checkout, for `environment`; "-dirty" behind it where files differ."""
+    from opd_run.machine import commit_of as of_a_tree
 
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(tree), *command], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
-    )
-    return git("describe", "--always", "--abbrev=40") + "-dirty" * bool(changed)
+    commit, dirty = of_a_tree(tree)
+    if commit == "unknown":
+        raise RuntimeError(f"{tree}: no git repository, so no commit")
+    return commit + "-dirty" * dirty
 
 
 def processor() -> str:

@@ -18,32 +18,38 @@ def environment() -> dict[str, Any]:
     import numpy
     import transformers
 
-    def git(*command: str) -> str:
-        try:
-            root = Path(__file__).resolve().parents[1]
-            done = subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return "unknown"
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
     cuda = torch.cuda.is_available()
-    rows = ":!benchmarks/results"  # what a benchmark writes is no change of the code
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", rows)
+    commit, dirty = commit_of(Path(__file__).resolve().parents[1])
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": changed != "",
+        "commit": commit,
+        "dirty": dirty,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "num_devices": torch.cuda.device_count() if cuda else 0,
         "num_processes": ranks.world(),
         "num_threads": torch.get_num_threads(),
         "opd_ops": opd_ops.info(),
     }
+
+
+def commit_of(tree: Path) -> tuple[str, bool]:
+    """The commit of a checkout, or "unknown"; whether files differ from it."""
+
+    def git(*command: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(tree), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    rows = ":!benchmarks/results"  # what a benchmark writes is no change of the code
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", rows)
+    return git("rev-parse", "HEAD"), changed != ""
 
 
 def peak_memory_mib() -> float:

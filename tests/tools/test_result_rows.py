@@ -76,3 +76,5 @@ def test_rows_that_were_just_written_make_no_tree_dirty(tmp_path):
     assert rows.commit_of(tmp_path) == clean
     (tmp_path / "code.py").write_text("b\n")
     assert rows.commit_of(tmp_path) == clean + "-dirty"
+    with pytest.raises(RuntimeError, match="no git repository"):
+        rows.commit_of(tmp_path / "nowhere")
