@@ -50,7 +50,7 @@ STAGES = {
     "build": Stage("the extension for this card, in place", 25, 60),
     "correct": Stage("the tests marked gpu; compute-sanitizer on each kernel", 40, 40),
     "train": Stage("every method; one update of each against the CPU's values", 45, 70),
-    "head": Stage("losses from hidden states", 35, 10),
+    "head": Stage("losses from hidden states", 50, 10),
     "rows": Stage("ops on logits", 45, 25),
     "step": Stage("whole training steps", 70, 20),
     "sample": Stage("samplers", 30, 15),

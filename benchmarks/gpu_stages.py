@@ -454,14 +454,16 @@ def our_support_kl(hidden: Any, head: Any, ids: Any, teacher_logp: Any, valid: i
 
 
 def head(task: Task) -> None:
-    """Losses from hidden states, forward and backward; the floor is three products and 10 bytes a
-    logit at the measured copy rate. As in a step, the GPU is busy when the loss is called; what it
-    takes from an idle one is a row of its own."""
+    """Losses from hidden states, forward and backward. The floor is what has to be multiplied and
+    moved: three products and 10 bytes a logit at the measured copy rate; a teacher's head is a
+    fourth product, and 8 more bytes. As in a step, the GPU is busy when the loss is called; what
+    it takes from an idle one is a row of its own."""
     import torch
 
-    n, vocab, valid, widths = (8192, 151_936, 151_669, (1024, 2560, 4096))
+    vocab, valid = 151_936, 151_669
+    sizes = (8192, 1024), (8192, 2560), (8192, 4096), (16_384, 2560)  # rows, width
     if not task.cuda:
-        n, vocab, valid, widths = 64, 2_048, 1_999, (32, 48)
+        vocab, valid, sizes = 2_048, 1_999, ((64, 32), (64, 48), (128, 48))
     kind = torch.bfloat16
     rate = copy_rate(task)
     no_liger = missing(task, "liger_kernel", "fused linear cross-entropy and JSD of Liger")
@@ -474,7 +476,7 @@ def head(task: Task) -> None:
         """For 2 ms."""
         target.copy_(source), target.copy_(source)
 
-    for width in widths:
+    for n, width in sizes:
         case = {"direction": "forward+backward", "dtype": "bfloat16", "rows": n, "vocab": vocab,
                 "valid_vocab": valid, "width": width}  # fmt: skip
         hidden = torch.randn(n, width, device=task.device).to(kind).requires_grad_()
@@ -482,11 +484,14 @@ def head(task: Task) -> None:
         weight.requires_grad_()
         teacher = hidden.detach().flip(0), weight.detach().clone()
         ids = torch.randint(0, valid, (n,), device=task.device)
-        bare = "three products"
         for op, k, calls in head_cases(task, hidden, weight, teacher, ids, valid, no_liger):
-            step = {bare: three_products(hidden, weight)}
+            four = op == "full_kl jsd"
+            bare = "four products" if four else "three products"
+            step = {bare: products(hidden, weight, *(teacher if four else ()))}
             step |= {name: backward(hidden, weight, call) for name, call in calls.items()}
-            traffic_ms = None if op == "support_kl" else 1e3 * 10 * n * valid / rate
+            traffic_ms = 1e3 * (18 if four else 10) * n * valid / rate
+            if op == "support_kl":
+                traffic_ms = None
             this = case | {"op": op, "k": k}
             time_case(task, this, step, 5, traffic_ms, bare, busy)
             if op == "token_logp":
@@ -498,8 +503,8 @@ def head(task: Task) -> None:
         torch.cuda.empty_cache()
 
 
-def three_products(hidden: Any, weight: Any) -> Call:
-    """Logits, and gradients of hidden states and head, without anything between them."""
+def products(hidden: Any, weight: Any, *teacher: Any) -> Call:
+    """Logits, a teacher's too, and gradients of hidden states and head; nothing between them."""
     import torch
 
     left, right = hidden.detach(), weight.detach()
@@ -507,6 +512,8 @@ def three_products(hidden: Any, weight: Any) -> Call:
     grads = torch.empty_like(left), torch.empty_like(right)
 
     def call() -> None:
+        if teacher:
+            torch.mm(teacher[0], teacher[1].t(), out=logits)
         torch.mm(left, right.t(), out=logits)
         torch.mm(logits, right, out=grads[0])
         torch.mm(logits.t(), left, out=grads[1])

@@ -11,7 +11,7 @@ HEAD = {  # op of the stage "head" -> what it is called
     "full_kl jsd": "JSD",
     "support_kl": "reverse KL on 32 tokens, renormalised",
 }
-WIDTHS = ("1024", "2560", "4096")
+SIZES = (("8192", "1024"), ("8192", "2560"), ("8192", "4096"), ("16384", "2560"))  # rows, width
 ON_ROWS = [  # op, direction, our implementation
     ("token_logp", "forward", "opd_ops"),
     ("token_logp", BOTH, "opd_ops"),
@@ -89,18 +89,18 @@ def cell(row: Row | None) -> str:
 
 def head() -> str:
     """Losses from hidden states."""
-    keys = ["op", "width", "implementation"]
+    keys = ["op", "rows", "width", "implementation"]
     found = rows.newest([row for row in measured("ops") if row["stage"] == "head"], keys)
     lines = []
-    for width in WIDTHS:
+    for size in SIZES:
         for op, name in HEAD.items():
-            bare = cell(found.get((op, width, "three products")))
-            of = [found.get((op, width, who)) for who in ("opd_ops", "torch", "Liger")]
+            bare = "four products" if op == "full_kl jsd" else "three products"
+            of = [found.get((op, *size, who)) for who in (bare, "opd_ops", "torch", "Liger")]
             shown = [cell(row) for row in of]
             if op == "support_kl":
-                shown[2] = "-"
-            lines.append([f"{int(width):,}", name, bare, *shown])
-    titles = ["D", "loss", "three bare products", "opd_ops", "plain PyTorch", "Liger"]
+                shown[3] = "-"
+            lines.append([*(f"{int(number):,}" for number in size), name, *shown])
+    titles = ["rows", "D", "loss", "bare products", "opd_ops", "plain PyTorch", "Liger"]
     return str(markdown(titles, lines))
 
 
