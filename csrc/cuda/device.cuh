@@ -312,25 +312,28 @@ struct RowSum {
 // Of 16 bytes each, by a thread before it uses the first.
 constexpr int kLoads = 4;
 
-// Columns c, c + kVector * kThreads, ... of a row, 16 aligned bytes each; -inf outside [0, valid).
+// Columns i to i + kVector of a row, 16 aligned bytes; -inf outside [0, valid).
+template <class T>
+__device__ __forceinline__ void load_raw(const T* row, int64_t i, int64_t valid, Packed<T>& out) {
+  if (i >= 0 && i + kVector<T> <= valid) {
+    out = *reinterpret_cast<const Packed<T>*>(row + i);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+      if (i + j >= 0 && i + j < valid)
+        out.item[j] = row[i + j];
+      else
+        assign(out.item[j], -INFINITY);
+    }
+  }
+}
+
+// Columns c, c + kVector * kThreads, ... of a row.
 template <class T>
 __device__ __forceinline__ void load_ahead(const T* row, int64_t c, int64_t valid,
                                            Packed<T> (&out)[kLoads]) {
 #pragma unroll
-  for (int t = 0; t < kLoads; ++t) {
-    const int64_t i = c + t * kVector<T> * kThreads;
-    if (i >= 0 && i + kVector<T> <= valid) {
-      out[t] = *reinterpret_cast<const Packed<T>*>(row + i);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (i + j >= 0 && i + j < valid)
-          out[t].item[j] = row[i + j];
-        else
-          assign(out[t].item[j], -INFINITY);
-      }
-    }
-  }
+  for (int t = 0; t < kLoads; ++t) load_raw(row, c + t * kVector<T> * kThreads, valid, out[t]);
 }
 
 // A set of columns as bits in shared memory. Column i is bit i + 32: the first step of a row may

@@ -1,4 +1,6 @@
 // Divergence of two full rows, and its gradient with respect to the student's logits.
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace opd::cuda {
@@ -39,66 +41,148 @@ struct Pair {
   }
 };
 
-template <class T, class F>
+// The other row of a kernel whose first one is of type T: `same` where it has that type too, and its
+// whole vectors are aligned where the first row's are. Else it is read in the way that fits.
+template <class T, bool same>
+struct Other {
+  const AnyRow any;
+  using Raw = Packed<T>;
+  __device__ __forceinline__ void load(int64_t i, Raw& out) const {
+    load_raw(reinterpret_cast<const T*>(any.data), i, any.valid, out);
+  }
+};
+template <class T>
+struct Other<T, false> {
+  const AnyRow any;
+  using Raw = Packed<float, kVector<T>>;
+  __device__ __forceinline__ void load(int64_t i, Raw& out) const {
+    any.columns(i, -INFINITY, out.item);
+  }
+};
+
+constexpr int kPairs = 2;  // 16-byte loads of either row, by a thread before it uses the first
+
+// f(c, near, far) of kPairs vectors each, of which number t begins at column c + t * step.
+template <class T, bool same, class F>
 __device__ __forceinline__ void for_columns(const T* row, int64_t size, int64_t valid,
-                                            const AnyRow& other, const F& f) {
-  constexpr int n = kVector<T>;
-  for (int64_t c = first_column(row) + threadIdx.x * n; c < size; c += n * kThreads) {
-    float near[n], far[n];
-    load_columns(row, c, valid, -INFINITY, near);
-    other.columns(c, -INFINITY, far);
-    f(c, near, far);
+                                            const Other<T, same>& other, const F& f) {
+  constexpr int n = kVector<T>, step = n * kThreads;
+  for (int64_t c = first_column(row) + threadIdx.x * n; c < size; c += kPairs * step) {
+    Packed<T> near[kPairs];
+    typename Other<T, same>::Raw far[kPairs];
+#pragma unroll
+    for (int t = 0; t < kPairs; ++t) {
+      load_raw(row, c + t * step, valid, near[t]);
+      other.load(c + t * step, far[t]);
+    }
+    float z[kPairs * n], y[kPairs * n];
+#pragma unroll
+    for (int i = 0; i < kPairs * n; ++i) {
+      z[i] = to_float(near[i / n].item[i % n]);
+      y[i] = to_float(far[i / n].item[i % n]);
+    }
+    f(c, z, y);
   }
 }
 
-template <class T, Kind kind>
+// The softmax of two rows, and between them sum p log p / q but for its constant, in one pass: of
+// the law p that is `from`, exp(x) (x - y), x and y as in Pair and without the temperature.
+struct CrossSum {
+  RowSum from, to;
+  double cross = 0.0;
+  bool excluded = false;  // a needed log-prob is -inf
+
+  template <bool crossed, int n>
+  __device__ __forceinline__ void add(const float (&z)[n], const float (&other)[n], float scale) {
+    float peak = z[0], height = other[0];
+#pragma unroll
+    for (int j = 1; j < n; ++j) {
+      peak = fmaxf(peak, z[j]);
+      height = fmaxf(height, other[j]);
+    }
+    if (peak > from.max || height > to.max)
+      move(fmaxf(peak, from.max), fmaxf(height, to.max), scale);
+    float total = 0.0f, far_total = 0.0f, product = 0.0f;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const float x = z[j] - from.max, y = other[j] - to.max, e = exp2_fast(x * scale);
+      total += e;
+      far_total += exp2_fast(y * scale);
+      if (crossed) {
+        const float above = fmaxf(kLowest, x), below = fmaxf(kLowest, y);
+        product += e * (above - below);
+        excluded |= above > kLowest && below <= kLowest;
+      }
+    }
+    from.sum += total;
+    to.sum += far_total;
+    if (crossed) cross += product;
+  }
+
+  __device__ __forceinline__ void move(float peak, float height, float scale) {
+    if (from.sum != 0.0) {
+      const float rise = peak - from.max, far_rise = height - to.max;
+      const double moved = static_cast<double>(rise) - far_rise;
+      cross = (cross - moved * from.sum) * exp2_fast(-rise * scale);
+    }
+    from.move<false>(peak, scale);
+    to.move<false>(height, scale);
+  }
+
+  template <bool crossed>
+  __device__ void across_block(float scale) {
+    move(block_reduce(from.max, Max()), block_reduce(to.max, Max()), scale);
+    from.sum = block_reduce(from.sum, Sum());
+    to.sum = block_reduce(to.sum, Sum());
+    if (crossed) {
+      cross = block_reduce(cross, Sum());
+      excluded = block_reduce(excluded ? 1.0f : 0.0f, Max()) > 0.0f;
+    }
+  }
+};
+
+template <class T, bool same, Kind kind>
 __global__ void __launch_bounds__(kThreads, 2) full_kl(FullKl a) {
   const int64_t n = blockIdx.x, valid = a.student.valid;
   const T* row = row_of<T>(a.student, n);
-  const AnyRow teacher(a.teacher, n);
+  const Other<T, same> teacher{AnyRow(a.teacher, n)};
   const float scale = static_cast<float>(a.inv_temperature * kLog2e);
-  const RowStats s = sum_row<false, false>(row, valid, scale, Mask()).stats(a.inv_temperature);
-  RowSum far_sum;
-  for (int64_t c = first_column(row) + threadIdx.x * kVector<T>; c < valid;
-       c += kVector<T> * kThreads) {
-    float z[kVector<T>];
-    teacher.columns(c, -INFINITY, z);
-    far_sum.add<false>(z, scale);
-  }
-  far_sum.across_block<false>(scale);
-  const RowStats t = far_sum.stats(a.inv_temperature);
-
-  const Pair pair(s, t, a.inv_temperature, a.beta);
-  double value = 0.0, center = 0.0;
-  bool excluded = false;  // a needed log-prob is -inf
+  constexpr bool crossed = kind != kJsd, forward = kind == kForward;
+  CrossSum sums;
   for_columns(row, valid, valid, teacher, [&](int64_t, const auto& near, const auto& far) {
-    float total = 0.0f, part = 0.0f;
+    if (forward)
+      sums.add<crossed>(far, near, scale);
+    else
+      sums.add<crossed>(near, far, scale);
+  });
+  sums.across_block<crossed>(scale);
+  const RowStats from = sums.from.stats(a.inv_temperature), to = sums.to.stats(a.inv_temperature);
+  const RowStats s = forward ? to : from, t = forward ? from : to;
+
+  double value = 0.0, center = 0.0;
+  if (crossed) {
+    // With no law `from` every term is 0, and so is the divergence.
+    if (sums.from.sum != 0.0)
+      value = sums.cross / sums.from.sum * a.inv_temperature + to.log_sum - from.log_sum;
+    if (sums.excluded) value = INFINITY;
+    center = value;
+  } else {
+    const Pair pair(s, t, a.inv_temperature, a.beta);
+    for_columns(row, valid, valid, teacher, [&](int64_t, const auto& near, const auto& far) {
+      float total = 0.0f, part = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) {
-      const float x = pair.x(near[j]), y = pair.y(far[j]);
-      if (kind == kJsd) {
+      for (int j = 0; j < kPairs * kVector<T>; ++j) {
+        const float x = pair.x(near[j]), y = pair.y(far[j]);
         const float d = (y - x) + pair.offset, mixture = pair.log_mixture(d);
         const float h = (1.0f - pair.beta) * pair.p(x) * (-mixture - fmaxf(d, 0.0f));
         part += h;  // (1 - beta) p log(p / m)
         total += h + pair.beta * pair.q(y) * (fminf(d, 0.0f) - mixture);
-      } else {
-        const float from = kind == kForward ? y : x, to = kind == kForward ? x : y;
-        total += (kind == kForward ? pair.q(y) : pair.p(x)) * (from - to);
-        excluded |= from > kLowest && to <= kLowest;
       }
-    }
-    value += total;
-    center += part;
-  });
-  value = block_reduce(value, Sum());
-  if (kind == kJsd) {
+      value += total;
+      center += part;
+    });
+    value = block_reduce(value, Sum());
     center = block_reduce(center, Sum());
-  } else {
-    value += kind == kForward ? s.log_sum - t.log_sum : t.log_sum - s.log_sum;
-    // With no law on the near side every term is 0, and so is the divergence.
-    if ((kind == kForward ? t : s).shift == -INFINITY) value = 0.0;
-    if (block_reduce(excluded ? 1.0f : 0.0f, Max()) > 0.0f) value = INFINITY;
-    center = value;
   }
   if (threadIdx.x != 0) return;
   a.value[n] = value;
@@ -108,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) full_kl(FullKl a) {
 
 // exp(logp) * (h - center) * grad / temperature, with h = log p - log q (reverse), -q / p (forward,
 // center -1), (1 - beta) log(p / m) (jsd).
-template <class T, class O, Kind kind>
+template <class T, class O, bool same, Kind kind>
 __global__ void __launch_bounds__(kThreads, 2) full_backward(FullKlBackward a) {
   const int64_t n = blockIdx.x;
   const T* row = row_of<T>(a.student, n);
@@ -124,35 +208,59 @@ __global__ void __launch_bounds__(kThreads, 2) full_backward(FullKlBackward a) {
   const double factor = a.grad[n] * a.inv_temperature;
   const float p_factor = exp(-s.log_sum) * factor, q_factor = exp(-t.log_sum) * factor;
   const float middle = kind == kReverse ? stats[4] + s.log_sum - t.log_sum : stats[4];
-  const AnyRow teacher(a.teacher, n);
-  for_columns(row, a.size, a.student.valid, teacher, [&](int64_t c, auto& near, const auto& far) {
+  const Other<T, same> teacher{AnyRow(a.teacher, n)};
+  for_columns(row, a.size, a.student.valid, teacher, [&](int64_t c, const auto& near, auto& far) {
+    constexpr int width = kVector<T>;
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) {
-      const float x = pair.x(near[j]), y = pair.y(far[j]), p = Pair::exp_(x) * p_factor;
-      float d;
-      if (kind == kReverse) {
-        d = p * ((x - y) - middle);
-      } else if (kind == kForward) {
-        d = p - Pair::exp_(y) * q_factor;
-      } else {
-        const float gap = (y - x) + pair.offset;
-        d = p * ((1.0f - pair.beta) * (-pair.log_mixture(gap) - fmaxf(gap, 0.0f)) - middle);
+    for (int t = 0; t < kPairs; ++t) {
+      const int64_t i = c + t * width * kThreads;
+      float grad[width];
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const float x = pair.x(near[t * width + j]), y = pair.y(far[t * width + j]);
+        const float p = Pair::exp_(x) * p_factor;
+        float d;
+        if (kind == kReverse) {
+          d = p * ((x - y) - middle);
+        } else if (kind == kForward) {
+          d = p - Pair::exp_(y) * q_factor;
+        } else {
+          const float gap = (y - x) + pair.offset;
+          d = p * ((1.0f - pair.beta) * (-pair.log_mixture(gap) - fmaxf(gap, 0.0f)) - middle);
+        }
+        grad[j] = i + j < a.student.valid ? d : 0.0f;
       }
-      near[j] = c + j < a.student.valid ? d : 0.0f;
+      store_columns(out, i, a.size, grad);
     }
-    store_columns(out, c, a.size, near);
   });
+}
+
+// Whether all rows of the teacher are of the student's type, with their whole vectors in step.
+bool in_step(const Rows& student, const Rows& teacher) {
+  const int64_t size = student.dtype == DType::f32 ? 4 : 2;
+  const auto gap =
+      reinterpret_cast<uintptr_t>(student.data) - reinterpret_cast<uintptr_t>(teacher.data);
+  return student.dtype == teacher.dtype && gap % 16 == 0 &&
+         (student.num < 2 || (student.stride - teacher.stride) * size % 16 == 0);
+}
+
+template <class F>
+int with_kind(int divergence, const F& f) {
+  if (divergence == kReverse) return f(std::integral_constant<Kind, kReverse>());
+  if (divergence == kForward) return f(std::integral_constant<Kind, kForward>());
+  return f(std::integral_constant<Kind, kJsd>());
 }
 
 }  // namespace
 
 int launch(const FullKl& a, Launch where) {
   return with_dtype(a.student.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = a.divergence == kReverse   ? full_kl<T, kReverse>
-                        : a.divergence == kForward ? full_kl<T, kForward>
-                                                   : full_kl<T, kJsd>;
-    return launch_on(where, kernel, dim3(a.student.num), kThreads, 0, a);
+    return with_kind(a.divergence, [&](auto kind) {
+      const auto kernel = in_step(a.student, a.teacher)
+                              ? full_kl<decltype(zero), true, decltype(kind)::value>
+                              : full_kl<decltype(zero), false, decltype(kind)::value>;
+      return launch_on(where, kernel, dim3(a.student.num), kThreads, 0, a);
+    });
   });
 }
 
@@ -160,10 +268,12 @@ int launch(const FullKlBackward& a, Launch where) {
   return with_dtypes(a.student.dtype, a.out_dtype, [&](auto in, auto to) {
     using T = decltype(in);
     using O = decltype(to);
-    const auto kernel = a.divergence == kReverse   ? full_backward<T, O, kReverse>
-                        : a.divergence == kForward ? full_backward<T, O, kForward>
-                                                   : full_backward<T, O, kJsd>;
-    return launch_on(where, kernel, dim3(a.student.num), kThreads, 0, a);
+    return with_kind(a.divergence, [&](auto kind) {
+      const auto kernel = in_step(a.student, a.teacher)
+                              ? full_backward<T, O, true, decltype(kind)::value>
+                              : full_backward<T, O, false, decltype(kind)::value>;
+      return launch_on(where, kernel, dim3(a.student.num), kThreads, 0, a);
+    });
   });
 }
 

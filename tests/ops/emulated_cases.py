@@ -1,5 +1,6 @@
 """Cases of the CUDA kernels that the CPU kernels do not have. Run by test_cuda_emulation.py."""
 
+import itertools
 import os
 
 import pytest
@@ -143,10 +144,11 @@ def everything():
     results += OPS.topk_logp(z, 50, ids[:, 0], 2777, 1.0)
     for more in ((one, None, None), (None, tail_stats, one), (None, None, None)):
         results.append(OPS.gather_logp_backward(z, ids, grad, stats, one, *more, 2700, 0.7))
-    for kind in range(3):
-        value, rows = OPS.full_kl(z, teacher, 2700, 0.7, kind, 0.3)
+    alike = make_logits(2, 3, 2777, torch.bfloat16, "normal", "unaligned")
+    for far, kind in itertools.product((teacher, alike), range(3)):
+        value, rows = OPS.full_kl(z, far, 2700, 0.7, kind, 0.3)
         gradient = z.clone()
-        OPS.full_kl_backward_out(z, teacher, rows, one, 2700, 0.7, kind, 0.3, gradient)
+        OPS.full_kl_backward_out(z, far, rows, one, 2700, 0.7, kind, 0.3, gradient)
         results += [value, rows, gradient]
     hidden, head = torch.randn(3, 77, generator=torch.Generator().manual_seed(1)), teacher[:, :77]
     buffer, few = torch.zeros(3, 77), ids % 3

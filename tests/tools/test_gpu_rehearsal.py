@@ -172,7 +172,7 @@ def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypa
     add("stages", stage="train", seconds=1, result="ok", driver="")  # of a rehearsal
     add("checks", stage="facts", name="copy", value="4000", unit="GB/s", ok=True)
     case = {"direction": "forward+backward", "dtype": "bfloat16"}
-    hidden = case | {"stage": "head", "op": "token_logp", "width": 4096}
+    hidden = case | {"stage": "head", "op": "token_logp", "rows": 8192, "width": 4096}
     for who, ms in (("opd_ops", 20), ("torch", 50), ("opd_ops", 10)):  # the last one counts
         add("ops", **hidden, implementation=who, median_ms=ms, x_floor=1.1, peak_mib=256)
     add("ops", **hidden, implementation="Liger", failed="OutOfMemoryError: CUDA out of memory")
@@ -187,7 +187,7 @@ def test_pages_show_rows_of_a_gpu_and_say_where_there_is_none(tmp_path, monkeypa
     assert "| train | not measured |" in shown["gpu stages"]
     assert "| facts | copy | 4000 GB/s | - | yes |" in shown["gpu checks"]
     assert (
-        "| 4,096 | log-prob of a token | not measured | 10 ms, 1.10 of floor, 256 MiB | "
+        "| 8,192 | 4,096 | log-prob of a token | not measured | 10 ms, 1.10 of floor, 256 MiB | "
         "50 ms, 1.10 of floor, 256 MiB | OutOfMemoryError |" in shown["gpu head"]
     )
     assert "forward+backward | bfloat16 | 2 ms | 4.5x | - | - | - |" in shown["gpu rows"]
