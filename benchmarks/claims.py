@@ -442,6 +442,13 @@ class Study:
     seeds: range
 
 
+ENDS = (  # of section 10: where 200 steps end
+    Comparison("200 steps: opd above supervision", "end-opd", "end-supervised"),
+    Comparison("200 steps: opd above GRPO", "end-opd", "end-grpo"),
+    Comparison("200 steps: topk_opd above opd", "end-topk_opd", "end-opd"),
+    Comparison("200 steps, three experts: lambda 1.25 above 1", "end-exopd-merge", "end-opd-merge"),
+    Comparison("200 steps, noisy student: tropd above opd", "end-tropd-noisy", "end-opd-noisy"),
+)
 STUDIES = {
     "ladder": Study(
         "What TrOPD needs",

@@ -362,7 +362,7 @@ def wanted_cells(args: argparse.Namespace, rows: list[Row], best: dict[str, str]
         found += cells(study.arms, study.seeds[: args.seeds], best, "run")
     claims = args.claim or (list(CLAIMS) if args.suite == "full" else [])
     if claims or not studies:  # arms of studies are run by --study alone
-        others = {arm for study in STUDIES.values() for arm in study.arms}
+        others = {arm for study in STUDIES.values() if not study.seeds.start for arm in study.arms}
         arms = dict.fromkeys(a for key in claims for a in CLAIMS[key].arms if a not in others)
         seeds = range(args.seeds or (5 if claims else 3))
         found += cells(arms or SMOKE, seeds, best, "again" if args.again else "run")
@@ -471,6 +471,8 @@ def main() -> None:
         tables = study_tables(rows)
         for name in args.study or ["decide"]:
             print(tables[{"expert": "end", "more_experts": "end"}.get(name, name)])
+            if name == "end":
+                print(f"\n{tables['ends']}")
     elif claims := args.claim or (list(CLAIMS) if args.suite == "full" else []):
         for key in claims:
             print(f"\n## {key}. {CLAIMS[key].title}\n\n{claim_table(rows, key)}")

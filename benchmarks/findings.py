@@ -22,6 +22,7 @@ from claims import (  # noqa: E402
     CLAIMS,
     DECIDED,
     END,
+    ENDS,
     FEWEST,
     FIRST_SEED,
     HALF_WIDTH,
@@ -210,13 +211,55 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
     ]  # fmt: skip
     if run:
         seconds = [float(row["wall_s"]) for row in run]
+        by: dict[str, int] = {}
+        for row in run:
+            flag = flag_of(row, key)
+            by[flag] = by.get(flag, 0) + 1
+        cells = ", ".join(f"{num} cells of `{flag}`" for flag, num in sorted(by.items()))
         parts.append(
-            f"Run: `python benchmarks/evidence.py --claim {key} --jobs 2`; {len(run)} cells, "
+            f"Run, as `python benchmarks/evidence.py --jobs 2` and: {cells}; "
             f"{statistics.median(seconds):.0f} s of wall-clock time each (median; "
             f"{min(seconds):.0f} to {max(seconds):.0f}), "
             f"commits {', '.join(sorted({row['commit'] for row in run}))}."
         )
     return "\n\n".join(parts)
+
+
+def study_of(row: Row) -> str | None:
+    """The study that a row is of: a cell of its arms and seeds, or of the sweep of their rates."""
+    arm, _, swept = row["arm"].partition("@")
+    for name, study in STUDIES.items():
+        if swept:
+            found = arm in {ARMS[each].rate for each in study.arms}
+        else:
+            found = arm in study.arms and int(row["seed"]) in study.seeds
+        if found:
+            return name
+    return None
+
+
+def flag_of(row: Row, claim: str) -> str:
+    """What evidence.py has to be told to run the cell of a row of a claim."""
+    if name := study_of(row):
+        return f"--study {name}"
+    return f"--claim {claim}" if int(row["seed"]) < FIRST_SEED else "--decide"
+
+
+def hours_table(rows: list[Row]) -> str:
+    """A Markdown table: cells and core-hours of every study, with those of its sweep."""
+    spent: dict[str, list[float]] = {}
+    for row in rows:
+        if not row["cpu_s"] or row["suite"] == "again":
+            continue
+        name = study_of(row)
+        if name is None:
+            decides = row["suite"] == "run" and int(row["seed"]) >= FIRST_SEED
+            name = "decide" if decides else "claims, and their sweep"
+        spent.setdefault(name, []).append(float(row["cpu_s"]) / 3600)
+    lines = [[name, f"{len(hours)}", f"{sum(hours):.1f}"] for name, hours in spent.items()]
+    total = [each for hours in spent.values() for each in hours]
+    lines.append(["all", f"{len(total) or NOT_RUN}", f"{sum(total):.1f}"])
+    return str(markdown(["study", "cells", "core-hours"], lines))
 
 
 def again_table(rows: list[dict[str, str]], key: str) -> str:
@@ -263,7 +306,7 @@ def sentences(rows: list[Row]) -> str:
             if not each.ours:
                 found = find(rows, each)
                 verdict, _, far = found.shown(each).partition(", ")
-                size = far or spread(found.gains)
+                size = spread(found.gains) + f", so {far}" * bool(far)
                 text = each.text + f" ({size})" * bool(found.gains)
                 came.setdefault(verdict, []).append(text)
         order = [verdict for verdict in (*VERDICTS, "too few seeds") if verdict in came]
@@ -293,7 +336,8 @@ def in_short(rows: list[Row]) -> str:
 
     yes, open_, no = (len(came[verdict]) for verdict in VERDICTS)
     fars = [one.far_end for each, one in came[VERDICTS[1]] if each.column == "avg_after"]
-    far = f" (in accuracy at most {min(fars):.3f} to {max(fars):.3f})" if fars else ""
+    ends = f"{min(fars):.3f} to {max(fars):.3f}" if fars else ""
+    far = f" (in accuracy at most {ends}, in either direction)" if fars else ""
     waiting = len(theirs) - yes - open_ - no
     return "\n".join([
         f"- Of {len(theirs)} comparisons that the papers make, rerun with the tiny pair, {yes} are "
@@ -433,6 +477,17 @@ def end_table(rows: list[Row]) -> str:
     return str(markdown(titles, lines))
 
 
+def ends_table(rows: list[Row]) -> str:
+    """A Markdown table: ENDS with their verdicts."""
+    lines = []
+    for each in ENDS:
+        found = find(rows, each)
+        shown = [spread(found.gains), f"**{found.shown(each)}**"]
+        lines.append([each.text, f"`{each.arm}` - `{each.than}`", f"{len(found.own)}", *shown])
+    titles = "at the end", "difference of", "seeds", "difference", "verdict"
+    return str(markdown(titles, lines))
+
+
 def support_table(rows: list[Row]) -> str:
     """A Markdown table: mass on the teacher's top K beside the teacher's, divided by e."""
     lines = []
@@ -492,9 +547,11 @@ def study_tables(rows: list[Row]) -> dict[str, str]:
         "ladder": ladder_table(rows),
         "decide": decide_table(rows),
         "end": end_table(rows),
+        "ends": ends_table(rows),
         "support": support_table(rows),
         "teachers": gate_table(rows),
         "vocabulary": table(rows, VOCABULARY, False),
+        "hours": hours_table(rows),
     }
 
 
@@ -502,7 +559,7 @@ def study_tables(rows: list[Row]) -> dict[str, str]:
 
 
 def draw(rows: list[Row], folder: Path) -> None:
-    """Draw every comparison of accuracies, and the studies that have curves, into a folder."""
+    """Draw every comparison, and the studies that have curves, into a folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -537,7 +594,8 @@ def draw(rows: list[Row], folder: Path) -> None:
         one.set_yticks(range(len(steps)), list(LADDER)[1:])
         one.invert_yaxis()
         one.set_xlabel("accuracy minus opd's")
-        one.set_title("at opd's rate, 3e-4 (blue), and each at its best (orange)", fontsize=9)
+        one.set_title("at opd's rate, 3e-4 (blue), and each at its best (orange); three seeds, "
+                      "95 % intervals", fontsize=9)  # fmt: skip
         save(figure, "evidence_ladder")
     drawn = {arm: curves_of(rows, arm) for arm in (*END, *SUPPORT)}
     if any(drawn[arm] for arm in END):
@@ -585,38 +643,45 @@ def draw(rows: list[Row], folder: Path) -> None:
         one.axhline(0, color="black", linewidth=0.8)
         one.set_xlabel("share of tokens where teacher and verifier agree, first three steps")
         one.set_ylabel("gain in accuracy")
-        one.set_title("sg_opd minus opd (blue), minus its random gate (orange)", fontsize=9)
+        one.set_title("sg_opd minus opd (blue), minus its random gate (orange, drawn 0.002 to the "
+                      "right); 95 % intervals", fontsize=9)  # fmt: skip
         save(figure, "evidence_gate")
 
 
 def draw_comparisons(rows: list[Row], plt: Any) -> Any:
-    """A figure of every comparison of accuracies: difference and interval, colour by verdict."""
+    """A figure of every comparison: difference and interval, colour by verdict."""
+    measures = {"avg_after": "", "grad_norm": " [gradient norm]", "truncated": " [share cut]",
+                "pass8_after": "", "gain_per_min": " [accuracy a minute]"}  # fmt: skip
     colours = dict(zip((*VERDICTS, *OURS), ("#2a7d4f", "#8a8a8a", "#b5382f") * 2))
     bars = []
     compared = [(key, each, rows) for key, claim in CLAIMS.items() for each in claim.comparisons]
     compared += [("9", each, new_rows(rows)) for each in decided(rows)[len(DECIDED) :]]
+    compared += [("10", each, rows) for each in ENDS]
     for key, each, of_rows in compared:
         found = find(of_rows, each)
-        if each.column == "avg_after" and len(found.own) > 1:
-            side = "" if each.more else " (less is claimed)"
-            bars.append((f"{key}. {each.arm} - {each.than}{side}", found, each))
-    figure, axes = plt.subplots(figsize=(9, 0.3 * len(bars) + 1.2), layout="constrained")
+        if len(found.own) > 1:
+            arm = "" if int(key) > len(CLAIMS) else f" {each.arm}:"  # whose texts have it
+            label = f"{key}.{arm} {each.text}{measures[each.column]}"
+            bars.append((label, found, each))
+    figure, axes = plt.subplots(figsize=(11, 0.26 * len(bars) + 1.2), layout="constrained")
     for place, (_, found, each) in enumerate(reversed(bars)):
         colour = colours[found.verdict(each)]
         how = {"fmt": "o", "color": colour, "capsize": 3, "mfc": "white" if each.ours else colour}
         axes.errorbar(statistics.mean(found.gains), place, xerr=half_width(found.gains), **how)
     for name in VERDICTS:
         axes.plot([], [], "o", color=colours[name], label=name)
-    axes.plot([], [], "o", color="black", mfc="white", label="hollow: ours")
+    for name in (OURS[0], OURS[2]):
+        axes.plot([], [], "o", color=colours[name], mfc="white", label=f"ours: {name}")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)])
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in reversed(bars)], fontsize=8)
+    axes.margins(y=0.01)
     axes.set_xscale("symlog", linthresh=0.05, linscale=1)
-    ticks = [-0.4, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.4]
+    ticks = [-0.6, -0.3, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.3]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.grid(axis="x", linewidth=0.4)
-    axes.set_xlabel("difference in accuracy, 95 % interval over seeds; beyond 0.05 logarithmic")
-    figure.legend(loc="outside upper center", ncols=4)
+    axes.set_xlabel("difference, in accuracy or as [ ] says; logarithmic beyond 0.05", loc="right")
+    figure.legend(loc="outside upper center", ncols=5)
     return figure
 
 

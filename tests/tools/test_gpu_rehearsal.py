@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import textwrap
@@ -224,3 +225,24 @@ def test_gpu_tests_are_asked_for_by_name_and_shared_in_parts():
     assert not_gpu == not_slow == []
     assert sorted(test for part in parts for test in part) == sorted(every)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_short_runs_are_compared_with_those_of_the_cpu(tmp_path):
+    """tests/gpu/each_run.py, on a CPU: a case is right, and another loss is an error."""
+    script = [sys.executable, str(ROOT / "tests/gpu/each_run.py"), "--device", "cpu"]
+    for name, value in (("one", 1.0), ("other", 1.01)):
+        (tmp_path / name).mkdir()
+        row = json.dumps({"loss": value, "grad_norm": 1.0})
+        (tmp_path / name / "metrics.jsonl").write_text(row + "\n")
+    look = "import sys, pathlib; sys.path.insert(0, 'tests/gpu'); import each_run; "
+    look += (
+        f"print(each_run.compared(*(pathlib.Path({str(tmp_path)!r}) / n for n in sys.argv[1:])))"
+    )
+    for pair, words in ((["one", "one"], "loss 1, grad_norm 1"), (["one", "other"], "1.01 on the")):
+        done = subprocess.run([sys.executable, "-c", look, *pair], capture_output=True, text=True,
+                              cwd=ROOT)  # fmt: skip
+        assert words in done.stdout + done.stderr
+    done = subprocess.run([*script, "--case", "type qwen3", "--folder", str(tmp_path)],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "grad_norm" in done.stdout.splitlines()[-1]
