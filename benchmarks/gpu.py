@@ -48,11 +48,11 @@ class Stage(NamedTuple):
 STAGES = {
     "facts": Stage("card, driver, versions; speed of a copy and of a product", 10, 15),
     "build": Stage("the extension for this card, in place", 25, 60),
-    "correct": Stage("the tests marked gpu; compute-sanitizer on each kernel", 40, 40),
+    "correct": Stage("the tests marked gpu; compute-sanitizer on each kernel", 35, 40),
     "train": Stage("every method; one update of each against the CPU's values", 45, 70),
-    "head": Stage("losses from hidden states", 50, 10),
-    "rows": Stage("ops on logits", 45, 25),
-    "step": Stage("whole training steps", 70, 20),
+    "head": Stage("losses from hidden states", 40, 10),
+    "rows": Stage("ops on logits", 50, 25),
+    "step": Stage("whole training steps", 65, 20),
     "sample": Stage("samplers", 30, 15),
 }
 COMMON = "device,driver,num_threads,load,torch,cuda,transformers,trl,commit,dirty,date,command"
