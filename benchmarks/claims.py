@@ -469,8 +469,9 @@ STUDIES = {
     ),
     "teachers": Study(
         "When a gate helps",
-        ("sg_opd-random", *(arm for _, *arms in list(TEACHERS.values())[2:] for arm in arms)),
-        range(FIRST_SEED, FIRST_SEED + 6),  # those of DECIDED, which has the arms of two teachers
+        # the expert of additions is in DECIDED, with as many seeds or more
+        tuple(arm for flags, *arms in TEACHERS.values() if flags != WEAK for arm in arms),
+        range(FIRST_SEED, FIRST_SEED + 6),
     ),
     "vocabulary": Study("A real vocabulary", tuple(VOCABULARY), range(2)),
 }

@@ -251,8 +251,9 @@ def hours_table(rows: list[Row]) -> str:
     for row in rows:
         if not row["cpu_s"] or row["suite"] == "again":
             continue
+        compared = {arm for each in DECIDED for arm in (each.arm, str(each.than))}
         name = study_of(row)
-        if name is None:
+        if name is None or row["arm"] in compared:
             decides = row["suite"] == "run" and int(row["seed"]) >= FIRST_SEED
             name = "decide" if decides else "claims, and their sweep"
         spent.setdefault(name, []).append(float(row["cpu_s"]) / 3600)
