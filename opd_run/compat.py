@@ -113,7 +113,10 @@ def eos_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
     for owner in (tokenizer, config, generation_config):
         value = getattr(owner, "eos_token_id", None)
         values = value if isinstance(value, (list, tuple)) else [value]
-        found |= {int(each) for each in values if each is not None and each >= 0}  # -1: none
+        if wrong := [each for each in values if each is not None and not isinstance(each, int)]:
+            where = "generation_config.json" if owner is generation_config else "config.json"
+            raise RunError(f"{where}: expected eos_token_id to be a number or several, got {wrong}")
+        found |= {each for each in values if each is not None and each >= 0}  # -1: none
     return found
 
 

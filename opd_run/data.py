@@ -15,7 +15,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,7 +144,49 @@ def load_prompts(
     """
     source = source_of(spec, args.seed, args, test)
     every = ranks.first(load, source, make) if asks_functions(args) else load(source, make)
+    if args.prompt_template is None and not asks_functions(args):
+        _say_dropped(source, every, make)
     return check_prompts(source, every, num_positions, args)
+
+
+def _say_dropped(
+    source: Source, prompts: Sequence[Prompt], make: Callable[[Row, Source], Prompt]
+) -> None:
+    """Say which parts of the rows the chat template leaves out: the first prompt that has such a
+    part is the same without it."""
+    import jinja2
+
+    here = source.prompt_field
+
+    def without(row: Row, messages: Iterable[dict[str, Any]]) -> Prompt:
+        return make(row | {here: list(messages)} if here else row, replace(source))
+
+    parts: dict[str, tuple[Callable[[Prompt], bool], Callable[[Prompt], Prompt]]] = {
+        "tools": (
+            lambda each: bool(each.row.get("tools")),
+            lambda each: without(each.row | {"tools": None}, each.messages),
+        ),
+        "calls of tools": (
+            lambda each: any("tool_calls" in one for one in each.messages),
+            lambda each: without(each.row, [
+                {key: value for key, value in one.items() if key != "tool_calls"}
+                for one in each.messages
+            ]),
+        ),
+        "a system message": (
+            lambda each: each.messages[0]["role"] in ("system", "developer"),
+            lambda each: without(each.row | {"system": None}, each.messages[1:]),
+        ),
+    }  # fmt: skip
+    for what, (has, changed) in parts.items():
+        found = [each for each in prompts if has(each)]
+        if not found or here not in found[0].row:
+            continue
+        # a template that refuses what is left looks at it
+        with contextlib.suppress(RunError, jinja2.TemplateError, TypeError, ValueError):
+            if changed(found[0]).ids == found[0].ids:
+                say(f"! data: {source.spec}: {len(found)} prompts have {what}, which the chat "
+                    "template leaves out: no model reads that")  # fmt: skip
 
 
 def load_sets(
@@ -245,13 +287,21 @@ def messages_of(
     The field holds text, which is one message of the user, or a list of messages (`role` and
     `content`, or ShareGPT's `from` and `value`), also one that is spelt as text, as in the cells of
     a table. A final assistant turn is cut off, and counted.
-    `template`, see `fill`, becomes the last message of the user; `system` stands before all.
+    `template`, see `fill`, becomes the last message of the user; `system` stands before all, as
+    does a text in the row's field `system`, beside a list that has no such message.
 
     Raises:
         RunError: it is neither, it is empty, it holds half a character, which JSON can spell;
             exit code 2: there is a system message already.
     """
     messages = _messages(row, source, template)
+    own = row.get("system")
+    if (
+        system is None and template is None and isinstance(own, str) and own.strip()
+        and not isinstance(row.get(source.prompt_field or ""), str)
+        and messages[0]["role"] not in ("system", "developer")
+    ):  # fmt: skip
+        system = own
     if system is None:
         return messages
     if messages[0]["role"] in ("system", "developer"):
@@ -261,7 +311,7 @@ def messages_of(
 
 def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, Any]]:
     if template is not None and source.prompt_field is None:
-        return [{"role": "user", "content": whole(fill(template, row))}]
+        return [{"role": "user", "content": _filled(template, row)}]
     try:
         value = field_of(row, source.prompt_field)
     except KeyError as error:
@@ -286,8 +336,20 @@ def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, 
         )
     if template is not None:
         last = max(place for place, each in enumerate(messages) if each["role"] == "user")
-        messages[last]["content"] = whole(fill(template, row, str(messages[last]["content"])))
+        messages[last]["content"] = _filled(template, row, str(messages[last]["content"]))
     return messages
+
+
+def _filled(template: str, row: Row, prompt: str | None = None) -> str:
+    """`fill`, for a message.
+
+    Raises:
+        RunError: nothing comes out.
+    """
+    text = whole(fill(template, row, prompt))
+    if not text.strip():
+        raise RunError(f"expected text from the template {template!r:.60}; got {text!r:.20}")
+    return text
 
 
 def message(value: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -315,6 +377,8 @@ def message(value: dict[str, Any], where: str = "") -> dict[str, Any]:
         content = "".join(texts)
     more = {key: each for key, each in value.items()
             if each is not None and key not in ("role", "content", "from", "value")}  # fmt: skip
+    if isinstance(more.get("tool_calls"), list):
+        more["tool_calls"] = [_call(each) for each in more["tool_calls"]]
     if content is None and role == "assistant" and more:  # a call of a tool
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
@@ -322,6 +386,18 @@ def message(value: dict[str, Any], where: str = "") -> dict[str, Any]:
             f"expected messages with role and content (or from and value){where}; got {value!r:.80}"
         )
     return {"role": role, "content": whole(content)} | more
+
+
+def _call(value: Any) -> Any:
+    """A call of a tool; arguments that are spelt as text become the object that they spell."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return value
+    arguments = _spelt(function["arguments"])
+    if not isinstance(arguments, dict):
+        return value
+    function = function | {"arguments": arguments}
+    return value | {"function": function} if "function" in value else function
 
 
 def _spelt(text: str) -> Any:
@@ -337,7 +413,8 @@ def _spelt_messages(value: Any) -> list[Any] | None:
     """The messages that a text spells; None if it is any other text."""
     if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
         return None
-    found = _spelt(value.strip())
+    # numpy, whose spelling pandas leaves in the cells of a .csv, has no commas between the lines
+    found = _spelt(re.sub(r"\}\s*\n\s*\{", "}, {", value.strip()))
     each_is_one = isinstance(found, list) and all(
         isinstance(each, dict) and {"role", "from"} & set(each) and {"content", "value"} & set(each)
         for each in found
@@ -471,6 +548,10 @@ def check_prompts(
     fitting = num_positions - args.max_completion_tokens  # of each model's own prompt
     longest = min(args.max_prompt_tokens, fitting)
     prompts = [each for each in every if len(each.ids) <= longest and each.longest <= fitting]
+    if num_empty := sum(not each.ids for each in every):
+        raise RunError(
+            f"{num_empty} of {len(every)} prompts have no tokens: the template writes none"
+        )
     if not spec:
         return prompts
     num_long, limit = len(every) - len(prompts), f"--max-prompt-tokens {args.max_prompt_tokens}"
@@ -547,6 +628,8 @@ def read_rows(spec: str, seed: int, split: str = "train") -> list[Row]:
     """
     if not spec:
         raise RunError(f"expected {EXPECTED}; got nothing", 2)
+    if "://" in spec:
+        raise RunError(f"{spec}: expected {EXPECTED}; addresses are not read", 2)
     if spec.startswith("reasoning_gym:"):
         return _read_gym(spec, seed)
     path = Path(spec)
@@ -583,7 +666,7 @@ def _datasets(spec: str) -> Any:
 def _read_hub(spec: str, *names: str, split: str) -> list[Row]:
     datasets = _datasets(spec)
     try:
-        return [dict(row) for row in datasets.load_dataset(*names, split=split)]
+        return [_without_gaps(row) for row in datasets.load_dataset(*names, split=split)]
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise RunError(f"data set {spec}: {one_line(error)} (expected {EXPECTED})") from error
 
@@ -595,7 +678,17 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path), *config)
+            builder = datasets.load_dataset_builder(str(path), *config)
+            files = {str(part): list(map(Path, each))
+                     for part, each in (builder.config.data_files or {}).items()}  # fmt: skip
+            if files and all(_form_of(file) for each in files.values() for file in each):
+                # as they are by themselves: a loader of tables guesses types, 079 is 79 then
+                found = {part: [row for file in each for row in _read_file(file)]
+                         for part, each in files.items()}  # fmt: skip
+            else:
+                found = datasets.load_dataset(str(path), *config)
+    except RunError:
+        raise
     except Exception as error:  # as from the hub
         raise RunError(f"data set folder {spec}: {one_line(error)}") from error
     if isinstance(found, dict):
@@ -607,7 +700,7 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
         found, split = found[name], part + end
     if ":" in spec and "[" in split:
         raise RunError(f"data set folder {spec}: slices are for hub names")
-    return [dict(row) for row in found]
+    return [_without_gaps(row) for row in found]
 
 
 def _read_gym(spec: str, seed: int) -> list[Row]:
@@ -622,19 +715,22 @@ def _read_gym(spec: str, seed: int) -> list[Row]:
     return [{"prompt": item["question"], "domain": task} | item for item in items]
 
 
+def _form_of(path: Path) -> str | None:
+    """The one of FORMS that a file has, packed or not."""
+    name = re.sub(r"\.(gz|zst)$", "", path.name.lower())
+    return next((each for each in FORMS if name.endswith(each)), None)
+
+
 def _read_file(path: Path) -> list[Row]:
-    name, packing = path.name.lower(), ""
-    if name.endswith((".gz", ".zst")):
-        name, _, packing = name.rpartition(".")
-    form = next((each for each in FORMS if name.endswith(each)), None)
+    form, packed = _form_of(path), re.search(r"\.(gz|zst)$", path.name.lower())
     if form is None:
         raise RunError(f"{path}: expected {EXPECTED}")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {one_line(error)}") from None
-    if packing:
-        content = _unpacked(path, content, packing)
+    if packed:
+        content = _unpacked(path, content, packed[1])
     if form in (".parquet", ".arrow"):
         return _read_table(path, content, form)
     try:
@@ -684,9 +780,26 @@ def _read_table(path: Path, content: bytes, form: str) -> list[Row]:
         else:  # `datasets` writes streams, others write files
             open_it = arrow.ipc.open_file if content[:6] == b"ARROW1" else arrow.ipc.open_stream
             table = open_it(content).read_all()
-        return list(table.to_pylist())
+        rows = table.to_pylist()
+        if b'"Json"' in (table.schema.metadata or {}).get(b"huggingface", b""):
+            features = _datasets(str(path)).Features.from_arrow_schema(table.schema)
+            rows = [features.decode_example(row) for row in rows]
+        return [_without_gaps(row) for row in rows]
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise RunError(f"{path}: expected a {form} file: {one_line(error)}") from None
+
+
+def _without_gaps(row: Row) -> Row:
+    """A row of a table without the keys of its objects that only other rows have: they are None."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        if isinstance(value, dict):
+            return {key: of(each) for key, each in value.items() if each is not None}
+        return value
+
+    return {name: of(value) for name, value in row.items()}
 
 
 def _read_cells(path: Path, text: str, delimiter: str) -> list[Row]:

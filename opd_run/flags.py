@@ -109,6 +109,24 @@ def new_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+ELSEWHERE = {  # what flags of ours are called in other programs
+    "--learning-rate": "--lr", "--max-new-tokens": "--max-completion-tokens",
+    "--max-completion-length": "--max-completion-tokens", "--batch-size": "--prompts-per-step",
+    "--num-generations": "--rollouts-per-prompt", "--dataset": "--prompts", "--data": "--prompts",
+    "--model": "--student", "--system-prompt": "--system", "--max-steps": "--steps",
+    "--num-epochs": "--steps", "--output-dir": "--run-dir", "--lora-r": "--lora-rank",
+}  # fmt: skip
+
+
+def _meant(unknown: str, names: list[str]) -> str | None:
+    """The flag that is meant by an unknown one: the same with _, longer, near, or ELSEWHERE's."""
+    word = unknown.lower().replace("_", "-")
+    begun = [name for name in names if name.startswith(word)]
+    near = difflib.get_close_matches(word, [*names, *ELSEWHERE], 1)
+    found = ELSEWHERE.get(word) or next(iter(begun), None) or next(iter(near), None)
+    return ELSEWHERE.get(found, found) if found else None
+
+
 def parse(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
@@ -125,9 +143,9 @@ def parse(
 
     def refuse_usage(message: str) -> None:
         names = [name for action in parser._actions for name in action.option_strings]
-        for unknown in re.findall(r"--[a-zA-Z0-9-]+", message if "unrecognized" in message else ""):
-            if near := difflib.get_close_matches(unknown, names, 1):
-                message += f" (did you mean {near[0]}?)"
+        for unknown in re.findall(r"--[\w-]+", message if "unrecognized" in message else ""):
+            if near := _meant(unknown, names):
+                message += f" (did you mean {near}?)"
         raise RunError(f"{message} (--help lists all flags)", code=2)
 
     parser.error, parser.allow_abbrev = refuse_usage, False  # type: ignore[assignment,method-assign]
@@ -138,6 +156,7 @@ def parse(
         argv = [*argv, f"--run-dir={run}"]
     args = parser.parse_args(argv, Flags())
     args.resume = resume or args.resume
+    args.run_dir = os.path.expanduser(args.run_dir)  # no shell does behind the = of --run-dir=~/x
     errors = []
     for action in parser._actions:
         bounds, value = getattr(action, "bounds", ""), getattr(args, action.dest, None)

@@ -66,6 +66,12 @@ def prepare(
     for name, path in paths.items():
         if (Path(path) / "adapter_config.json").exists():
             raise RunError(f"--{name.split('/')[0]} {path}: {MERGE_FIRST}", 2)
+        if inside := _model_inside(Path(path)):
+            raise RunError(
+                f"--{name.split('/')[0]} {path}: expected the folder of a model, got that of a run "
+                f"or checkpoint; its model is in {inside}",
+                2,
+            )
         try:
             _check_layers(name, path, transformers.PretrainedConfig.get_config_dict(path)[0])
             configs[name] = transformers.AutoConfig.from_pretrained(path, **trust)
@@ -132,11 +138,15 @@ def prepare(
     if args.chat_template_from == "teacher":
         teacher = next(name for name in tokenizers if name.startswith("teacher"))
         tokenizer.chat_template = tokenizers[teacher].chat_template
+    check_system = partial(_check_system, tokenizer, args, render)
+    if args.system is not None:
+        check_system("--system", args.system, "--prompt-template", {})
     for view in views.of(args):
         if view.spec is not None and data.is_function(view.spec):
             views.function_of(view.spec, view.role)  # here nothing limits how long its imports take
         if view.system is not None:
-            _check_system(view, tokenizer, args, render)
+            remedy = f"--{view.role}-prompt"
+            check_system(f"--{view.role}-system", view.system, remedy, view.template_args)
     return tokenizer, report.all_facts()
 
 
@@ -156,6 +166,15 @@ def _check_layers(name: str, path: str, config: Any) -> None:
         _check_layers(name, path, value)
 
 
+def _model_inside(path: Path) -> Path | None:
+    """The model of a checkpoint, or of the newest one of a run; None where `path` is neither."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = [path / "model", *path.glob("checkpoints/step_*/model")]
+    found = [each for each in found if (each / "config.json").exists()]
+    return max(found, key=lambda each: (each / "config.json").stat().st_mtime, default=None)
+
+
 def _check_files(name: str, path: str) -> list[str]:
     """Refuse what a folder from elsewhere may claim: files outside of it, or of a kind that is not
     read. The names of its weights, as far as the folder says them.
@@ -166,6 +185,11 @@ def _check_files(name: str, path: str) -> list[str]:
     from transformers.utils import cached_file
 
     flag = f"--{name.split('/')[0]} {path}"
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            if opened.read(8) == b"version ":
+                raise RunError(f"{flag}: {file.name} is a pointer of Git LFS: git lfs pull has to "
+                               "fetch the weights first")  # fmt: skip
     index = cached_file(
         path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
@@ -248,31 +272,32 @@ def _say_idle_arguments(
 
 
 def _check_system(
-    view: views.View, tokenizer: Any, args: argparse.Namespace, render: Callable[..., str]
-) -> None:
-    """Refuse `--teacher-system` where it would not be read: compared with another text, as a
-    template may have a message of its own where there is none.
+    tokenizer: Any, args: argparse.Namespace, render: Callable[..., str], flag: str, system: str,
+    remedy: str, template_args: dict[str, Any],
+) -> None:  # fmt: skip
+    """Refuse a system message that would not be read: compared with another text, as a template
+    may have a message of its own where there is none.
+
+    Args:
+        flag: that has it.  remedy: another flag.  template_args: more of the chat template's.
 
     Raises:
         RunError: exit code 2; there is no chat template, it refuses a system message or drops it.
     """
-    flag = f"--{view.role}-system"
     if not args.chat_template or tokenizer.chat_template is None:
         raise RunError(f"{flag}: needs a chat template", 2)
     texts = []
-    for system in (view.system, f"{view.system} 12 + 34"):
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello."}]
+    for text in (system, f"{system} 12 + 34"):
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": "Hello."}]
         try:
             with compat.time_limit("the chat template"):
-                texts.append(render(tokenizer, messages, args, **view.template_args))
+                texts.append(render(tokenizer, messages, args, **template_args))
         except RunError:
             raise
         except Exception as error:  # templates raise what they like
             raise RunError(f"{flag}: the chat template refuses it: {one_line(error)}", 2) from error
     if texts[0] == texts[1]:
-        raise RunError(
-            f"{flag}: the chat template drops system messages: put it into --{view.role}-prompt", 2
-        )
+        raise RunError(f"{flag}: the chat template drops system messages: put it into {remedy}", 2)
 
 
 def load_lm(

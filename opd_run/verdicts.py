@@ -60,7 +60,14 @@ def final_answer(text: str) -> str:
     r"""What is in the last `\\boxed{}`, else behind the last `####`, else the whole text."""
     text = behind_thinking(text)
     box = last_box(text)
-    return text.rsplit("####", 1)[-1].strip() if box is None else box
+    return (_marked_number(text) or text.rsplit("####", 1)[-1].strip()) if box is None else box
+
+
+def _marked_number(text: str) -> str | None:
+    """The number behind the last `####`, which ends with its line; None where there are words."""
+    _, mark, found = text.rpartition("####")
+    number = re.match(r"[^A-Za-z\n]*\d[^A-Za-z\n]*(?=\n|$)", found.lstrip()) if mark else None
+    return number and number[0].strip()
 
 
 def stated_answer(text: str) -> str:
@@ -70,7 +77,7 @@ def stated_answer(text: str) -> str:
     inside = re.search(r"<answer>(.*?)</answer>\s*$", found, re.S)
     if inside:
         return inside[1].strip()
-    says = r"\b(?:answer(?:\s+is)?|correct\s+(?:option|choice)\s+is)\s*:?[ \t]*\**:?[ \t]*(\S.*)"
+    says = r"\b(?:answer(?:\s+is)?|correct\s+(?:option|choice)\s+is)\s*:?\s*\**:?\s*([^\s:*].*)"
     said = re.findall(says, found, re.I)
     if said and found == behind_thinking(text).strip():
         found = said[-1]
@@ -135,8 +142,9 @@ def verify_exact(text: str, answer: Any, row: dict[str, Any]) -> bool:
 SIGNS = {
     **{"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "π": r"\pi "},
     **{"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
-    **{"°": r"^\circ ", "²": "^{2}", "³": "^{3}"},
+    "°": r"^\circ ",
 }
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+"))
 
 
 def in_latex(text: str) -> str:
@@ -151,6 +159,8 @@ def in_latex(text: str) -> str:
             each = f"\\frac{{{above}}}{{{below}}}" if below else each
         found.append(SIGNS.get(each, each))
     text = re.sub(r"(?<![\w)\]}])[‐‑–](?=\d)", "-", "".join(found))
+    raised = f"[{''.join(RAISED)}]+"
+    text = re.sub(raised, lambda run: f"^{{{''.join(RAISED[each] for each in run[0])}}}", text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}", text)
     text = re.sub(r"\b(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b", r"\1 \\times 10^{\2}", text)
     text = re.sub(r"\b(\d+) +(\d+)/(\d+)\b", r"\1\\frac{\2}{\3}", text)
@@ -160,7 +170,8 @@ def in_latex(text: str) -> str:
 
 def folded(text: str, keep_case: bool = False) -> str:
     r"""Text without what only dresses it: $ signs, \\text{}, brackets around one letter, case."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text).replace("$", "")
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = text.replace("\\$", "").replace("$", "")
     text = " ".join(text.split()).rstrip(".").strip()
     letter = re.fullmatch(r"\(?([A-Za-z])\)?", text)
     return letter[1] if letter else text if keep_case else text.casefold()
@@ -168,6 +179,13 @@ def folded(text: str, keep_case: bool = False) -> str:
 
 CHOICE = re.compile(  # (B) 12, B. Paris, B) 12; option B
     r"\(?([A-J])[).:][\\\s~:]+[\w$]|(?:[Oo]ption|[Cc]hoice)\s+\(?([A-J])\)?$"
+)
+
+
+# Whose letters and digits are no factors and terms: words, dates, addresses of the net.
+NO_MATHEMATICS = re.compile(
+    r"[a-z]{3,}([ '-][a-z]+)*|[a-z]+([ '-][a-z]+)+|no|on|up|in|at|am|pm|or"
+    r"|\d{1,4}([-/.])\d{1,2}\3\d{1,4}|\d+(\.\d+){3}|\d{3}-\d{4}"
 )
 
 
@@ -188,7 +206,7 @@ def verify_math(text: str, answer: Any, row: dict[str, Any]) -> bool:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # that there is no limit is known
     right = _needed(answer)
-    text = behind_thinking(text)
+    text = behind_thinking(text).replace("\\$", "")
     if not text.strip():
         return False
     box = text.rfind("\\boxed")
@@ -201,10 +219,14 @@ def verify_math(text: str, answer: Any, row: dict[str, Any]) -> bool:
     chosen = choice and (choice[1] or choice[2])
     if {folded(stated), chosen} & set(map(folded, right)):
         return True
+    words = {name for each in right if NO_MATHEMATICS.fullmatch(name := folded(each))}
+    right = [each for each in right if folded(each) not in words]
+    if box < 0:
+        text = _marked_number(text) or text
     golds = [gold for each in right if (gold := _parsed_gold(each))]
     if plain := [in_latex(each) for each in right if in_latex(each) != each]:
         golds += [gold for each in plain if (gold := _parsed_gold(each))]
-    if not golds:
+    if not golds and not words:
         raise ValueError(f"math-verify cannot read the right answer {answer!r:.80}")
     texts = [text, in_latex(text)]
     short = in_latex(stated)  # (1, 2) or 2 1/2 as it stands, without words
@@ -213,6 +235,8 @@ def verify_math(text: str, answer: Any, row: dict[str, Any]) -> bool:
         texts.append(f"${short}$")
     for each in dict.fromkeys(texts):
         found = math_verify.parse(each, parsing_timeout=None)
+        if words & {folded(one) for one in found if isinstance(one, str)}:
+            return True
         if any(math_verify.verify(gold, found, timeout_seconds=None) for gold in golds):
             return True
     return False

@@ -104,7 +104,10 @@ CASES = [
     flag("--discount", "2", "[0,1]", "got 2"),
     flag("--jsd-beta", "1", "(0,1)", "got 1"),
     flag("--teacher", "other", "one is expected"),
-    flag("--leraning-rate", "1", "unrecognized"),
+    flag("--leraning-rate", "1", "unrecognized", "mean --lr?"),
+    flag("--max_completion_tokens", "8", "mean --max-completion-tokens?"),
+    flag("--max-new-tokens", "8", "mean --max-completion-tokens?"),
+    flag("--temp", "1", "mean --temperature?"),
     flag("--step", "5", "unrecognized", "--steps"),
     Case("flags", "`--lr` without a value", 2, ("--lr", "expected one argument"), ("--lr",)),
     Case("flags", "a word that is no flag", 2, ("unrecognized", "train"), ("train",)),
@@ -225,6 +228,10 @@ CASES = [
     model("student: no tokenizer", {"--student": "{DIR}/mute"}, "--student"),
     model("student: a broken tokenizer", {"--student": "{DIR}/garbled"}, "--student"),
     model("student: no weights", {"--student": "{DIR}/weightless"}, "weightless"),
+    model("student: a run", {"--student": "{DIR}/trained"}, "step_2", code=2),
+    model("student: a checkpoint", {"--student": "{DIR}/trained/checkpoints/step_2"}, "model", code=2),
+    model("student: a pointer of Git LFS", {"--student": "{DIR}/pointer"}, "git lfs pull"),
+    model("student: eos as text", {"--student": "{DIR}/spoken"}, "eos_token_id", "'<end>'"),
     model("student: weights cut short", {"--student": "{DIR}/short"}, "short"),
     model("student: weights in a pickle", {"--student": "{DIR}/pickled"}, "pickled"),
     model("student: half of the weights", {"--student": "{DIR}/half"}, "half", "are missing"),
@@ -265,9 +272,13 @@ def world(tmp_path_factory):
     tinylm.save_model(folder / "wide", 0, intermediate_size=64)
     copies = ["config", "typeless", "mute", "garbled", "weightless", "short", "pickled", "half"]
     copies += ["unlisted", "binned", "outside", "towering", "taller", "flatter", "endless"]
-    copies += ["worded", "unset"]
+    copies += ["worded", "unset", "pointer", "spoken"]
     for name in [*copies, "nan", "remote"]:
         shutil.copytree(folder / "student", folder / name)
+    for step in (1, 2):
+        shutil.copytree(folder / "student", folder / f"trained/checkpoints/step_{step}/model")
+    (folder / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (folder / "spoken/generation_config.json").write_text('{"eos_token_id": "<end>"}')
     (folder / "config/config.json").write_text("{")
     (folder / "typeless/config.json").write_text("{}")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -294,8 +294,11 @@ TEMPLATES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--teacher-system", "--system"])
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_a_system_message_that_no_template_shows_is_refused(folder, kind, capsys, monkeypatch):
+def test_a_system_message_that_no_template_shows_is_refused(
+    folder, kind, flag, capsys, monkeypatch
+):
     """Before a weight is read; not where it is what the template says by itself."""
     template, message = TEMPLATES[kind]
     shutil.copytree(folder / "student", folder / kind, dirs_exist_ok=True)
@@ -304,7 +307,7 @@ def test_a_system_message_that_no_template_shows_is_refused(folder, kind, capsys
     (folder / kind / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(folder / kind)
     argv = [str(folder / kind) if word == f"{folder}/student" else word
-            for word in flags(folder, "system", "--teacher-system", "be brief")]  # fmt: skip
+            for word in flags(folder, "system", flag, "be brief")]  # fmt: skip
 
     def weights_are_read(*_):
         raise RunError("weights are read")
@@ -313,7 +316,10 @@ def test_a_system_message_that_no_template_shows_is_refused(folder, kind, capsys
     with pytest.raises(SystemExit) as stop:
         opd.main(argv)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(("error", "usage"))]
-    assert (f"--teacher-system: {message}" if message else "weights are read") in line
+    message = (
+        message if flag != "--system" else message.replace("teacher-prompt", "prompt-template")
+    )
+    assert (f"{flag}: {message}" if message else "weights are read") in line
     assert stop.value.code == (2 if message else 1)
 
 

@@ -508,6 +508,7 @@ def test_messages_that_are_refused(messages, tmp_path):
         [{"role": "user", "value": "1+2", "weight": None}],
         json.dumps([{"role": "user", "content": "1+2"}]),
         str([{"from": "human", "value": "1+2"}, {"from": "gpt", "value": "it's 3"}]),
+        "[{'role': 'user', 'content': '1+2'}\n {'role': 'assistant', 'content': '}\\n{'}]",
     ],
 )
 def test_messages_as_people_write_them(messages, tmp_path):
@@ -650,3 +651,104 @@ def test_different_templates_are_a_loud_warning():
 
 def test_generation_config_that_is_ignored_is_said():
     assert any("{'temperature': 0.3}" in fact for fact in report(temperature=0.3).facts)
+
+
+# ----------------------------------------------------- what tables, folders and templates leave out
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def test_a_column_of_mixed_types_is_what_it_was_before_the_table(tmp_path):
+    """datasets spells it as JSON and says so in the file's metadata."""
+    datasets = pytest.importorskip("datasets", reason="extra: data")
+    rows = [{"prompt": "a", "answer": "Paris"}, {"prompt": "b", "answer": ["7", "8"]}]
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/train.jsonl", *rows)
+    made = datasets.load_dataset(str(tmp_path / "in"), split="train")
+    made.to_parquet(str(tmp_path / "p.parquet"))
+    made.save_to_disk(str(tmp_path / "disk"))
+    for place in ("in", "p.parquet", "disk", "disk/data-00000-of-00001.arrow"):
+        assert data.read_rows(str(tmp_path / place), 0) == rows
+
+
+def test_objects_of_a_table_have_no_keys_of_other_rows(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="extra: data")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="extra: data")
+    rows = [{"prompt": "a", "tools": [{"x": 1}], "b": None}, {"prompt": "b", "tools": [{"y": 2}]}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (one, two) = data.read_rows(str(tmp_path / "t.parquet"), 0)
+    assert one == rows[0] and two["tools"] == [{"y": 2}]
+
+
+def test_a_file_in_a_folder_is_read_as_by_itself(tmp_path):
+    pytest.importorskip("datasets", reason="extra: data")
+    (tmp_path / "train.csv").write_text("prompt,answer\nsay,079\nhow,None\n1,NA\n")
+    assert data.read_rows(str(tmp_path), 0) == data.read_rows(str(tmp_path / "train.csv"), 0)
+    (tmp_path / "train.csv").unlink()
+    write(tmp_path / "train.jsonl", {"prompt": "1", "answer": "2024-01-15"})
+    with gzip.open(tmp_path / "test.jsonl.gz", "wt") as packed:
+        packed.write('{"prompt": "2", "answer": 80}\n')
+    assert data.read_rows(str(tmp_path), 0) == [{"prompt": "1", "answer": "2024-01-15"}]
+    assert data.read_rows(f"{tmp_path}:test", 0) == [{"prompt": "2", "answer": 80}]
+
+
+@pytest.mark.parametrize("call", [CALL, CALL["function"]])
+def test_arguments_of_a_call_are_an_object(call):
+    told = data.message({"role": "assistant", "content": None, "tool_calls": [call, "?"]})
+    found = told["tool_calls"][0]
+    assert found.get("function", found)["arguments"] == {"a": 1} and told["tool_calls"][1] == "?"
+
+
+@pytest.mark.parametrize(("flag", "row"), [("", {"prompt": "1"}), ("{context}", {"context": " "})])
+def test_a_template_that_makes_nothing_is_refused(flag, row, tmp_path):
+    path = write(tmp_path / "p.jsonl", row)
+    with pytest.raises(console.RunError, match="row 1: expected text from the template"):
+        load(path, arguments(f"--prompt-template={flag}"))
+
+
+def test_prompts_without_a_token_are_refused(tmp_path):
+    tokenizer = tinylm.tokenizer()
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(console.RunError, match="1 of 1 prompts have no tokens"):
+        load(write(tmp_path / "p.jsonl", {"prompt": "1"}), arguments(), tokenizer)
+
+
+SHOWN = (
+    "{% for t in tools or [] %}t{{ t['a'] }}{% endfor %}{% for m in messages %}{{ m['role'][0] }}"
+    "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}c{{ c['a'] }}{% endfor %}{% endfor %}"
+)
+TEMPLATE_OF_USERS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+LEAVES_OUT = {
+    "tools": {"prompt": "1", "tools": [{"a": 1}]},
+    "calls of tools": {"messages": [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "x", "tool_calls": [{"a": 1}]},
+        {"role": "user", "content": "2"},
+    ]},
+    "a system message": {"messages": [
+        {"role": "system", "content": "no"}, {"role": "user", "content": "1"},
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LEAVES_OUT)
+def test_what_the_template_leaves_out_is_said(what, tmp_path, capsys):
+    tokenizer = tinylm.tokenizer()
+    path = write(tmp_path / "p.jsonl", LEAVES_OUT[what], LEAVES_OUT[what])
+    said = f"2 prompts have {what}, which the chat template leaves out"
+    for template, is_said in ((SHOWN, False), (TEMPLATE_OF_USERS, True)):
+        tokenizer.chat_template = template
+        load(path, arguments(), tokenizer)
+        assert (said in capsys.readouterr().out) == is_said
+
+
+def test_a_system_text_beside_messages_stands_before_them(tmp_path):
+    turns = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]
+    path = write(tmp_path / "p.jsonl", {"system": "say", "conversations": turns})
+    (prompt,) = load(path, arguments())
+    assert [each["role"] for each in prompt.messages] == ["system", "user"]
+    (prompt,) = load(write(tmp_path / "q.jsonl", {"system": "say", "prompt": "1"}), arguments())
+    assert [each["role"] for each in prompt.messages] == ["user"]
+    with pytest.raises(console.RunError, match="addresses are not read"):
+        data.read_rows("https://host/p.jsonl", 0)

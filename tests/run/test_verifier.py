@@ -368,6 +368,22 @@ MATH = [  # right answer, completion, whether a person calls it right
     *(("C", r"\boxed{C. Paris}", 1), ("C", "Answer: C) 12", 1), ("C", "Option C", 1)),
     *(("C", "The correct option is C.", 1), ("C", "Option D", 0), ("C", "D. C is wrong", 0)),
     (r"We have $r = 3$, so $\boxed{\left( 3, \frac{\pi}{2} \right)}.$", r"\boxed{(3, \pi/2)}", 1),
+    # a dollar as LaTeX writes it
+    *(("18", r"The answer is \$18.", 1), ("18.90", r"The total is \$18.90", 1)),
+    *((r"\$18", "She makes 18 a day.", 1), ("18", r"She makes \$81 a day.", 0)),
+    # letters of words are no factors, parts of dates no terms
+    *(("stop", r"\boxed{post}", 0), ("no", r"\boxed{on}", 0), ("ABC", r"\boxed{CBA}", 0)),
+    *(("listen", "The answer is $silent$.", 0), ("listen", r"Thus $\text{Listen}$.", 1)),
+    *(("2024-01-15", r"\boxed{2008}", 0), ("2024-01-15", r"\boxed{2024-01-15}", 1)),
+    *(("1/2/2024", r"\boxed{2/4/2024}", 0), ("192.168.0.1", r"\boxed{192.168.0.2}", 0)),
+    *(("no solution", r"\boxed{\text{No solution}}", 1), ("yes", r"\boxed{no}", 0)),
+    *(("xy", r"\boxed{yx}", 1), ("AB", r"\boxed{BA}", 1), (["one", "1"], r"\boxed{1}", 1)),
+    # what is stated on the next line; a number behind #### ends with its line
+    *(("C", "Final answer:\nC", 1), ("Paris", "**Answer:**\nParis", 1), ("7", "**Answer**: 7", 1)),
+    *(("42", "#### 41\n\nLet me explain: 42", 0), ("41", "#### 41\n\nLet me explain: 42", 1)),
+    ("42", "#### Conclusion\nThe answer is 42", 1),
+    ("42", "The answer is 42.\n#### Why\nAs shown.", 1),
+    *(("x⁴", r"\boxed{x^4}", 1), ("10⁻³", r"\boxed{0.001}", 1), ("x¹²", r"\boxed{x^{12}}", 1)),
 ]  # fmt: skip
 
 
