@@ -145,37 +145,41 @@ def load_prompts(
     source = source_of(spec, args.seed, args, test)
     every = ranks.first(load, source, make) if asks_functions(args) else load(source, make)
     if args.prompt_template is None and not asks_functions(args):
-        _say_dropped(source, every, make)
+        _say_dropped(source, every, make, args.system is not None)
     return check_prompts(source, every, num_positions, args)
 
 
 def _say_dropped(
-    source: Source, prompts: Sequence[Prompt], make: Callable[[Row, Source], Prompt]
+    source: Source, prompts: Sequence[Prompt], make: Callable[[Row, Source], Prompt], same: bool
 ) -> None:
     """Say which parts of the rows the chat template leaves out: the first prompt that has such a
-    part is the same without it."""
+    part is the same without it, or with another. `same`: all have the system message of a flag."""
     import jinja2
 
     here = source.prompt_field
 
-    def without(row: Row, messages: Iterable[dict[str, Any]]) -> Prompt:
-        return make(row | {here: list(messages)} if here else row, replace(source))
+    def other(prompt: Prompt, messages: Sequence[dict[str, Any]], **more: Any) -> Prompt:
+        own = {here: list(messages)[same:]} if here else {}
+        return make(prompt.row | {"system": None} | own | more, replace(source))
 
     parts: dict[str, tuple[Callable[[Prompt], bool], Callable[[Prompt], Prompt]]] = {
         "tools": (
             lambda each: bool(each.row.get("tools")),
-            lambda each: without(each.row | {"tools": None}, each.messages),
+            lambda each: other(each, each.messages, tools=None),
         ),
         "calls of tools": (
             lambda each: any("tool_calls" in one for one in each.messages),
-            lambda each: without(each.row, [
+            lambda each: other(each, [
                 {key: value for key, value in one.items() if key != "tool_calls"}
                 for one in each.messages
             ]),
         ),
         "a system message": (
-            lambda each: each.messages[0]["role"] in ("system", "developer"),
-            lambda each: without(each.row | {"system": None}, each.messages[1:]),
+            lambda each: not same and each.messages[0]["role"] in ("system", "developer"),
+            lambda each: other(each, [  # a template may have one of its own
+                {**each.messages[0], "content": f"{each.messages[0]['content']} 12 + 34"},
+                *each.messages[1:],
+            ]),
         ),
     }  # fmt: skip
     for what, (has, changed) in parts.items():
@@ -295,16 +299,13 @@ def messages_of(
             exit code 2: there is a system message already.
     """
     messages = _messages(row, source, template)
-    own = row.get("system")
-    if (
-        system is None and template is None and isinstance(own, str) and own.strip()
-        and not isinstance(row.get(source.prompt_field or ""), str)
-        and messages[0]["role"] not in ("system", "developer")
-    ):  # fmt: skip
-        system = own
+    has_one, own = messages[0]["role"] in ("system", "developer"), row.get("system")
+    if system is template is None and not has_one and isinstance(own, str) and own.strip():
+        value = field_of(row, source.prompt_field)
+        system = own if isinstance(value, list) or _spelt_messages(value) else None
     if system is None:
         return messages
-    if messages[0]["role"] in ("system", "developer"):
+    if has_one:
         raise RunError("the row has a system message of its own: leave --system out", 2)
     return [{"role": "system", "content": system}, *messages]
 

@@ -229,7 +229,7 @@ CASES = [
     model("student: a broken tokenizer", {"--student": "{DIR}/garbled"}, "--student"),
     model("student: no weights", {"--student": "{DIR}/weightless"}, "weightless"),
     model("student: a run", {"--student": "{DIR}/trained"}, "step_2", code=2),
-    model("student: a checkpoint", {"--student": "{DIR}/trained/checkpoints/step_2"}, "model", code=2),
+    model("student: a checkpoint", {"--student": "{DIR}/trained/checkpoints/step_2"}, code=2),
     model("student: a pointer of Git LFS", {"--student": "{DIR}/pointer"}, "git lfs pull"),
     model("student: eos as text", {"--student": "{DIR}/spoken"}, "eos_token_id", "'<end>'"),
     model("student: weights cut short", {"--student": "{DIR}/short"}, "short"),

@@ -741,6 +741,10 @@ def test_what_the_template_leaves_out_is_said(what, tmp_path, capsys):
         tokenizer.chat_template = template
         load(path, arguments(), tokenizer)
         assert (said in capsys.readouterr().out) == is_said
+        if what != "a system message":
+            load(path, arguments("--system", "say"), tokenizer)
+            printed = capsys.readouterr().out
+            assert (said in printed) == is_said and "a system message" not in printed
 
 
 def test_a_system_text_beside_messages_stands_before_them(tmp_path):
@@ -750,5 +754,8 @@ def test_a_system_text_beside_messages_stands_before_them(tmp_path):
     assert [each["role"] for each in prompt.messages] == ["system", "user"]
     (prompt,) = load(write(tmp_path / "q.jsonl", {"system": "say", "prompt": "1"}), arguments())
     assert [each["role"] for each in prompt.messages] == ["user"]
+    spelt = {"system": "say", "conversations": json.dumps(turns)}
+    (prompt,) = load(write(tmp_path / "r.jsonl", spelt), arguments())
+    assert [each["role"] for each in prompt.messages] == ["system", "user"]
     with pytest.raises(console.RunError, match="addresses are not read"):
         data.read_rows("https://host/p.jsonl", 0)
