@@ -330,3 +330,9 @@ def test_prompts_of_step_cover_each_epoch_once():
     assert epochs[0] != epochs[1] != epochs[2]
     args.prompts_per_step = 25  # more than an epoch in a step
     assert len(opd.prompts_of_step(list(range(10)), 1, args)) == 25
+
+
+def test_a_home_folder_behind_an_equals_sign_is_meant(monkeypatch):
+    """No shell expands it there."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert opd.parse_args(["--run-dir=~/run"]).run_dir == "/somewhere/run"
