@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--pair", choices=list(PAIRS), help="of students and teachers, for tokens")
     parser.add_argument("--after", nargs="+", default=[], metavar="ARM", help="of the student that "
-                        "each arm of the ladder has made (benchmarks/evidence.py)")  # fmt: skip
+                        "a cell of evidence.py has made")  # fmt: skip
     parser.add_argument("--flags", default="", help="more flags of the methods, for a try")
     parser.add_argument("--figure", type=Path, help="draw the rows of the noisy pair, run nothing")
     parser.add_argument("--out", type=Path, help="another file for the rows")
@@ -303,7 +303,7 @@ def place_tables() -> tuple[str, str]:
     ends = [f"below {STRAY[0]:g}", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(STRAY))]
     ends.append(f"above {STRAY[-1]:g}")
     shares = markdown(("pair", "share of the squared gradient", *ends), carried)
-    places = markdown(("student after 30 steps", "seeds", *ends, "mean stray mass"), left)
+    places = markdown(("student after", "seeds", *ends, "mean stray mass"), left)
     return shares if carried else "not run", places if left else "not run"
 
 
