@@ -688,9 +688,7 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
                          for part, each in files.items()}  # fmt: skip
             else:
                 found = datasets.load_dataset(str(path), *config)
-    except RunError:
-        raise
-    except Exception as error:  # as from the hub
+    except Exception as error:  # as from the hub; of a file of ours it is a RunError
         raise RunError(f"data set folder {spec}: {one_line(error)}") from error
     if isinstance(found, dict):
         name, part, end = split.partition("[")
