@@ -38,6 +38,7 @@ ROLES = {
     **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
 }
 """What ShareGPT's `from` says, as a role; in any case."""
+SYSTEM = ("system", "developer")  # roles of a message that stands before all
 
 
 class NoField(RunError):
@@ -156,11 +157,12 @@ def _say_dropped(
     part is the same without it, or with another. `same`: all have the system message of a flag."""
     import jinja2
 
-    here = source.prompt_field
+    if (here := source.prompt_field) is None:
+        return
 
     def other(prompt: Prompt, messages: Sequence[dict[str, Any]], **more: Any) -> Prompt:
-        own = {here: list(messages)[same:]} if here else {}
-        return make(prompt.row | {"system": None} | own | more, replace(source))
+        own = {"system": None, here: list(messages)[same:]}
+        return make(prompt.row | own | more, replace(source))
 
     parts: dict[str, tuple[Callable[[Prompt], bool], Callable[[Prompt], Prompt]]] = {
         "tools": (
@@ -175,7 +177,7 @@ def _say_dropped(
             ]),
         ),
         "a system message": (
-            lambda each: not same and each.messages[0]["role"] in ("system", "developer"),
+            lambda each: not same and each.messages[0]["role"] in SYSTEM,
             lambda each: other(each, [  # a template may have one of its own
                 {**each.messages[0], "content": f"{each.messages[0]['content']} 12 + 34"},
                 *each.messages[1:],
@@ -298,19 +300,16 @@ def messages_of(
         RunError: it is neither, it is empty, it holds half a character, which JSON can spell;
             exit code 2: there is a system message already.
     """
-    messages = _messages(row, source, template)
-    has_one, own = messages[0]["role"] in ("system", "developer"), row.get("system")
-    if system is template is None and not has_one and isinstance(own, str) and own.strip():
-        value = field_of(row, source.prompt_field)
-        system = own if isinstance(value, list) or _spelt_messages(value) else None
+    messages = _messages(row, source, template, row.get("system") if system is None else None)
     if system is None:
         return messages
-    if has_one:
+    if messages[0]["role"] in SYSTEM:
         raise RunError("the row has a system message of its own: leave --system out", 2)
     return [{"role": "system", "content": system}, *messages]
 
 
-def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, Any]]:
+def _messages(row: Row, source: Source, template: str | None, system: Any) -> list[dict[str, Any]]:
+    """`messages_of`; a `system` that is text stands before a list, where nothing is filled in."""
     if template is not None and source.prompt_field is None:
         return [{"role": "user", "content": _filled(template, row)}]
     try:
@@ -328,6 +327,9 @@ def _messages(row: Row, source: Source, template: str | None) -> list[dict[str, 
         if last is None or not last["content"].strip():
             raise RunError(f"expected a turn of the user in the field {source.prompt_field!r}, "
                            f"with text; got {value!r:.80}")  # fmt: skip
+        is_text = isinstance(system, str) and system.strip() and template is None
+        if is_text and messages[0]["role"] not in SYSTEM:
+            messages.insert(0, {"role": "system", "content": whole(system)})
     elif isinstance(value, str) and value.strip():
         messages = [{"role": "user", "content": whole(value)}]
     else:
@@ -680,15 +682,11 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
             found = datasets.load_from_disk(str(path))
         else:
             builder = datasets.load_dataset_builder(str(path), *config)
-            files = {str(part): list(map(Path, each))
+            found = {str(part): list(map(Path, each))
                      for part, each in (builder.config.data_files or {}).items()}  # fmt: skip
-            if files and all(_form_of(file) for each in files.values() for file in each):
-                # as they are by themselves: a loader of tables guesses types, 079 is 79 then
-                found = {part: [row for file in each for row in _read_file(file)]
-                         for part, each in files.items()}  # fmt: skip
-            else:
+            if not found or not all(_form_of(file) for each in found.values() for file in each):
                 found = datasets.load_dataset(str(path), *config)
-    except Exception as error:  # as from the hub; of a file of ours it is a RunError
+    except Exception as error:  # as from the hub
         raise RunError(f"data set folder {spec}: {one_line(error)}") from error
     if isinstance(found, dict):
         name, part, end = split.partition("[")
@@ -699,7 +697,12 @@ def _read_folder(spec: str, path: Path, split: str, *config: str) -> list[Row]:
         found, split = found[name], part + end
     if ":" in spec and "[" in split:
         raise RunError(f"data set folder {spec}: slices are for hub names")
-    return [_without_gaps(row) for row in found]
+    if not isinstance(found, list):
+        return [_without_gaps(row) for row in found]
+    try:  # files, as they are by themselves: a loader of tables guesses types, 079 is 79 then
+        return [row for file in found for row in _read_file(file)]
+    except RunError as error:
+        raise RunError(f"data set folder {spec}: {error}") from None
 
 
 def _read_gym(spec: str, seed: int) -> list[Row]:
@@ -714,22 +717,22 @@ def _read_gym(spec: str, seed: int) -> list[Row]:
     return [{"prompt": item["question"], "domain": task} | item for item in items]
 
 
-def _form_of(path: Path) -> str | None:
-    """The one of FORMS that a file has, packed or not."""
-    name = re.sub(r"\.(gz|zst)$", "", path.name.lower())
-    return next((each for each in FORMS if name.endswith(each)), None)
+def _form_of(path: Path) -> tuple[str, str | None] | None:
+    """The one of FORMS that a file has, and how it is packed, if it is."""
+    found = re.search(rf"({'|'.join(map(re.escape, FORMS))})(?:\.(gz|zst))?$", path.name.lower())
+    return (found[1], found[2]) if found else None
 
 
 def _read_file(path: Path) -> list[Row]:
-    form, packed = _form_of(path), re.search(r"\.(gz|zst)$", path.name.lower())
-    if form is None:
+    if (found := _form_of(path)) is None:
         raise RunError(f"{path}: expected {EXPECTED}")
+    form, packing = found
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {one_line(error)}") from None
-    if packed:
-        content = _unpacked(path, content, packed[1])
+    if packing:
+        content = _unpacked(path, content, packing)
     if form in (".parquet", ".arrow"):
         return _read_table(path, content, form)
     try:

@@ -684,10 +684,11 @@ def test_a_file_in_a_folder_is_read_as_by_itself(tmp_path):
     (tmp_path / "train.csv").write_text("prompt,answer\nsay,079\nhow,None\n1,NA\n")
     assert data.read_rows(str(tmp_path), 0) == data.read_rows(str(tmp_path / "train.csv"), 0)
     (tmp_path / "train.csv").unlink()
-    write(tmp_path / "train.jsonl", {"prompt": "1", "answer": "2024-01-15"})
+    row = {"prompt": "1", "answer": "2024-01-15", "tools": [{"default": None}]}
+    write(tmp_path / "train.jsonl", row)
     with gzip.open(tmp_path / "test.jsonl.gz", "wt") as packed:
         packed.write('{"prompt": "2", "answer": 80}\n')
-    assert data.read_rows(str(tmp_path), 0) == [{"prompt": "1", "answer": "2024-01-15"}]
+    assert data.read_rows(str(tmp_path), 0) == [row]
     assert data.read_rows(f"{tmp_path}:test", 0) == [{"prompt": "2", "answer": 80}]
 
 
