@@ -362,7 +362,8 @@ def wanted_cells(args: argparse.Namespace, rows: list[Row], best: dict[str, str]
         found += cells(study.arms, study.seeds[: args.seeds], best, "run")
     claims = args.claim or (list(CLAIMS) if args.suite == "full" else [])
     if claims or not studies:  # arms of studies are run by --study alone
-        others = {arm for study in STUDIES.values() if not study.seeds.start for arm in study.arms}
+        mine = [study for study in STUDIES.values() if study.seeds.start < FIRST_SEED]
+        others = {arm for study in mine for arm in study.arms}
         arms = dict.fromkeys(a for key in claims for a in CLAIMS[key].arms if a not in others)
         seeds = range(args.seeds or (5 if claims else 3))
         found += cells(arms or SMOKE, seeds, best, "again" if args.again else "run")
@@ -469,10 +470,9 @@ def main() -> None:
         print(sweep_table(rows) if not args.study else best_rates(rows))
     elif args.study or args.decide:
         tables = study_tables(rows)
+        of = {"end": ("end", "ends"), "expert": ("end",), "more_experts": ("end",)}
         for name in args.study or ["decide"]:
-            print(tables[{"expert": "end", "more_experts": "end"}.get(name, name)])
-            if name == "end":
-                print(f"\n{tables['ends']}")
+            print("\n\n".join(tables[each] for each in of.get(name, (name,))))
     elif claims := args.claim or (list(CLAIMS) if args.suite == "full" else []):
         for key in claims:
             print(f"\n## {key}. {CLAIMS[key].title}\n\n{claim_table(rows, key)}")

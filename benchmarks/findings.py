@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,10 +212,7 @@ def claim_table(rows: list[dict[str, str]], key: str) -> str:
     ]  # fmt: skip
     if run:
         seconds = [float(row["wall_s"]) for row in run]
-        by: dict[str, int] = {}
-        for row in run:
-            flag = flag_of(row, key)
-            by[flag] = by.get(flag, 0) + 1
+        by = Counter(flag_of(row, key) for row in run)
         cells = ", ".join(f"{num} cells of `{flag}`" for flag, num in sorted(by.items()))
         parts.append(
             f"Run, as `python benchmarks/evidence.py --jobs 2` and: {cells}; "
@@ -248,10 +246,10 @@ def flag_of(row: Row, claim: str) -> str:
 def hours_table(rows: list[Row]) -> str:
     """A Markdown table: cells and core-hours of every study, with those of its sweep."""
     spent: dict[str, list[float]] = {}
+    compared = {arm for each in DECIDED for arm in (each.arm, str(each.than))}
     for row in rows:
         if not row["cpu_s"] or row["suite"] == "again":
             continue
-        compared = {arm for each in DECIDED for arm in (each.arm, str(each.than))}
         name = study_of(row)
         if name is None or row["arm"] in compared:
             decides = row["suite"] == "run" and int(row["seed"]) >= FIRST_SEED

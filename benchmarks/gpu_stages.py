@@ -489,9 +489,8 @@ def head(task: Task) -> None:
             bare = "four products" if four else "three products"
             step = {bare: products(hidden, weight, *(teacher if four else ()))}
             step |= {name: backward(hidden, weight, call) for name, call in calls.items()}
-            traffic_ms = 1e3 * (18 if four else 10) * n * valid / rate
-            if op == "support_kl":
-                traffic_ms = None
+            moved = {"token_logp": 10, "full_kl jsd": 18}.get(op)  # bytes a logit
+            traffic_ms = None if moved is None else 1e3 * moved * n * valid / rate
             this = case | {"op": op, "k": k}
             time_case(task, this, step, 5, traffic_ms, bare, busy)
             if op == "token_logp":

@@ -185,7 +185,7 @@ CHOICE = re.compile(  # (B) 12, B. Paris, B) 12; option B
 # Whose letters and digits are no factors and terms: words, dates, addresses of the net.
 NO_MATHEMATICS = re.compile(
     r"[a-z]{3,}([ '-][a-z]+)*|[a-z]+([ '-][a-z]+)+|no|on|up|in|at|am|pm|or"
-    r"|\d{1,4}([-/.])\d{1,2}\3\d{1,4}|\d+(\.\d+){3}|\d{3}-\d{4}"
+    r"|\d{1,4}(?P<mark>[-/.])\d{1,2}(?P=mark)\d{1,4}|\d+(\.\d+){3}|\d{3}-\d{4}"
 )
 
 
@@ -217,10 +217,11 @@ def verify_math(text: str, answer: Any, row: dict[str, Any]) -> bool:
     stated = stated_answer(text)
     choice = CHOICE.match(folded(stated, keep_case=True))
     chosen = choice and (choice[1] or choice[2])
-    if {folded(stated), chosen} & set(map(folded, right)):
+    names = list(map(folded, right))
+    if {folded(stated), chosen} & set(names):
         return True
-    words = {name for each in right if NO_MATHEMATICS.fullmatch(name := folded(each))}
-    right = [each for each in right if folded(each) not in words]
+    words = set(filter(NO_MATHEMATICS.fullmatch, names))
+    right = [each for each, name in zip(right, names) if name not in words]
     if box < 0:
         text = _marked_number(text) or text
     golds = [gold for each in right if (gold := _parsed_gold(each))]

@@ -106,10 +106,15 @@ def compared(one: Path, two: Path) -> str:
 
 def run(module: str, folder: Path, name: str, device: str, kind: str, more: list[str]) -> Path:
     """A run of a method or fork, whose errors are raised; its folder."""
+    plainly(module, [*flags_of(folder, name, device, kind), *more])
+    return folder / name
+
+
+def flags_of(folder: Path, name: str, device: str, kind: str) -> list[str]:
+    """That every run has."""
     flags = f"--prompts {folder}/prompts.jsonl --device {device} --dtype {kind} "
     flags += f"--teacher-dtype {kind} --save-every 0 --run-dir {folder}/{name} --overwrite"
-    plainly(module, [*flags.split(), *more])
-    return folder / name
+    return flags.split()
 
 
 def plainly(module: str, flags: list[str]) -> None:
@@ -182,10 +187,9 @@ def fsdp(folder: Path, device: str) -> str:
     more = "--max-completion-tokens 16 --prompts-per-step 4 --steps 2 --eval-every 0 "
     more += f"--student {folder}/student --teacher {folder}/teacher"
     plain = run("opd", folder, "plain", device, "float32", more.split())
-    flags = f"{more} --prompts {folder}/prompts.jsonl --device {device} --dtype float32 "
-    flags += f"--teacher-dtype float32 --save-every 0 --run-dir {folder}/sharded --shard fsdp "
+    flags = [*flags_of(folder, "sharded", device, "float32"), *more.split()]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    start += ["1", str(ROOT / "methods/opd.py"), *flags.split(), "--shard-frozen"]
+    start += ["1", str(ROOT / "methods/opd.py"), *flags, "--shard", "fsdp", "--shard-frozen"]
     subprocess.run(start, check=True)
     return compared(folder / "sharded", plain)
 
@@ -196,7 +200,7 @@ def one(name: str, folder: Path, device: str) -> str:
     if first == "type":
         return a_type(rest, folder, device)
     if name in FORKS or name in FLAGS:
-        return a_run(first, folder, device, FORKS.get(name, FLAGS.get(name, "")))
+        return a_run(first, folder, device, (FORKS | FLAGS)[name])
     return {"resume": resume, "fsdp": fsdp}[name](folder, device)
 
 
